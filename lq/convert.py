@@ -1,0 +1,90 @@
+"""Convert: a prepared, calibrated or trained module becomes an INT8 network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lq.graph.analysis import GraphAnalysis
+from lq.graph.captured import without_quantizers
+from lq.graph.emission import EmittedGraph, emit
+from lq.graph.interpret import node_values
+from lq.int8 import Int8Module
+from lq.modes import evaluating
+from lq.prepare import PreparedForward, prepared_forward, quantizers, quantizers_off
+from lq.quantizer import WeightQuantizer
+from lq.report import QuantizationReport, make_report
+
+#: Largest difference that folding batch norm may make, relative to the layer's largest output.
+FOLD_TOLERANCE = 1e-3
+
+
+class FoldError(ValueError):
+    """Folding batch norm would change what the model computes."""
+
+
+def convert(model: nn.Module) -> Int8Module:
+    """The INT8 network of a prepared ``model``, which itself is left as it is.
+
+    Batch norm is folded, and the fold is checked: the float model and the folded float model must agree on the
+    example inputs, layer by layer.
+
+    Args:
+        model: prepared by :func:`lq.prepare`, and calibrated or trained.
+
+    Returns:
+        A module for inference. Its attribute ``report`` says what runs in INT8, and what does not and why.
+
+    Raises:
+        ValueError: where ``model`` is not prepared, or a quantizer has no range yet.
+        FoldError: where folding batch norm changes a layer's output by more than 1e-3 of its largest value.
+    """
+    forward = prepared_forward(model)
+    found = quantizers(model)
+    missing = [n for n, q in found.items() if not q.calibrated and not isinstance(q, WeightQuantizer)]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(found)} quantizers have no range yet ({missing[0]!r} is the first): call "
+            f"lq.calibrate(model, batches), or train the model, before lq.convert(model)"
+        )
+    analysis = forward.analyse()
+    for chain in analysis.placement.chains:
+        quantizer = found[chain.weight_key]
+        if isinstance(quantizer, WeightQuantizer):
+            layer = chain.op.module
+            quantizer.refresh(layer.weight if layer is not None else analysis.values[chain.op.weight])  # type: ignore
+    with quantizers_off(model), without_quantizers(model), evaluating(model):
+        difference = _check_fold(model, forward, analysis)
+        emitted = emit(model, analysis, found)
+    int8 = Int8Module(emitted.root, emitted.graph)
+    int8.report = make_report(model, analysis, found, forward.target, difference)
+    int8.example_inputs = tree_map(lambda v: v.detach().cpu() if isinstance(v, Tensor) else v, forward.inputs)
+    return int8
+
+
+def _check_fold(model: nn.Module, forward: PreparedForward, analysis: GraphAnalysis) -> float:
+    """The largest relative difference that folding makes at the end of a layer, on the example inputs."""
+    folded: EmittedGraph = emit(model, analysis, None)
+    placeholders = [node for node in analysis.graph.nodes if node.op == "placeholder"]
+    inputs = {str(node.target): analysis.values[node] for node in placeholders}
+    values = node_values(folded.graph, folded.root, inputs)
+    largest = 0.0
+    pairs = [(name, analysis.values[before], values[after]) for name, (before, after) in folded.ends.items()]
+    output = next(node for node in reversed(analysis.graph.nodes) if node.op == "output")
+    folded_output = next(node for node in reversed(folded.graph.nodes) if node.op == "output")
+    outputs = zip(tree_leaves(analysis.values[output]), tree_leaves(values[folded_output]), strict=True)
+    pairs += [("the output", before, after) for before, after in outputs if isinstance(before, Tensor)]
+    for name, before, after in pairs:
+        if not before.is_floating_point() or before.numel() == 0:
+            continue
+        scale = before.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+        difference = float((before - after).abs().max() / scale)
+        if not difference <= FOLD_TOLERANCE:  # written so that a NaN is refused too
+            raise FoldError(
+                f"{name}: folding batch norm changes its output by {difference:.2g} of the largest value (at most "
+                f"{FOLD_TOLERANCE:g} is accepted). A forward hook that changes what flows between convolution, batch "
+                f"norm and activation, a NaN in the weights, or extreme running statistics do that; remove the cause"
+            )
+        largest = max(largest, difference)
+    return largest

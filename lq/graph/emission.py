@@ -1,0 +1,263 @@
+"""From a prepared module's graph to the graph of its INT8 network, with quantize/dequantize pairs written out."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from lq.graph.analysis import GraphAnalysis
+from lq.graph.folding import fold
+from lq.graph.ops import OpKind, WeightedOp, argument, clamp_bounds, classify, module_of
+from lq.graph.placement import Chain, site, source_of
+from lq.graph.qdq import DEQUANTIZE_BUFFER, DEQUANTIZE_WEIGHT, QUANTIZE_BUFFER, lookup
+from lq.quantizer import Quantizer
+
+aten = torch.ops.aten
+
+
+@dataclass
+class EmittedGraph:
+    """A converted graph and the module that holds what it reads.
+
+    Args:
+        root: buffers (integer weights, scales, zero points, biases) and float modules, under the float model's names.
+        graph: the graph; its ``get_attr`` and ``call_module`` nodes read ``root``.
+        ends: for each chain, by name, the node of the float graph whose value it makes and its own node for it.
+    """
+
+    root: nn.Module
+    graph: fx.Graph
+    ends: dict[str, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+
+
+class _Emitter:
+    """Copies the float graph node by node; a chain is written where its last node stands."""
+
+    def __init__(self, module: nn.Module, analysis: GraphAnalysis, quantizers: dict[str, Quantizer] | None) -> None:
+        self.module = module
+        self.analysis = analysis
+        self.quantizers = quantizers
+        self.emitted = EmittedGraph(nn.Module(), fx.Graph())
+        self.graph = self.emitted.graph
+        self.values: dict[fx.Node, fx.Node] = {}  # float graph -> this graph, as computed
+        self.integers: dict[fx.Node, tuple[fx.Node, str]] = {}  # ... as integers, with the name of their quantizer
+        self.quantized = {node: site(node) for node in analysis.placement.activations} if quantizers else {}
+        self.chain_of = analysis.placement.chain_of()
+        self.carried = self._same_scale_nodes_in_int8()
+
+    def emit(self) -> EmittedGraph:
+        for node in self.analysis.graph.nodes:
+            self._emit(node)
+        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        self.graph.lint()
+        return self.emitted
+
+    def _same_scale_nodes_in_int8(self) -> set[fx.Node]:
+        """The operators that move or select values between a quantized tensor and an INT8 kernel that reads it."""
+        reads = [chain.op.input for chain in self.analysis.placement.chains]
+        reads += [chain.residual for chain in self.analysis.placement.chains if chain.residual is not None]
+        carried = set()
+        for node in reads:
+            if source_of(node, self.module) not in self.quantized:
+                continue
+            while node not in self.quantized:
+                if classify(node, self.module) is OpKind.SAME_SCALE:
+                    carried.add(node)
+                node = node.args[0]  # type: ignore[assignment]
+        return carried
+
+    def _emit(self, node: fx.Node) -> None:
+        chain = self.chain_of.get(node)
+        if chain is not None and node is not chain.end:
+            return
+        if classify(node, self.module) is OpKind.IDENTITY:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            if source in self.integers:
+                self.integers[node] = self.integers[source]
+            if source in self.values:
+                self.values[node] = self.values[source]
+            return
+        if chain is not None:
+            value = self._emit_chain(chain)
+            self.emitted.ends[chain.name] = (node, value)
+        else:
+            value = self._copy(node)
+        self.values[node] = value
+        if node in self.quantized:
+            self.integers[node] = (self._quantize(value, self.quantized[node]), self.quantized[node])
+        elif node in self.carried:
+            assert isinstance(node.args[0], fx.Node)
+            key = self.integers[node.args[0]][1]
+            self.integers[node] = (self._quantize(value, key), key)
+
+    def _read(self, node: fx.Node) -> fx.Node:
+        """The value of ``node`` for one reader: where it is kept as integers, a dequantize of the reader's own."""
+        if node in self.integers:
+            integers, key = self.integers[node]
+            return self._qdq(DEQUANTIZE_BUFFER, integers, key)
+        return self.values[node]
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        if classify(node, self.module) is OpKind.SAME_SCALE:
+            pool = self._max_pool2d(node)
+            if pool is not None:
+                return pool
+        copied = self.graph.node_copy(node, self._read)
+        copied.meta = {}
+        if node.op == "get_attr":
+            self._hold(str(node.target), lookup(self.module, str(node.target)))
+        elif node.op == "call_module":
+            self._hold(str(node.target), module_of(node, self.module))
+        return copied
+
+    def _hold(self, path: str, value: Any) -> None:
+        """Keep a copy of an attribute of the float module under its own name."""
+        if isinstance(value, nn.Module):
+            owner, name = self._owner(path)
+            if name not in owner._modules:
+                owner.add_module(name, copy.deepcopy(value).eval().requires_grad_(False))
+        elif isinstance(value, Tensor):
+            self._buffer(path, value.detach().clone())
+        else:
+            owner, name = self._owner(path)
+            setattr(owner, name, copy.deepcopy(value))
+
+    def _owner(self, path: str) -> tuple[nn.Module, str]:
+        owner = self.emitted.root
+        *scopes, name = path.split(".")
+        for scope in scopes:
+            if scope not in owner._modules:
+                owner.add_module(scope, nn.Module())
+            owner = owner.get_submodule(scope)
+        return owner, name
+
+    def _buffer(self, path: str, value: Tensor) -> fx.Node:
+        owner, name = self._owner(path)
+        if name not in owner._buffers:
+            owner.register_buffer(name, value)
+        return self.graph.create_node("get_attr", path)
+
+    def _qdq(self, op: Any, value: fx.Node, key: str) -> fx.Node:
+        assert self.quantizers is not None
+        quantizer = self.quantizers[key]
+        scale = self._buffer(f"{key}.scale", quantizer.scale.detach().clone())
+        zero_point = self._buffer(f"{key}.zero_point", quantizer.zero_point.detach().clone())
+        spec = quantizer.spec
+        args = (value, scale, zero_point, spec.quant_min, spec.quant_max, spec.dtype)
+        return self.graph.call_function(op, args)
+
+    def _quantize(self, value: fx.Node, key: str) -> fx.Node:
+        return self._qdq(QUANTIZE_BUFFER, value, key)
+
+    def _emit_chain(self, chain: Chain) -> fx.Node:
+        op = chain.op
+        x = self._read(op.input)
+        weight, bias = self._weight_and_bias(chain)
+        value = self._conv(op, x, weight, bias) if op.kind is OpKind.CONV else self._linear(x, weight, bias)
+        if chain.residual is not None:
+            value = self.graph.call_function(aten.add.Tensor, (value, self._read(chain.residual)))
+        if chain.clamp is not None:
+            low, high = clamp_bounds(chain.clamp, self.module)
+            if high is None:
+                value = self.graph.call_function(aten.relu.default, (value,))
+            else:
+                value = self.graph.call_function(aten.hardtanh.default, (value, low, high))
+        return value
+
+    def _weight_and_bias(self, chain: Chain) -> tuple[fx.Node, fx.Node | None]:
+        layer: Any = chain.op.module
+        if layer is not None:
+            weight, bias = layer.weight, layer.bias
+        else:
+            weight = self.analysis.values[chain.op.weight]  # type: ignore[index]
+            bias = None if chain.op.bias is None else self.analysis.values[chain.op.bias]
+        norm = None if chain.batch_norm is None else module_of(chain.batch_norm, self.module)
+        quantizer = None if self.quantizers is None else self.quantizers[chain.weight_key]
+        folded = fold(weight, bias, norm, quantizer)
+        bias_node = None if folded.bias is None else self._buffer(f"{chain.name}.bias", folded.bias)
+        if quantizer is None or folded.weight_int is None or folded.weight_scale is None:
+            return self._buffer(f"{chain.name}.weight", folded.weight), bias_node
+        spec = quantizer.spec
+        integers = self._buffer(f"{chain.name}.weight", folded.weight_int)
+        scale = self._buffer(f"{chain.name}.weight_scale", folded.weight_scale)
+        zeros = torch.zeros_like(folded.weight_scale, dtype=torch.int64)
+        zero_point = self._buffer(f"{chain.name}.weight_zero_point", zeros)
+        args = (integers, scale, zero_point, spec.ch_axis, spec.quant_min, spec.quant_max, spec.dtype)
+        return self.graph.call_function(DEQUANTIZE_WEIGHT, args), bias_node
+
+    def _linear(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+        return self.graph.call_function(aten.linear.default, (x, weight, bias))
+
+    def _conv(self, op: WeightedOp, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+        padding = _padding(op, self._weight_shape(op))
+        symmetric = all(before == after for before, after in padding) and op.padding_mode == "zeros"
+        if not symmetric:
+            # F.pad counts from the last axis; what it adds lies on the input's own grid (zero is always on it).
+            flat = [side for pair in reversed(padding) for side in pair]
+            mode = "constant" if op.padding_mode == "zeros" else op.padding_mode
+            x = self.graph.call_function(F.pad, (x, flat, mode))
+            if op.input in self.integers:
+                key = self.integers[op.input][1]
+                x = self._qdq(DEQUANTIZE_BUFFER, self._quantize(x, key), key)
+            padding = [(0, 0)] * len(padding)
+        target = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}[op.spatial_dims]
+        sides = [before for before, _ in padding]
+        args = (x, weight, bias, list(op.stride), sides, list(op.dilation), op.groups)
+        return self.graph.call_function(target, args)
+
+    def _weight_shape(self, op: WeightedOp) -> torch.Size:
+        weight = op.module.weight if op.module is not None else self.analysis.values[op.weight]  # type: ignore[index]
+        shape: torch.Size = weight.shape  # type: ignore[union-attr, assignment]
+        return shape
+
+    def _max_pool2d(self, node: fx.Node) -> fx.Node | None:
+        """A 2-d max pool as the one operator that there is an INT8 kernel for; None for anything else."""
+        module = module_of(node, self.module)
+        if isinstance(module, nn.MaxPool2d):
+            settings = (module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
+            if module.return_indices:
+                return None
+        elif node.target in (F.max_pool2d, torch.max_pool2d):
+            kernel = argument(node, 1, "kernel_size")
+            stride = argument(node, 2, "stride")
+            settings = (
+                kernel,
+                kernel if stride is None else stride,
+                argument(node, 3, "padding", 0),
+                argument(node, 4, "dilation", 1),
+                argument(node, 5, "ceil_mode", False),
+            )
+        else:
+            return None
+        *sizes, ceil_mode = settings
+        pairs = [[size, size] if isinstance(size, int) else list(size) for size in sizes]
+        x = self._read(argument(node, 0, "input"))
+        return self.graph.call_function(aten.max_pool2d.default, (x, *pairs, ceil_mode))
+
+
+def _padding(op: WeightedOp, weight_shape: torch.Size) -> list[tuple[int, int]]:
+    """Padding before and after each spatial axis."""
+    if op.padding == "same":
+        total = [d * (k - 1) for d, k in zip(op.dilation, weight_shape[2:], strict=True)]
+        return [(side // 2, side - side // 2) for side in total]
+    if isinstance(op.padding, str):  # "valid"
+        return [(0, 0)] * op.spatial_dims
+    return [(side, side) for side in op.padding]
+
+
+def emit(module: nn.Module, analysis: GraphAnalysis, quantizers: dict[str, Quantizer] | None) -> EmittedGraph:
+    """Write the INT8 graph of a module; with ``quantizers=None`` the same graph in float, batch norm folded.
+
+    Args:
+        module: the prepared module, without its quantizers' child.
+        analysis: its float graph.
+        quantizers: by name, with their scales.
+    """
+    with torch.no_grad():
+        return _Emitter(module, analysis, quantizers).emit()

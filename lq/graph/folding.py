@@ -1,0 +1,72 @@
+"""Folding batch norm into the quantized weight in front of it: the integers stay, the scales change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lq.functional import SCALE_EPS, quantize
+from lq.quantizer import Quantizer
+
+
+@dataclass(frozen=True)
+class FoldedLayer:
+    """The weight and bias of a layer with its batch norm in them.
+
+    Args:
+        weight: float weight, shape ``(O, I, ...)``.
+        bias: float32, shape ``(O,)``, or None where there is neither a bias nor a batch norm.
+        weight_int: the weight as integers, same shape, or None where it is not quantized.
+        weight_scale: float32, shape ``(O,)``, or None likewise.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_int: Tensor | None = None
+    weight_scale: Tensor | None = None
+
+
+def batch_norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """The map a batch norm is in evaluation mode, ``y = x * factor + shift``, in float64, each of shape ``(C,)``.
+
+    ``factor = gamma / sqrt(var + eps)`` and ``shift = beta - mean * factor`` (Ioffe and Szegedy 2015, algorithm 2).
+    """
+    mean, var, eps = norm.running_mean.double(), norm.running_var.double(), norm.eps  # type: ignore[union-attr, operator]
+    gamma = norm.weight.detach().double() if norm.weight is not None else torch.ones_like(mean)  # type: ignore[operator]
+    beta = norm.bias.detach().double() if norm.bias is not None else torch.zeros_like(mean)  # type: ignore[operator]
+    factor = gamma / torch.sqrt(var + eps)  # type: ignore[operator]
+    return factor, beta - mean * factor
+
+
+@torch.no_grad()
+def fold(weight: Tensor, bias: Tensor | None, norm: nn.Module | None, quantizer: Quantizer | None) -> FoldedLayer:
+    """Fold ``norm`` into a layer, and quantize its weight with ``quantizer``'s scales.
+
+    With one symmetric scale for each output channel, folding and quantizing commute: ``w * f`` with the scale
+    ``s * |f|`` has the integers of ``w`` with the scale ``s``, up to the sign of ``f``. So the INT8 layer holds the
+    very integers that quantization-aware training rounded to.
+
+    Args:
+        weight: shape ``(O, I, ...)``.
+        bias: shape ``(O,)`` or None.
+        norm: the batch norm behind the layer, or None.
+        quantizer: the weight's quantizer, symmetric and per channel on axis 0, or None to fold in float alone.
+    """
+    dtype = torch.float32
+    factor = torch.ones(weight.shape[0], dtype=torch.float64, device=weight.device)
+    folded_bias = bias.detach().double() if bias is not None else None
+    if norm is not None:
+        factor, shift = batch_norm_affine(norm)
+        folded_bias = shift if folded_bias is None else folded_bias * factor + shift
+    column = factor.reshape(-1, *[1] * (weight.dim() - 1))
+    folded_weight = (weight.detach().double() * column).to(dtype)
+    out_bias = None if folded_bias is None else folded_bias.to(dtype)
+    if quantizer is None:
+        return FoldedLayer(folded_weight, out_bias)
+    weight_int = quantize(weight.detach().float(), quantizer.scale, quantizer.zero_point, quantizer.spec)
+    weight_int = weight_int * column.sign().to(weight_int.dtype)  # a factor of 0 leaves a channel of zeros
+    scale = (quantizer.scale.double() * factor.abs()).to(dtype)
+    scale = torch.where(scale > 0, scale, torch.full_like(scale, SCALE_EPS))
+    return FoldedLayer(folded_weight, out_bias, weight_int, scale)

@@ -1,0 +1,230 @@
+"""Where quantizers go: chains of operators that one INT8 kernel runs, and the tensors between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lq.graph.ops import OpKind, WeightedOp, classify, module_of, weighted_op
+from lq.graph.tracing import TracedGraph
+
+
+@dataclass
+class Chain:
+    """What one INT8 kernel computes: conv or linear, then batch norm (folded), residual add and clamp, each optional.
+
+    Args:
+        op: the convolution or linear layer.
+        name: the layer's path in the module, for people and for state dicts.
+        batch_norm: the batch norm behind it that its weight takes in.
+        add: the residual add that the kernel does on its way out.
+        residual: the add's other operand.
+        clamp: the ReLU (or a relative) behind it.
+    """
+
+    op: WeightedOp
+    name: str
+    batch_norm: fx.Node | None = None
+    add: fx.Node | None = None
+    residual: fx.Node | None = None
+    clamp: fx.Node | None = None
+
+    @property
+    def weight_key(self) -> str:
+        """Name of the weight's quantizer: ``layer1.0.conv1.weight``."""
+        return f"{self.name}.weight"
+
+    @property
+    def end(self) -> fx.Node:
+        """The node whose value leaves the kernel."""
+        return self.clamp or self.add or self.batch_norm or self.op.node
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        return tuple(node for node in (self.op.node, self.batch_norm, self.add, self.clamp) if node is not None)
+
+
+@dataclass
+class Placement:
+    """The chains that run in INT8, the tensors that get a quantizer, and what stays float with the reason.
+
+    Args:
+        chains: in the order of the graph.
+        activations: the nodes whose output gets a quantizer; the quantizer's name is the node's ``meta["site"]``.
+        float_layers: reason why a layer stays float, by its path.
+    """
+
+    chains: list[Chain] = field(default_factory=list)
+    activations: list[fx.Node] = field(default_factory=list)
+    float_layers: dict[str, str] = field(default_factory=dict)
+
+    def chain_of(self) -> dict[fx.Node, Chain]:
+        """The chain each node belongs to."""
+        return {node: chain for chain in self.chains for node in chain.nodes}
+
+
+def site(node: fx.Node) -> str:
+    return str(node.meta["site"])
+
+
+def source_of(node: fx.Node, root: nn.Module) -> fx.Node:
+    """The tensor whose grid ``node`` lies on: behind it are only operators that move or select values."""
+    while classify(node, root) in (OpKind.SAME_SCALE, OpKind.IDENTITY) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _next(node: fx.Node, root: nn.Module) -> fx.Node | None:
+    """The only reader of ``node``, looking through identities; None where there are several or none."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if classify(node, root) is not OpKind.IDENTITY:
+            return node
+    return None
+
+
+def _is_float_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _depends_on_input(node: fx.Node) -> bool:
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if current.op == "placeholder":
+            return True
+        if current not in seen:
+            seen.add(current)
+            pending.extend(current.all_input_nodes)
+    return False
+
+
+def _layer_name(op: WeightedOp) -> str:
+    # A functional call takes the name of its weight's owner where it has one: conv subclasses keep their own path.
+    if op.module is not None:
+        return str(op.node.target)
+    assert op.weight is not None
+    if op.weight.op == "get_attr" and str(op.weight.target).endswith(".weight"):
+        return str(op.weight.target).removesuffix(".weight")
+    return site(op.node)
+
+
+class _Placer:
+    def __init__(self, traced: TracedGraph, root: nn.Module, values: Mapping[fx.Node, Any]) -> None:
+        self.graph = traced.graph
+        self.root = root
+        self.values = values
+        self.order = {node: index for index, node in enumerate(self.graph.nodes)}
+        self.placement = Placement(float_layers=dict(traced.float_leaves))
+
+    def place(self) -> Placement:
+        self._find_chains()
+        self._attach_batch_norms()
+        self._attach_residuals()
+        for chain in self.placement.chains:
+            follower = _next(chain.end, self.root)
+            if chain.clamp is None and follower is not None and classify(follower, self.root) is OpKind.CLAMP:
+                chain.clamp = follower
+        self._place_activations()
+        return self.placement
+
+    def _find_chains(self) -> None:
+        for node in self.graph.nodes:
+            kind = classify(node, self.root)
+            if kind not in (OpKind.CONV, OpKind.LINEAR):
+                continue
+            op = weighted_op(node, self.root)
+            if op is None:
+                self.placement.float_layers[site(node)] = "its weight, stride or padding is computed from the input"
+                continue
+            name = _layer_name(op)
+            if not _is_float_tensor(self.values[op.input]):
+                self.placement.float_layers[name] = "its input is no floating-point tensor"
+            elif op.weight is not None and _depends_on_input(op.weight):
+                self.placement.float_layers[name] = "its weight is computed from the input"
+            else:
+                self.placement.chains.append(Chain(op, name))
+
+    def _attach_batch_norms(self) -> None:
+        found = {chain.op.node: self._foldable_batch_norm(chain) for chain in self.placement.chains}
+        norms_of: dict[str, set[str | None]] = {}
+        for chain in self.placement.chains:
+            norm = found[chain.op.node]
+            norms_of.setdefault(chain.name, set()).add(str(norm.target) if norm is not None else None)
+        for chain in self.placement.chains:
+            # A layer that is called twice has one weight: it takes in a batch norm only if it is the same both times.
+            if len(norms_of[chain.name]) == 1:
+                chain.batch_norm = found[chain.op.node]
+
+    def _foldable_batch_norm(self, chain: Chain) -> fx.Node | None:
+        node = _next(chain.op.node, self.root)
+        if node is None or classify(node, self.root) is not OpKind.BATCH_NORM:
+            return None
+        norm = module_of(node, self.root)
+        if getattr(norm, "running_mean", None) is None:
+            self.placement.float_layers[str(node.target)] = "it has no running statistics to fold"
+            return None
+        # A linear layer's features are its last axis, a batch norm's the second: the same only for (N, C).
+        if chain.op.kind is OpKind.LINEAR and self.values[chain.op.node].dim() != 2:
+            return None
+        return node
+
+    def _attach_residuals(self) -> None:
+        ends = {chain.end: chain for chain in self.placement.chains}
+        for node in self.graph.nodes:
+            if classify(node, self.root) is not OpKind.ADD or node.args[0] is node.args[1]:
+                continue
+            left, right = node.args
+            a, b = self.values[left], self.values[right]
+            if not (_is_float_tensor(a) and _is_float_tensor(b) and a.shape == b.shape):
+                continue
+            candidates = []
+            for operand, other in ((left, right), (right, left)):
+                end = self._through_identity(operand)
+                if end in ends and _next(end, self.root) is node and ends[end].op.kind is OpKind.CONV:
+                    candidates.append((self.order[end], ends[end], other))
+            if candidates:
+                # The kernel adds what is there already, so the convolution that runs last is the one that adds.
+                _, chain, residual = max(candidates, key=lambda candidate: candidate[0])
+                chain.add, chain.residual = node, residual
+
+    def _through_identity(self, node: fx.Node) -> fx.Node:
+        while classify(node, self.root) is OpKind.IDENTITY and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        return node
+
+    def _place_activations(self) -> None:
+        ends = {chain.end for chain in self.placement.chains}
+        wanted = set()
+        for chain in self.placement.chains:
+            wanted.add(source_of(chain.op.input, self.root))
+            if chain.residual is not None:
+                wanted.add(source_of(chain.residual, self.root))
+        for node in self.graph.nodes:
+            # Pooling an INT8 kernel's output: reading it as INT8 lets the kernel before write INT8.
+            if classify(node, self.root) is OpKind.AVG_POOL and isinstance(node.args[0], fx.Node):
+                source = source_of(node.args[0], self.root)
+                if source in ends:
+                    wanted.add(source)
+        self.placement.activations = sorted(wanted, key=self.order.__getitem__)
+
+
+def place(traced: TracedGraph, root: nn.Module, values: Mapping[fx.Node, Any]) -> Placement:
+    """Decide what runs in INT8 and which tensors get a quantizer.
+
+    The rules are those of oneDNN's and OpenVINO's INT8 kernels: conv → batch norm → add → ReLU is one kernel; of a
+    residual add only the operand that is *not* the kernel's own convolution is quantized; operators that move or select
+    values share the grid of their input; each distinct tensor has one quantizer at most; the classifier's output,
+    which no INT8 kernel reads, stays float.
+
+    Args:
+        traced: the graph of evaluation mode.
+        root: the module it was traced from.
+        values: an example value for each node.
+    """
+    with torch.no_grad():
+        return _Placer(traced, root, values).place()

@@ -1,0 +1,63 @@
+"""The quantize and dequantize operators of a converted graph, with scales as buffers or as constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
+from torch import fx, nn
+
+_ops = torch.ops.quantized_decomposed
+
+#: With scale and zero point as tensors: what a module's state dict holds.
+QUANTIZE_BUFFER = _ops.quantize_per_tensor.tensor
+DEQUANTIZE_BUFFER = _ops.dequantize_per_tensor.tensor
+
+#: With both as numbers: what kernels, exporters and compilers want.
+QUANTIZE = _ops.quantize_per_tensor.default
+DEQUANTIZE = _ops.dequantize_per_tensor.default
+
+DEQUANTIZE_WEIGHT = _ops.dequantize_per_channel.default
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Arguments of a per-tensor quantize or dequantize node behind the tensor: all numbers."""
+
+    scale: float
+    zero_point: int
+    quant_min: int
+    quant_max: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Grid:
+        """The grid of a :data:`QUANTIZE` or :data:`DEQUANTIZE` node."""
+        return cls(*node.args[1:6])  # type: ignore[arg-type]
+
+
+def lookup(root: nn.Module, target: str) -> Any:
+    """The attribute of ``root`` that a ``get_attr`` node reads."""
+    path, _, name = target.rpartition(".")
+    return getattr(root.get_submodule(path), name)
+
+
+def constant_qparams(graph: fx.Graph, root: nn.Module) -> fx.Graph:
+    """A copy of ``graph`` in which every per-tensor scale and zero point is the number its buffer holds now."""
+    copy = fx.Graph()
+    output = copy.graph_copy(graph, {}, return_output_node=True)
+    assert isinstance(output, tuple)
+    copy.output(output[0])
+    constant = {QUANTIZE_BUFFER: QUANTIZE, DEQUANTIZE_BUFFER: DEQUANTIZE}
+    for node in copy.nodes:
+        if node.op == "call_function" and node.target in constant:
+            x, scale, zero_point, *rest = node.args
+            node.args = (x, lookup(root, scale.target).item(), lookup(root, zero_point.target).item(), *rest)
+            node.target = constant[node.target]
+    for node in reversed(list(copy.nodes)):
+        if node.op == "get_attr" and not node.users:
+            copy.erase_node(node)
+    copy.lint()
+    return copy

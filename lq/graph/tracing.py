@@ -1,0 +1,158 @@
+"""From a module to an `fx.Graph`: symbolic tracing that goes around what it cannot trace."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from lq.graph.ops import WEIGHTED_MODULES, argument, is_inplace
+
+
+class CaptureError(RuntimeError):
+    """The model cannot be captured as a graph; the message names the module and the reason."""
+
+
+@dataclass
+class TracedGraph:
+    """A traced forward.
+
+    Args:
+        graph: the graph; a node's ``meta["site"]`` names the tensor it makes, after where in the module that happens.
+        entered: paths of the modules whose Python code was traced (and whose ``training`` flag may be baked in).
+        float_leaves: paths of the modules that could not be traced and are called as they are, with the reason.
+    """
+
+    graph: fx.Graph
+    entered: tuple[str, ...]
+    float_leaves: dict[str, str] = field(default_factory=dict)
+
+
+class _UntraceableModuleError(Exception):
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+def is_custom_layer(module: nn.Module) -> bool:
+    """Whether a module is a Conv or Linear by inheritance, with a forward of its own to be traced into."""
+    for base in WEIGHTED_MODULES:
+        if isinstance(module, base):
+            return type(module).forward is not base.forward
+    return False
+
+
+class _Tracer(fx.Tracer):
+    """Keeps `torch.nn` layers whole, traces into everything else, and remembers where each node comes from."""
+
+    def __init__(self, inputs: Sequence[str], settings: Mapping[str, Any], float_leaves: Collection[str]) -> None:
+        super().__init__()
+        self._inputs = inputs
+        self._settings = settings
+        self._float_leaves = float_leaves
+        self._scopes: list[str] = [""]
+        self.entered: list[str] = [""]
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        # fx's own way needs every setting spelled out as a "concrete argument" and leaves checks on it in the graph.
+        proxies = {name: self.create_proxy("placeholder", name, (), {}) for name in self._inputs}
+        return lambda: root_fn(self.root, **proxies, **self._settings), []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self._float_leaves:
+            return True
+        if is_custom_layer(m):
+            return False
+        # torch.ao's QuantStub and FloatFunctional live outside torch.nn and hold nothing: traced into, they vanish.
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        path = self.path_of_module(m)
+        if not self.is_leaf_module(m, path) and path not in self.entered:
+            self.entered.append(path)
+        self._scopes.append(path)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except _UntraceableModuleError:
+            raise
+        except Exception as error:  # whatever Python does with a proxy that it could have done with a tensor
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise _UntraceableModuleError(path, reason) from error
+        finally:
+            self._scopes.pop()
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, target, *args, **kwargs)
+        node.meta["scope"] = self._scopes[-1]
+        return node
+
+
+def trace(module: nn.Module, inputs: Sequence[str], settings: Mapping[str, Any]) -> TracedGraph:
+    """Trace the forward of ``module``'s class, in the training mode its submodules are in now.
+
+    A submodule that cannot be traced (control flow that depends on data, for example) becomes a leaf that is called
+    as it is; the innermost one is taken, so that as much as possible of the model stays visible.
+
+    Args:
+        module: the module.
+        inputs: names of the forward's arguments that carry tensors (see :class:`~lq.graph.signature.CallSignature`).
+        settings: its other arguments, with their values.
+
+    Raises:
+        CaptureError: where the module's own forward cannot be traced.
+    """
+    float_leaves: dict[str, str] = {}
+    while True:
+        tracer = _Tracer(inputs, settings, float_leaves)
+        try:
+            graph = tracer.trace(module)
+            break
+        except _UntraceableModuleError as error:
+            float_leaves[error.path] = error.reason
+        except Exception as error:
+            raise CaptureError(
+                f"the forward of {type(module).__name__} cannot be captured as a graph: {error}. "
+                f"Move the part that depends on data into a submodule of its own (that one then stays in float), or "
+                f"quantize only a part of the model by naming it"
+            ) from error
+    _functionalize(graph, module)
+    _name_sites(graph)
+    return TracedGraph(graph, tuple(tracer.entered), float_leaves)
+
+
+def _functionalize(graph: fx.Graph, root: nn.Module) -> None:
+    """Let what reads a tensor after an in-place operator read that operator's output: same values, no aliases.
+
+    Without this, a quantizer on the output would not be seen by readers that still hold the input's name.
+    """
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        mutated = argument(node, 0, "input")
+        if isinstance(mutated, fx.Node) and is_inplace(node, root):
+            mutated.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
+
+
+def _name_sites(graph: fx.Graph) -> None:
+    """Give each node a name that depends on where in the module it was made, not on its place in the whole graph.
+
+    The graphs of training and of evaluation mode differ; what they share must have the same name in both.
+    """
+    seen: Counter[str] = Counter()
+    for node in graph.nodes:
+        if node.op in ("placeholder", "call_module", "get_attr"):
+            base = str(node.target)
+        else:
+            target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "op")
+            scope = node.meta["scope"]
+            base = f"{scope}.{target.strip('_')}" if scope else target.strip("_")
+        count = seen[base]
+        seen[base] += 1
+        node.meta["site"] = f"{base}_{count}" if count else base

@@ -1,0 +1,123 @@
+"""The INT8 network: what conversion makes of a prepared module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from lq.graph.codegen import compile_graph
+from lq.graph.qdq import constant_qparams
+from lq.runtime.cpu import has_onednn_int8
+from lq.runtime.onednn import LoweredGraph, lower
+
+Execution = Literal["auto", "kernels", "simulation"]
+
+
+class Int8Module(nn.Module):
+    """An INT8 network as a module for inference.
+
+    Its state dict holds the integer weights, their scales, the biases, and the scale and zero point of each quantized
+    activation, under the float model's names. On an x86 CPU the forward runs INT8 kernels; on any other device, or with
+    ``execution="simulation"``, the same network in float arithmetic on the same grids.
+
+    Made by :func:`lq.convert` and :func:`lq.load`, not by hand.
+
+    Args:
+        root: the module that the graph reads from.
+        graph: the quantize/dequantize graph.
+        execution: ``"auto"``, ``"kernels"`` (an error where there are none) or ``"simulation"``.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, execution: Execution = "auto") -> None:
+        super().__init__()
+        for name, child in root.named_children():
+            self.add_module(name, child)
+        for name, buffer in root.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+        for name, parameter in root.named_parameters(recurse=False):
+            self.register_parameter(name, nn.Parameter(parameter.detach(), requires_grad=False))
+        for name, value in root.__dict__.items():
+            if name not in self.__dict__ and not name.startswith("_"):
+                setattr(self, name, value)
+        self.graph = graph
+        self._input_names = tuple(str(node.target) for node in graph.nodes if node.op == "placeholder")
+        self._compiled: dict[str, Callable[..., Any]] = {}
+        self.execution = execution
+        self.eval()
+
+    @property
+    def execution(self) -> Execution:
+        """Where the forward computes; see the class."""
+        return self._execution
+
+    @execution.setter
+    def execution(self, value: Execution) -> None:
+        if value not in get_args(Execution):
+            raise ValueError(f"execution={value!r} is unknown; choose one of {', '.join(map(repr, get_args(Execution)))}")
+        if value == "kernels" and not has_onednn_int8():
+            raise ValueError(
+                "execution='kernels': this machine has no oneDNN INT8 kernels (an x86 CPU and a torch build with "
+                "oneDNN are needed); choose 'auto' or 'simulation'"
+            )
+        self._execution: Execution = value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = self._bind(args, kwargs)
+        with torch.no_grad():
+            return self._function(inputs)(*inputs)
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        names = self._input_names
+        if len(args) > len(names) or set(kwargs) - set(names[len(args) :]) or len(args) + len(kwargs) < len(names):
+            got = [*(f"argument {i}" for i in range(len(args))), *kwargs]
+            raise TypeError(
+                f"this INT8 module takes the inputs {', '.join(names)}, got {', '.join(got) or 'none'}; the other "
+                f"arguments of the float model's forward were fixed when it was converted"
+            )
+        return [*args, *(kwargs[name] for name in names[len(args) :])]
+
+    def _function(self, inputs: list[Any]) -> Callable[..., Any]:
+        on_cpu = all(leaf.device.type == "cpu" for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+        kernels = self.execution == "kernels" or (self.execution == "auto" and on_cpu and has_onednn_int8())
+        key = "kernels" if kernels else "simulation"
+        if key not in self._compiled:
+            self._compiled[key] = self._lowered().compile(self) if kernels else self._simulation()
+        return self._compiled[key]
+
+    def _simulation(self) -> Callable[..., Any]:
+        forward = compile_graph(constant_qparams(self.graph, self), "INT8 simulation")
+        return lambda *inputs: forward(self, *inputs)
+
+    def _lowered(self) -> LoweredGraph:
+        return lower(constant_qparams(self.graph, self), self)
+
+    def kernel_graph(self) -> fx.Graph:
+        """The graph that runs on the CPU, with its oneDNN operators, to be looked at."""
+        return self._lowered().graph
+
+    def train(self, mode: bool = True) -> Int8Module:
+        """Nothing here trains: the modules that stayed float keep computing as in evaluation."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Module:
+        self._compiled.clear()
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._compiled.clear()
+        return super().load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Also reached when a parent module loads; packed weights made from the old tensors must go.
+        self._compiled.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": {}}
+
+    def extra_repr(self) -> str:
+        return f"inputs=({', '.join(self._input_names)}), execution={self.execution!r}"

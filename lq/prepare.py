@@ -1,0 +1,242 @@
+"""Prepare: put quantizers on a float model, in place, and take them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from lq.graph.analysis import GraphAnalysis, analyse
+from lq.graph.captured import QUANTIZERS, CapturedForward, QuantizerTree, WeightQuantizedForward, without_quantizers
+from lq.graph.placement import site
+from lq.graph.signature import CallSignature
+from lq.quantizer import (
+    ACTIVATION_OBSERVERS,
+    Quantizer,
+    QuantizerState,
+    WeightQuantizer,
+    activation_quantizer,
+    weight_quantizer,
+)
+from lq.targets import Target, get_target
+
+M = TypeVar("M", bound=nn.Module)
+
+Mode = Literal["ptq", "qat"]
+
+
+class NothingToQuantizeError(ValueError):
+    """The model has no layer that could run in INT8."""
+
+
+class PreparedForward(CapturedForward):
+    """The forward of a prepared module, with what it was prepared for.
+
+    Args:
+        module: see :class:`~lq.graph.captured.CapturedForward`.
+        analysis: the float module's graph.
+        sites: see :class:`~lq.graph.captured.CapturedForward`.
+        target: the engine family the quantizers were placed for.
+        inputs: example inputs by name; conversion runs the folded model on them.
+        settings: the forward's other arguments.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        analysis: GraphAnalysis,
+        sites: Mapping[str, str],
+        target: Target,
+        inputs: Mapping[str, Any],
+        settings: Mapping[str, Any],
+    ) -> None:
+        super().__init__(module, analysis.traced, sites)
+        self.target = target
+        self.inputs = dict(inputs)
+        self.settings = dict(settings)
+
+    def analyse(self) -> GraphAnalysis:
+        """The float graph of the module as it is now, run on the example inputs with all quantizers off."""
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        inputs = tree_map(lambda v: v.to(device) if isinstance(v, torch.Tensor) else v, self.inputs)
+        with quantizers_off(self.module), without_quantizers(self.module):
+            return analyse(self.module, inputs, self.settings)
+
+
+def example_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``(args, kwargs)`` of a forward call: a tuple is its arguments, a dict its keywords, anything else its one
+    argument."""
+    if isinstance(example_inputs, tuple):
+        return example_inputs, {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (example_inputs,), {}
+
+
+def is_prepared(module: nn.Module) -> bool:
+    """Whether ``module`` carries quantizers that :func:`prepare` put there."""
+    return isinstance(module.__dict__.get("forward"), CapturedForward)
+
+
+def prepared_forward(module: nn.Module) -> PreparedForward:
+    """What is known of a prepared module.
+
+    Raises:
+        ValueError: where ``module`` is not prepared.
+    """
+    forward = module.__dict__.get("forward")
+    if not isinstance(forward, PreparedForward):
+        raise ValueError(
+            f"this {type(module).__name__} is not prepared; call lq.prepare(model, example_inputs) first"
+        )
+    return forward
+
+
+def prepare(
+    model: M,
+    example_inputs: Any,
+    *,
+    target: str | Target = "x86",
+    mode: Mode = "ptq",
+    observer: str | None = None,
+) -> M:
+    """Put quantizers on the tensors of ``model``, in place.
+
+    The model stays the object it is: its class, methods, attributes and parameter names are kept, and its state dict
+    has the float keys and those of the quantizers. With ``mode="ptq"`` the quantizers are off until
+    :func:`~lq.calibrate`; with ``mode="qat"`` they watch the training batches and round from the first one on, and the
+    model is ready to be trained.
+
+    Args:
+        model: a float module; where in eval or training mode does not matter, and is kept.
+        example_inputs: inputs to run the model with once: a tensor, a tuple (the arguments of the forward) or a dict
+            (its keyword arguments). A batch of two or more lets the batch size of the exported model vary.
+        target: the engine family: a name or a :class:`~lq.Target`.
+        mode: ``"ptq"`` or ``"qat"``.
+        observer: statistics of the activations, ``"minmax"`` or ``"moving_average"``. By default ``"minmax"`` for PTQ,
+            where every batch counts, and ``"moving_average"`` for QAT, where early batches are to be forgotten.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: where an argument is none of its choices, or the model is prepared already.
+        NothingToQuantizeError: where no layer of the model can run in INT8.
+        CaptureError: where the forward of ``model`` cannot be captured as a graph.
+
+    Example:
+        >>> import lq, torch, torchvision
+        >>> model = lq.prepare(torchvision.models.resnet18(), torch.randn(2, 3, 32, 32))
+        >>> model = lq.calibrate(model, [torch.randn(8, 3, 32, 32)])
+        >>> int8 = lq.convert(model)
+        >>> int8(torch.randn(1, 3, 32, 32)).shape
+        torch.Size([1, 1000])
+    """
+    resolved = get_target(target)
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode={mode!r} is unknown; choose 'ptq' or 'qat'")
+    if observer is None:
+        observer = "minmax" if mode == "ptq" else "moving_average"
+    if observer not in ACTIVATION_OBSERVERS:
+        raise ValueError(f"observer={observer!r} is unknown; choose one of {', '.join(map(repr, ACTIVATION_OBSERVERS))}")
+    if is_prepared(model):
+        raise ValueError(
+            f"this {type(model).__name__} is prepared already; call lq.unprepare(model) first to prepare it anew"
+        )
+
+    args, kwargs = example_arguments(example_inputs)
+    inputs, settings = CallSignature(type(model).forward).bind(args, kwargs)
+    analysis = analyse(model, inputs, settings)
+    placement = analysis.placement
+    if not placement.chains:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in placement.float_layers.items())
+        raise NothingToQuantizeError(
+            f"nothing to quantize in {type(model).__name__}: its forward runs no convolution or linear layer that an "
+            f"INT8 kernel exists for{reasons}"
+        )
+
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    tree = QuantizerTree()
+    sites: dict[str, str] = {}
+    for node in placement.activations:
+        sites[site(node)] = site(node)
+        tree.add(site(node), activation_quantizer(resolved.activation, observer).to(device))
+    for chain in placement.chains:
+        layer: Any = chain.op.module
+        if chain.weight_key not in dict(tree.items()):
+            weight = layer.weight if layer is not None else analysis.values[chain.op.weight]
+            tree.add(chain.weight_key, weight_quantizer(resolved.weight, weight))
+        if chain.op.weight is not None:
+            sites[site(chain.op.weight)] = chain.weight_key
+    for module in tree.modules():
+        module.train(model.training)
+    model.add_module(QUANTIZERS, tree)
+    for chain in placement.chains:
+        if chain.op.module is not None:
+            quantizer = tree[chain.weight_key]
+            assert isinstance(quantizer, WeightQuantizer)
+            chain.op.module.forward = WeightQuantizedForward(chain.op.module, quantizer)
+    model.forward = PreparedForward(model, analysis, sites, resolved, inputs, settings)
+    if mode == "qat":
+        set_state(model, QuantizerState.OBSERVE | QuantizerState.FAKE_QUANTIZE)
+    return model
+
+
+def unprepare(model: M) -> M:
+    """Take everything off ``model`` that :func:`prepare` put on it; the weights stay as they are now.
+
+    Raises:
+        ValueError: where ``model`` is not prepared.
+    """
+    prepared_forward(model)
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), (CapturedForward, WeightQuantizedForward)):
+            del module.forward
+    del model._modules[QUANTIZERS]
+    return model
+
+
+def quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """The quantizers of a prepared model by name: a tensor's (``layer1.0.relu``) or a weight's
+    (``layer1.0.conv1.weight``).
+
+    Raises:
+        ValueError: where ``model`` is not prepared.
+    """
+    prepared_forward(model)
+    tree = model._modules[QUANTIZERS]
+    assert isinstance(tree, QuantizerTree)
+    return dict(tree.items())
+
+
+def set_state(model: nn.Module, state: QuantizerState) -> None:
+    """Set what every quantizer of ``model`` does."""
+    for quantizer in quantizers(model).values():
+        quantizer.state = state
+
+
+def freeze(model: nn.Module) -> None:
+    """Stop watching activations: their scales and zero points keep their values from here on.
+
+    A weight's scale goes on following the weight, which is at hand at all times and clips where it does not.
+    """
+    for quantizer in quantizers(model).values():
+        if not isinstance(quantizer, WeightQuantizer):
+            quantizer.state &= ~QuantizerState.OBSERVE
+
+
+@contextmanager
+def quantizers_off(model: nn.Module) -> Iterator[None]:
+    """The float model: every quantizer off, and its state back afterwards."""
+    states = {quantizer: quantizer.state for quantizer in quantizers(model).values()}
+    try:
+        for quantizer in states:
+            quantizer.state = QuantizerState.OFF
+        yield
+    finally:
+        for quantizer, state in states.items():
+            quantizer.state = state

@@ -1,0 +1,126 @@
+"""The quantizer: the one module that is put on a tensor of the graph."""
+
+from __future__ import annotations
+
+import enum
+
+import torch
+from torch import Tensor, nn
+
+from lq.functional import choose_qparams, fake_quantize
+from lq.observers import MinMaxObserver, MovingAverageObserver, Observer
+from lq.spec import QuantSpec
+
+
+class QuantizerState(enum.IntFlag):
+    """What a quantizer does to the tensor that passes through it."""
+
+    OFF = 0
+    OBSERVE = 1
+    FAKE_QUANTIZE = 2
+
+
+class Quantizer(nn.Module):
+    """Watches a tensor and, once it has a range, rounds it to the grid of ``spec``.
+
+    It holds buffers only, no parameters, so that optimizers and gradient synchronisation do not see it. What it is
+    doing (its :class:`QuantizerState`, and whether it has a range) travels in the state dict as a small tensor.
+
+    Args:
+        spec: the integer grid.
+        observer: collects the statistics the range is computed from.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, spec: QuantSpec, observer: Observer) -> None:
+        super().__init__()
+        self.spec = spec
+        self.observer = observer
+        self.state = QuantizerState.OFF
+        self.calibrated = False
+        low, _ = observer.range()
+        self.register_buffer("scale", torch.ones_like(low))
+        self.register_buffer("zero_point", torch.zeros_like(low, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._observes(x):
+            self.observer(x)
+            if self.state & QuantizerState.FAKE_QUANTIZE:
+                self.update_qparams()
+        if self.state & QuantizerState.FAKE_QUANTIZE and self.calibrated:
+            return fake_quantize(x, self.scale, self.zero_point, self.spec)
+        return x
+
+    def _observes(self, x: Tensor) -> bool:
+        # While it rounds, it learns from training batches alone: validation data must not move the ranges.
+        if not self.state & QuantizerState.OBSERVE or x.numel() == 0:
+            return False
+        return self.training or not self.state & QuantizerState.FAKE_QUANTIZE
+
+    @torch.no_grad()
+    def update_qparams(self) -> None:
+        """Compute scale and zero point anew from the observer's statistics."""
+        scale, zero_point = choose_qparams(*self.observer.range(), self.spec)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self.calibrated = True
+
+    def quantized_range(self) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest real value on the grid, each of shape ``()`` or ``(C,)``."""
+        low = (self.spec.quant_min - self.zero_point) * self.scale
+        high = (self.spec.quant_max - self.zero_point) * self.scale
+        return low, high
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([int(self.state), int(self.calibrated)], dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        flags, calibrated = state.tolist()
+        self.state = QuantizerState(flags)
+        self.calibrated = bool(calibrated)
+
+    def extra_repr(self) -> str:
+        return f"{self.spec}, state={self.state.name}"
+
+
+class WeightQuantizer(Quantizer):
+    """A quantizer whose tensor is always at hand: it takes the range anew from the weight each time it sees it.
+
+    An optimizer step or a loaded checkpoint moves the weight, so a range kept from before would be stale; only a
+    frozen one (state without ``OBSERVE``) is kept.
+    """
+
+    def _observes(self, x: Tensor) -> bool:
+        return bool(self.state & QuantizerState.OBSERVE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._observes(x):
+            self.observer.reset()
+        return super().forward(x)
+
+    @torch.no_grad()
+    def refresh(self, weight: Tensor) -> None:
+        """Bring scale and zero point up to date with ``weight``, unless they are frozen."""
+        if self._observes(weight) or not self.calibrated:
+            self.observer.reset()
+            self.observer(weight)
+            self.update_qparams()
+
+
+def activation_quantizer(spec: QuantSpec, observer: str) -> Quantizer:
+    """A per-tensor quantizer with the observer called ``"minmax"`` or ``"moving_average"``."""
+    return Quantizer(spec, ACTIVATION_OBSERVERS[observer]())
+
+
+def weight_quantizer(spec: QuantSpec, weight: Tensor) -> WeightQuantizer:
+    """A min/max quantizer for ``weight``, on the weight's device."""
+    channels = 1 if spec.ch_axis is None else weight.shape[spec.ch_axis]
+    return WeightQuantizer(spec, MinMaxObserver(spec.ch_axis, channels)).to(weight.device)
+
+
+ACTIVATION_OBSERVERS: dict[str, type[MinMaxObserver] | type[MovingAverageObserver]] = {
+    "minmax": MinMaxObserver,
+    "moving_average": MovingAverageObserver,
+}

@@ -1,0 +1,175 @@
+"""What was quantized, with which scheme and range, and what stayed float and why."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import fx, nn
+
+from lq.graph.analysis import GraphAnalysis
+from lq.graph.ops import OpKind, classify
+from lq.graph.placement import site, source_of
+from lq.prepare import is_prepared, prepared_forward, quantizers
+from lq.quantizer import Quantizer
+from lq.targets import Target
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One row of the report.
+
+    Args:
+        name: the layer's path in the module.
+        kind: what it is, with what is fused into it: ``"conv + batch_norm + add + relu"``.
+        precision: ``"int8"`` or ``"float"``.
+        weight: scheme and range of the weight, or ``""``.
+        input: name, scheme and range of the input's quantizer, or ``""``.
+        reason: why it stays float, or ``""``.
+    """
+
+    name: str
+    kind: str
+    precision: str
+    weight: str = ""
+    input: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What quantization did to a model, layer by layer; ``str(report)`` is a table.
+
+    Args:
+        model: class name of the model.
+        target: name of the target.
+        layers: in the order of the graph.
+        fold_difference: the largest relative difference that folding batch norm made, or None before conversion.
+    """
+
+    model: str
+    target: str
+    layers: tuple[LayerReport, ...]
+    fold_difference: float | None = None
+
+    @property
+    def int8_layers(self) -> tuple[LayerReport, ...]:
+        return tuple(layer for layer in self.layers if layer.precision == "int8")
+
+    @property
+    def float_layers(self) -> tuple[LayerReport, ...]:
+        return tuple(layer for layer in self.layers if layer.precision == "float")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dicts, lists, strings and numbers, for JSON."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        title = f"{self.model} for {self.target}: {len(self.int8_layers)} layers in INT8"
+        if self.float_layers:
+            title += f", {len(self.float_layers)} in float"
+        table = Table(title=title)
+        for header in ("layer", "operators", "runs in", "weight", "input (quantizer, range)", "why float"):
+            table.add_column(header, overflow="fold")
+        for layer in self.layers:
+            table.add_row(layer.name, layer.kind, layer.precision, layer.weight, layer.input, layer.reason)
+        if self.fold_difference is not None:
+            table.caption = f"largest relative difference from folding batch norm: {self.fold_difference:.1e}"
+        return table
+
+    def __str__(self) -> str:
+        buffer = io.StringIO()
+        Console(file=buffer, width=150).print(self.table())
+        return buffer.getvalue()
+
+
+def _range(quantizer: Quantizer) -> str:
+    if not quantizer.calibrated:
+        return "no range yet"
+    low, high = quantizer.quantized_range()
+    if quantizer.spec.per_channel:
+        reach = high.abs()
+        return f"±{reach.min():.3g} to ±{reach.max():.3g}"
+    return f"[{low:.3g}, {high:.3g}]"
+
+
+_FLOAT_REASONS = {
+    OpKind.BATCH_NORM: "no convolution or linear layer right before it to fold into",
+    OpKind.AVG_POOL: "pooling averages in float, between an INT8 input and an INT8 output",
+    OpKind.ADD: "no convolution's own output among its operands",
+    OpKind.OTHER: "no INT8 kernel for this operator",
+}
+
+
+def make_report(
+    model: nn.Module,
+    analysis: GraphAnalysis,
+    quantizers: Mapping[str, Quantizer],
+    target: Target,
+    fold_difference: float | None = None,
+) -> QuantizationReport:
+    """The report of a prepared model, from its float graph."""
+    placement = analysis.placement
+    chain_of = placement.chain_of()
+    layers = []
+    for node in analysis.graph.nodes:
+        chain = chain_of.get(node)
+        if chain is not None:
+            if node is chain.op.node:
+                parts = [chain.op.kind, *(classify(part, model) for part in chain.nodes[1:])]
+                weight = quantizers[chain.weight_key]
+                source = site(source_of(chain.op.input, model))
+                layers.append(
+                    LayerReport(
+                        name=chain.name,
+                        kind=" + ".join(part.value for part in parts),
+                        precision="int8",
+                        weight=f"{weight.spec}, {_range(weight)}",
+                        input=f"{source}: {quantizers[source].spec}, {_range(quantizers[source])}",
+                    )
+                )
+        elif _computes(node, model):
+            kind = classify(node, model)
+            name = site(node)
+            reason = placement.float_layers.get(name, _FLOAT_REASONS.get(kind, "its input or weight has no INT8 form"))
+            label = type(model.get_submodule(name)).__name__ if node.op == "call_module" else _function_name(node)
+            layers.append(LayerReport(name, label, "float", reason=reason))
+    reached = {str(node.target) for node in analysis.graph.nodes if node.op == "call_module"}
+    for name, module in model.named_modules():
+        owner_reached = any(name == path or name.startswith(f"{path}.") for path in reached)
+        chain_names = {chain.name for chain in placement.chains}
+        if isinstance(module, nn.Conv2d | nn.Linear) and not owner_reached and name not in chain_names:
+            layers.append(LayerReport(name, type(module).__name__, "float", reason="the forward does not reach it"))
+    return QuantizationReport(type(model).__name__, target.name, tuple(layers), fold_difference)
+
+
+def _function_name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _computes(node: fx.Node, model: nn.Module) -> bool:
+    """Whether a node does arithmetic worth a row: not a move of values, not a look at a shape."""
+    if node.op not in ("call_module", "call_function", "call_method"):
+        return False
+    if classify(node, model) in (OpKind.IDENTITY, OpKind.SAME_SCALE):
+        return False
+    return _function_name(node) not in ("size", "getattr", "getitem", "dim")
+
+
+def report(model: nn.Module) -> QuantizationReport:
+    """The report of a prepared model, or of an INT8 module.
+
+    Raises:
+        ValueError: where ``model`` is neither.
+    """
+    converted = getattr(model, "report", None)
+    if isinstance(converted, QuantizationReport):
+        return converted
+    if not is_prepared(model):
+        raise ValueError(f"this {type(model).__name__} is neither prepared by lq.prepare nor converted by lq.convert")
+    forward = prepared_forward(model)
+    return make_report(model, forward.analyse(), quantizers(model), forward.target)

@@ -1,0 +1,32 @@
+"""What this machine's CPU can do for INT8."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+
+import torch
+
+
+@cache
+def has_onednn_int8() -> bool:
+    """Whether torch's oneDNN INT8 convolutions and linear layers are there: an x86 CPU, and a build with oneDNN."""
+    return (
+        platform.machine().lower() in ("x86_64", "amd64")
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.onednn, "qconv2d_pointwise")
+    )
+
+
+@cache
+def has_vnni() -> bool:
+    """Whether INT8 products are summed in 32 bits (AVX512-VNNI, AVX-VNNI, AMX).
+
+    Without it oneDNN sums pairs of products in 16 bits with saturation: an 8-bit activation times an 8-bit weight, twice,
+    does not fit there, and large sums come out wrong (oneDNN developer guide, "Nuances of int8 computations").
+    """
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if get_capabilities is not None:
+        capabilities = get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    return bool(torch.cpu._is_avx512_vnni_supported() if hasattr(torch.cpu, "_is_avx512_vnni_supported") else False)

@@ -1,0 +1,301 @@
+"""Lowering of a quantize/dequantize graph to torch's oneDNN INT8 kernels, in process, without a compiler.
+
+``torchao.quantization.pt2e.lowering.lower_pt2e_quantized_to_x86`` does the same through Inductor's private pattern
+passes, for one input shape and in seconds; this graph is our own, each pattern is known where it is made, and a lowered
+graph serves every batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lq.graph.codegen import compile_graph
+from lq.graph.ops import OpKind, classify
+from lq.graph.qdq import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, Grid, lookup
+from lq.runtime.cpu import has_vnni
+
+aten = torch.ops.aten
+onednn = torch.ops.onednn
+
+_CONVOLUTIONS = {
+    aten.conv1d.default: "qconv1d_pointwise",
+    aten.conv2d.default: "qconv2d_pointwise",
+    aten.conv3d.default: "qconv3d_pointwise",
+}
+
+
+def quantize_activation(x: Tensor, scale: float, zero_point: int, grid_min: int, grid_max: int) -> Tensor:
+    """The ``quantize_per_tensor`` operator in few steps, with the channels last as the kernels want them."""
+    q = x.mul(1.0 / scale).round_().add_(zero_point).clamp_(grid_min, grid_max)
+    if q.dim() == 4:
+        return q.to(torch.uint8, memory_format=torch.channels_last)
+    return q.to(torch.uint8)
+
+
+def dequantize_activation(q: Tensor, scale: float, zero_point: int) -> Tensor:
+    """The ``dequantize_per_tensor`` operator."""
+    return q.to(torch.float32).sub_(zero_point).mul_(scale)
+
+
+def _int8_weight_for_this_cpu(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight as the kernels of this CPU can take it without overflow: as it is, or rounded to 7 bits."""
+    if has_vnni() or weight.abs().max() <= 64:
+        return weight, scale
+    return torch.round(weight.float() / 2).to(torch.int8), scale * 2
+
+
+@dataclass
+class _Chain:
+    """The nodes of one kernel: weighted op, add, clamp, quantize; all but the first optional."""
+
+    op: fx.Node
+    add: fx.Node | None = None
+    residual: fx.Node | None = None  # the dequantize node of the other operand
+    clamp: fx.Node | None = None
+    quantize: fx.Node | None = None
+
+    @property
+    def end(self) -> fx.Node:
+        return self.quantize or self.clamp or self.add or self.op
+
+
+@dataclass
+class LoweredGraph:
+    """A graph whose INT8 operators are kernels, and the packed weights it reads.
+
+    Args:
+        graph: reads ``self.module`` (the module it was lowered from) and the constants.
+        constants: packed weights, scales and biases by attribute name.
+        float_ops: names of the conv and linear operators that found no kernel and compute in float.
+    """
+
+    graph: fx.Graph
+    constants: dict[str, Any]
+    float_ops: list[str] = field(default_factory=list)
+
+    def compile(self, module: nn.Module) -> Callable[..., Any]:
+        forward = compile_graph(self.graph, "lowered INT8 graph")
+        state = SimpleNamespace(module=module, **self.constants)
+        return lambda *inputs: forward(state, *inputs)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is(node: Any, *targets: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+class _Lowering:
+    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
+        self.source = graph
+        self.root = root
+        self.lowered = LoweredGraph(fx.Graph(), {})
+        self.graph = self.lowered.graph
+        self.values: dict[fx.Node, fx.Node] = {}
+        self.order = {node: index for index, node in enumerate(graph.nodes)}
+        self.chains = {chain.end: chain for node in graph.nodes if (chain := self._match(node)) is not None}
+        self.inner = {
+            node
+            for chain in self.chains.values()
+            for node in (chain.op, chain.add, chain.clamp)
+            if node is not None and node is not chain.end
+        }
+
+    def run(self) -> LoweredGraph:
+        for node in self.source.nodes:
+            if node in self.inner or _is(node, DEQUANTIZE):
+                continue  # a dequantize is written where something reads it in float
+            if node in self.chains:
+                self.values[node] = self._emit_chain(self.chains[node])
+            elif _is(node, QUANTIZE):
+                self.values[node] = self._emit_quantize(node)
+            else:
+                if _is(node, aten.linear.default, *_CONVOLUTIONS):
+                    self.lowered.float_ops.append(node.name)
+                self.values[node] = self._copy(node, self._read)
+        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        self.graph.lint()
+        return self.lowered
+
+    # Matching
+
+    def _match(self, node: fx.Node) -> _Chain | None:
+        if not _is(node, aten.linear.default, *_CONVOLUTIONS):
+            return None
+        x, weight = node.args[0], node.args[1]
+        bias = node.args[2] if len(node.args) > 2 else None
+        if not (_is(x, DEQUANTIZE) and _is(weight, DEQUANTIZE_WEIGHT)) or (bias is not None and bias.op != "get_attr"):  # type: ignore[union-attr]
+            return None
+        if Grid.of(x).dtype is not torch.uint8:  # type: ignore[arg-type]
+            return None
+        chain = _Chain(node)
+        user = _only_user(chain.end)
+        if node.target is aten.conv2d.default and _is(user, aten.add.Tensor) and len(user.args) == 2:  # type: ignore[union-attr]
+            other = user.args[1] if user.args[0] is node else user.args[0]  # type: ignore[union-attr]
+            quantized_after = self._quantize_behind(user)  # type: ignore[arg-type]
+            if _is(other, DEQUANTIZE) and other is not node and quantized_after and self._runs_last(node, other):  # type: ignore[arg-type]
+                chain.add, chain.residual = user, other  # type: ignore[assignment]
+                user = _only_user(chain.end)
+        if _is(user, aten.relu.default, aten.hardtanh.default) and not (
+            node.target is aten.linear.default and user.target is aten.hardtanh.default  # type: ignore[union-attr]
+        ):
+            chain.clamp = user
+            user = _only_user(chain.end)
+        if _is(user, QUANTIZE) and Grid.of(user).dtype is torch.uint8:  # type: ignore[arg-type]
+            chain.quantize = user
+        return chain
+
+    def _runs_last(self, op: fx.Node, residual: fx.Node) -> bool:
+        # The operand is there before the kernel runs, unless it is itself made from what the kernel makes.
+        return self.order[residual.args[0]] < self.order[op] or self.order[residual] < self.order[op]  # type: ignore[index]
+
+    def _quantize_behind(self, add: fx.Node) -> bool:
+        user = _only_user(add)
+        if _is(user, aten.relu.default):
+            user = _only_user(user)  # type: ignore[arg-type]
+        return _is(user, QUANTIZE)
+
+    # Writing
+
+    def _copy(self, node: fx.Node, read: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        copied = self.graph.node_copy(node, read)
+        if node.op in ("get_attr", "call_module"):
+            copied.target = f"module.{node.target}"
+        return copied
+
+    def _read(self, node: fx.Node) -> fx.Node:
+        if _is(node, DEQUANTIZE):
+            grid = Grid.of(node)
+            integers = self.values[node.args[0]]  # type: ignore[index]
+            return self.graph.call_function(dequantize_activation, (integers, grid.scale, grid.zero_point))
+        return self.values[node]
+
+    def _emit_quantize(self, node: fx.Node) -> fx.Node:
+        grid = Grid.of(node)
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        moved = self._moves_integers(x, grid)
+        if moved is not None:
+            return moved
+        if grid.dtype is not torch.uint8:
+            return self._copy(node, self._read)
+        args = (self._read(x), grid.scale, grid.zero_point, grid.quant_min, grid.quant_max)
+        return self.graph.call_function(quantize_activation, args)
+
+    def _moves_integers(self, x: fx.Node, grid: Grid) -> fx.Node | None:
+        """dequantize → move or select → quantize on the same grid: the operator itself, on the integers."""
+        source = x.args[0] if x.args else None
+        if classify(x, self.root) is not OpKind.SAME_SCALE or not _is(source, DEQUANTIZE):
+            return None
+        if Grid.of(source) != grid:  # type: ignore[arg-type]
+            return None
+        integers = self.values[source.args[0]]  # type: ignore[union-attr, index]
+        if _is(x, aten.max_pool2d.default):
+            defaults = ([], [0, 0], [1, 1], False)
+            kernel, *settings = (*x.args[1:], *defaults[len(x.args) - 2 :])
+            return self.graph.call_function(torch.ops.quantized.max_pool2d, (integers, kernel, *settings))
+        if x.op == "call_module" and not isinstance(self.root.get_submodule(str(x.target)), nn.Flatten | nn.Unflatten):
+            return None  # pooling modules have no kernel for integers
+        return self._copy(x, lambda node: integers if node is source else self._read(node))
+
+    def _constant(self, name: str, value: Any) -> fx.Node:
+        self.lowered.constants[name] = value
+        return self.graph.get_attr(name)
+
+    def _emit_chain(self, chain: _Chain) -> fx.Node:
+        op = chain.op
+        x_grid = Grid.of(op.args[0])  # type: ignore[arg-type]
+        x = self.values[op.args[0].args[0]]  # type: ignore[union-attr, index]
+        name = f"op{len(self.lowered.constants)}"
+        weight_attr, scale_attr = op.args[1].args[:2]  # type: ignore[union-attr]
+        weight, scale = _int8_weight_for_this_cpu(
+            lookup(self.root, weight_attr.target), lookup(self.root, scale_attr.target)  # type: ignore[union-attr]
+        )
+        bias = op.args[2] if len(op.args) > 2 else None
+        scales = self._constant(f"{name}_scale", scale.contiguous())
+        zeros = self._constant(f"{name}_zero_point", torch.zeros(len(scale), dtype=torch.int32))
+        bias_node = None
+        if bias is not None:
+            bias_node = self._constant(f"{name}_bias", lookup(self.root, bias.target).detach())  # type: ignore[union-attr]
+        if chain.quantize is not None:
+            out = Grid.of(chain.quantize)
+            output = (out.scale, out.zero_point, torch.uint8)
+        else:
+            output = (1.0, 0, torch.float32)
+        unary, unary_args = "none", []
+        if chain.clamp is not None:
+            unary = "relu" if chain.clamp.target is aten.relu.default else "hardtanh"
+            unary_args = list(chain.clamp.args[1:]) or ([] if unary == "relu" else [-1.0, 1.0])
+        if op.target is aten.linear.default:
+            packed = self._constant(f"{name}_weight", onednn.qlinear_prepack(weight.contiguous(), None))
+            args = (x, x_grid.scale, x_grid.zero_point, packed, scales, zeros, bias_node, *output, unary, unary_args, "")
+            return self.graph.call_function(onednn.qlinear_pointwise.default, args)
+        stride, padding, dilation, groups = _conv_settings(op)
+        packed_weight = onednn.qconv_prepack(
+            weight, scale, x_grid.scale, x_grid.zero_point, stride, padding, dilation, groups, None
+        )
+        packed = self._constant(f"{name}_weight", packed_weight)
+        common = (x, x_grid.scale, x_grid.zero_point, packed, scales, zeros)
+        settings = (stride, padding, dilation, groups)
+        if chain.residual is None:
+            kernel = getattr(onednn, _CONVOLUTIONS[op.target]).default  # type: ignore[index]
+            return self.graph.call_function(kernel, (*common, bias_node, *settings, *output, unary, unary_args, ""))
+        r_grid = Grid.of(chain.residual)
+        accumulator = self.values[chain.residual.args[0]]  # type: ignore[index]
+        if self._is_read_later(chain.residual.args[0], chain):  # type: ignore[arg-type]
+            # The kernel writes its sum over the operand.
+            accumulator = self.graph.call_function(torch.clone, (accumulator,))
+        args = (*common, accumulator, bias_node, *settings, *output, r_grid.scale, r_grid.zero_point, "sum", 1.0)
+        unary_name = None if unary == "none" else unary
+        return self.graph.call_function(onednn.qconv2d_pointwise.binary, (*args, unary_name, unary_args, ""))
+
+    def _is_read_later(self, quantize: fx.Node, chain: _Chain) -> bool:
+        """Whether anything behind the kernel, in the order of execution, reads the integers or a view of them."""
+        position = self.order[chain.end]
+        pending, seen = [quantize], set()
+        while pending:
+            node = pending.pop()
+            for user in node.users:
+                if user is chain.residual or user in seen:
+                    continue
+                seen.add(user)
+                if user.op == "output":
+                    return True
+                reads_at = [user] if not _is(user, DEQUANTIZE) else list(user.users)
+                if any(self.order[self._written_at(reader)] > position for reader in reads_at):
+                    return True
+                pending.extend(reader for reader in reads_at if classify(reader, self.root) is OpKind.SAME_SCALE)
+        return False
+
+    def _written_at(self, node: fx.Node) -> fx.Node:
+        """The node at whose place the kernel that computes ``node`` is written."""
+        for end, chain in self.chains.items():
+            if node in (chain.op, chain.add, chain.clamp):
+                return end
+        return node
+
+
+def _conv_settings(op: fx.Node) -> tuple[list[int], list[int], list[int], int]:
+    dims = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}[op.target]  # type: ignore[index]
+    defaults: tuple[Any, ...] = ([1] * dims, [0] * dims, [1] * dims, 1)
+    given = op.args[3:]
+    stride, padding, dilation, groups = (*given, *defaults[len(given) :])
+    return list(stride), list(padding), list(dilation), int(groups)  # type: ignore[arg-type]
+
+
+def lower(graph: fx.Graph, root: nn.Module) -> LoweredGraph:
+    """Lower a quantize/dequantize graph with constant scales to oneDNN's INT8 kernels.
+
+    Args:
+        graph: the graph, as :func:`lq.graph.qdq.constant_qparams` or ``torch.export`` gives it.
+        root: the module it reads; its tensors must be on the CPU.
+    """
+    return _Lowering(graph, root).run()

@@ -1,0 +1,67 @@
+"""Targets: what an INT8 engine wants, as frozen tables. The placement of quantizers reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lq.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class Target:
+    """The schemes of one family of INT8 engines.
+
+    Args:
+        name: what the user types.
+        description: one line for reports and error messages.
+        activation: grid of the activations (per tensor).
+        weight: grid of the weights; ``ch_axis`` 0 is the output channel of ``(O, I, kH, kW)`` and ``(O, I)``.
+    """
+
+    name: str
+    description: str
+    activation: QuantSpec
+    weight: QuantSpec
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_UINT8_AFFINE = QuantSpec(torch.uint8, 0, 255, symmetric=False)
+
+#: The narrow range: -w is on the grid wherever w is, so folding a batch norm with a negative weight stays exact.
+_INT8_PER_CHANNEL = QuantSpec(torch.int8, -127, 127, symmetric=True, ch_axis=0)
+
+#: Two products of a uint8 and a 7-bit weight fit the 16-bit sums of `vpmaddubsw`: 255 * 64 * 2 = 32640 < 2**15.
+_INT7_PER_CHANNEL = QuantSpec(torch.int8, -64, 64, symmetric=True, ch_axis=0)
+
+X86 = Target(
+    name="x86",
+    description="x86 CPUs with VNNI (oneDNN, OpenVINO): uint8 affine activations, 8-bit weights per channel",
+    activation=_UINT8_AFFINE,
+    weight=_INT8_PER_CHANNEL,
+)
+
+X86_AVX2 = Target(
+    name="x86_avx2",
+    description="x86 CPUs without VNNI, where 16-bit sums saturate: as x86, with 7-bit weights that cannot overflow",
+    activation=_UINT8_AFFINE,
+    weight=_INT7_PER_CHANNEL,
+)
+
+TARGETS: dict[str, Target] = {target.name: target for target in (X86, X86_AVX2)}
+
+
+def get_target(target: str | Target) -> Target:
+    """The target called ``target``; a :class:`Target` is handed through.
+
+    Raises:
+        ValueError: where no target has that name.
+    """
+    if isinstance(target, Target):
+        return target
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r} is unknown; choose one of {', '.join(map(repr, TARGETS))}")
+    return TARGETS[target]
