@@ -372,4 +372,4 @@ def _plain(conf: Any, resolve: bool) -> Any:
 def _program() -> str:
     """How the user started this program."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return f"python -m {spec.name}" if spec else f"python {Path(sys.argv[0]).name}"
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {Path(sys.argv[0]).name}"

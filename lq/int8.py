@@ -7,14 +7,19 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lq.graph.codegen import compile_graph
 from lq.graph.qdq import constant_qparams
+from lq.report import QuantizationReport
 from lq.runtime.cpu import has_onednn_int8
 from lq.runtime.onednn import LoweredGraph, lower
 
 Execution = Literal["auto", "kernels", "simulation"]
+
+
+def _as_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 class Int8Module(nn.Module):
@@ -41,9 +46,11 @@ class Int8Module(nn.Module):
         for name, parameter in root.named_parameters(recurse=False):
             self.register_parameter(name, nn.Parameter(parameter.detach(), requires_grad=False))
         for name, value in root.__dict__.items():
-            if name not in self.__dict__ and not name.startswith("_"):
+            if isinstance(value, Tensor):  # a constant that the float model kept as a plain attribute
                 setattr(self, name, value)
         self.graph = graph
+        self.report: QuantizationReport | None = None
+        self.example_inputs: dict[str, Any] = {}
         self._input_names = tuple(str(node.target) for node in graph.nodes if node.op == "placeholder")
         self._compiled: dict[str, Callable[..., Any]] = {}
         self.execution = execution
@@ -67,7 +74,9 @@ class Int8Module(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self._bind(args, kwargs)
-        with torch.no_grad():
+        # Autocast would take float convolutions of the simulation to 16 bits, below the steps of the INT8 grids.
+        device = next((leaf.device.type for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), "cpu")
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             return self._function(inputs)(*inputs)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -78,7 +87,8 @@ class Int8Module(nn.Module):
                 f"this INT8 module takes the inputs {', '.join(names)}, got {', '.join(got) or 'none'}; the other "
                 f"arguments of the float model's forward were fixed when it was converted"
             )
-        return [*args, *(kwargs[name] for name in names[len(args) :])]
+        values = [*args, *(kwargs[name] for name in names[len(args) :])]
+        return [tree_map(_as_float32, value) for value in values]
 
     def _function(self, inputs: list[Any]) -> Callable[..., Any]:
         on_cpu = all(leaf.device.type == "cpu" for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))

@@ -100,6 +100,7 @@ def prepare(
     model: M,
     example_inputs: Any,
     *,
+    example_kwargs: Mapping[str, Any] | None = None,
     target: str | Target = "x86",
     mode: Mode = "ptq",
     observer: str | None = None,
@@ -115,6 +116,7 @@ def prepare(
         model: a float module; where in eval or training mode does not matter, and is kept.
         example_inputs: inputs to run the model with once: a tensor, a tuple (the arguments of the forward) or a dict
             (its keyword arguments). A batch of two or more lets the batch size of the exported model vary.
+        example_kwargs: keyword arguments beside ``example_inputs``.
         target: the engine family: a name or a :class:`~lq.Target`.
         mode: ``"ptq"`` or ``"qat"``.
         observer: statistics of the activations, ``"minmax"`` or ``"moving_average"``. By default ``"minmax"`` for PTQ,
@@ -149,7 +151,7 @@ def prepare(
         )
 
     args, kwargs = example_arguments(example_inputs)
-    inputs, settings = CallSignature(type(model).forward).bind(args, kwargs)
+    inputs, settings = CallSignature(type(model).forward).bind(args, {**kwargs, **(example_kwargs or {})})
     analysis = analyse(model, inputs, settings)
     placement = analysis.placement
     if not placement.chains:

@@ -68,6 +68,11 @@ class QuantizationReport:
         """The report as plain dicts, lists, strings and numbers, for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QuantizationReport:
+        """The report that :meth:`to_dict` gave."""
+        return cls(**{**values, "layers": tuple(LayerReport(**layer) for layer in values["layers"])})
+
     def table(self) -> Table:
         title = f"{self.model} for {self.target}: {len(self.int8_layers)} layers in INT8"
         if self.float_layers:

@@ -182,9 +182,9 @@ class _Emitter:
         folded = fold(weight, bias, norm, quantizer)
         bias_node = None if folded.bias is None else self._buffer(f"{chain.name}.bias", folded.bias)
         if quantizer is None or folded.weight_int is None or folded.weight_scale is None:
-            return self._buffer(f"{chain.name}.weight", folded.weight), bias_node
+            return self._buffer(f"{chain.name}.weight", folded.weight.contiguous()), bias_node
         spec = quantizer.spec
-        integers = self._buffer(f"{chain.name}.weight", folded.weight_int)
+        integers = self._buffer(f"{chain.name}.weight", folded.weight_int.contiguous())
         scale = self._buffer(f"{chain.name}.weight_scale", folded.weight_scale)
         zeros = torch.zeros_like(folded.weight_scale, dtype=torch.int64)
         zero_point = self._buffer(f"{chain.name}.weight_zero_point", zeros)

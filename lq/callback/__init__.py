@@ -1,0 +1,6 @@
+"""The Lightning callback."""
+
+from lq.callback.callback import QuantizationCallback
+from lq.callback.result import QuantizationResult, Side
+
+__all__ = ["QuantizationCallback", "QuantizationResult", "Side"]

@@ -1,0 +1,283 @@
+"""The callback: when in a training run quantization happens."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from lq.artifact import save
+from lq.benchmark import Timing, measure
+from lq.calibrate import CalibrationError, calibrating
+from lq.callback.batches import first_samples, repeat_samples, train_batches
+from lq.callback.evaluation import evaluate
+from lq.callback.progress import calibration_progress
+from lq.callback.result import QuantizationResult, Side
+from lq.callback.unit import feed_unit, find_unit, replace_unit
+from lq.convert import convert
+from lq.files import ensure_writable_dir
+from lq.graph.ops import WEIGHTED_MODULES
+from lq.int8 import Int8Module
+from lq.modes import evaluating
+from lq.prepare import Mode, NothingToQuantizeError, freeze, is_prepared, prepare, quantizers_off, unprepare
+from lq.quantizer import ACTIVATION_OBSERVERS
+from lq.runtime.cpu import has_onednn_int8, has_vnni
+from lq.targets import get_target
+
+#: Samples in the batch that throughput is measured with.
+_BATCH_SIZE = 32
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class QuantizationCallback(Callback):
+    """Takes the model that is being trained to INT8 at the end of ``fit``.
+
+    With ``mode="ptq"`` training is untouched; when it is done the model is calibrated on the train dataloader and
+    converted. With ``mode="qat"`` fake-quantizers are on the model while it trains, and it is converted at the end.
+    Afterwards ``trainer.validate``, ``test`` and ``predict`` use the INT8 model, and every logger of the Trainer has
+    the float and the INT8 metrics of the user's own validation step, size, latency and throughput.
+
+    Args:
+        mode: ``"ptq"`` or ``"qat"``.
+        target: the engine family, one of ``lq.TARGETS``.
+        module: path of the submodule to quantize; found automatically where it is not given.
+        calibration_batches: how many batches of the train dataloader PTQ calibrates on.
+        observer: statistics of the activations, ``"minmax"`` or ``"moving_average"``; see :func:`lq.prepare`.
+        observer_freeze: share of QAT's steps after which the activations' ranges stay fixed, or None for never.
+        batch_norm_freeze: share of QAT's steps after which batch norm statistics stay fixed, or None for never.
+        convert: whether to convert at the end; without it QAT leaves the prepared model, PTQ does nothing.
+        evaluate: whether to run the validation data through the float and the INT8 model, and to time both.
+        output_dir: folder for ``int8.pt2`` and ``int8.json``; by default ``int8`` below the Trainer's log directory.
+
+    Attributes:
+        result: a :class:`~lq.callback.result.QuantizationResult` once ``fit`` has ended, else None.
+
+    Raises:
+        ValueError: where an argument is none of its choices.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lq import QuantizationCallback
+        >>> trainer = Trainer(callbacks=[QuantizationCallback()], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        mode: Mode = "ptq",
+        target: str = "x86",
+        module: str | None = None,
+        calibration_batches: int = 32,
+        observer: Literal["minmax", "moving_average"] | None = None,
+        observer_freeze: float | None = 0.8,
+        batch_norm_freeze: float | None = 0.8,
+        convert: bool = True,
+        evaluate: bool = True,
+        output_dir: str | None = None,
+    ) -> None:
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode={mode!r} is unknown; choose 'ptq' or 'qat'")
+        if observer is not None and observer not in ACTIVATION_OBSERVERS:
+            choices = ", ".join(map(repr, ACTIVATION_OBSERVERS))
+            raise ValueError(f"observer={observer!r} is unknown; choose one of {choices}, or None")
+        if calibration_batches < 1:
+            raise ValueError(f"calibration_batches={calibration_batches} must be at least 1")
+        for name, share in (("observer_freeze", observer_freeze), ("batch_norm_freeze", batch_norm_freeze)):
+            if share is not None and not 0.0 <= share <= 1.0:
+                raise ValueError(f"{name}={share} must be a share of the training steps in [0, 1], or None for never")
+        self.mode: Mode = mode
+        self.target = get_target(target)
+        self.module = module
+        self.calibration_batches = calibration_batches
+        self.observer = observer
+        self.observer_freeze = observer_freeze
+        self.batch_norm_freeze = batch_norm_freeze
+        self.convert = convert
+        self.evaluate = evaluate
+        self.output_dir = output_dir
+        self.result: QuantizationResult | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self.result = None
+        if self.convert:
+            ensure_writable_dir(self._output_dir(trainer), "output_dir")
+        if not _has_layers(pl_module):
+            return  # layers built in LightningModule.setup or configure_model come later: see on_fit_start
+        self._check_unit(pl_module)
+        if self.mode == "qat":
+            self._prepare_for_training(trainer, pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        unit = self._check_unit(pl_module)
+        if self.mode == "qat" and not is_prepared(unit):
+            self._prepare_for_training(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.mode != "qat":
+            return
+        unit = self._unit(pl_module)
+        if _is_past(trainer, self.observer_freeze):
+            freeze(unit)
+        if _is_past(trainer, self.batch_norm_freeze):
+            for submodule in unit.modules():
+                if isinstance(submodule, _NORMS):
+                    submodule.eval()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.convert or not trainer.is_global_zero or isinstance(self._unit(pl_module), Int8Module):
+            return
+        self._quantize(trainer, pl_module)
+
+    # Private helpers
+
+    def _output_dir(self, trainer: Trainer) -> Path:
+        if self.output_dir is not None:
+            return Path(self.output_dir)
+        return Path(trainer.log_dir or trainer.default_root_dir) / "int8"
+
+    def _unit_path(self, pl_module: LightningModule) -> str:
+        return find_unit(pl_module, self.module)
+
+    def _unit(self, pl_module: LightningModule) -> nn.Module:
+        return pl_module.get_submodule(self._unit_path(pl_module))
+
+    def _check_unit(self, pl_module: LightningModule) -> nn.Module:
+        unit = self._unit(pl_module)
+        if isinstance(unit, Int8Module):
+            raise ValueError(
+                f"{type(pl_module).__name__} was converted to INT8 by an earlier fit, and an INT8 model cannot be "
+                f"trained; build the float model anew (from its checkpoint) and fit that"
+            )
+        if not any(isinstance(submodule, WEIGHTED_MODULES) for submodule in unit.modules()):
+            raise NothingToQuantizeError(
+                f"nothing to quantize in {type(unit).__name__}: it has no convolution and no linear layer"
+            )
+        return unit
+
+    def _prepare_for_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        unit = self._unit(pl_module)
+        if is_prepared(unit):
+            return
+        with isolate_rng():  # the batch that is looked at must not change the order of those that are trained on
+            batch = next(train_batches(trainer, pl_module), None)
+            if batch is None:
+                raise CalibrationError("the train dataloader gave no batch to prepare the model with")
+            self._prepare(pl_module, unit, batch)
+        rank_zero_info(f"lq: {type(unit).__name__} trains with fake-quantizers for target {self.target}")
+
+    def _prepare(self, pl_module: LightningModule, unit: nn.Module, batch: Any) -> None:
+        with evaluating(pl_module), torch.no_grad():
+            args, kwargs = feed_unit(pl_module, unit, batch, 0, run=False)
+        args, kwargs = first_samples((args, kwargs))
+        prepare(unit, args, example_kwargs=kwargs, target=self.target, mode=self.mode, observer=self.observer)
+
+    def _quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        path = self._unit_path(pl_module)
+        unit = self._unit(pl_module)
+        with isolate_rng():
+            if self.mode == "ptq":
+                float_metrics = evaluate(trainer, pl_module) if self.evaluate else {}
+                self._calibrate(trainer, pl_module, unit)
+            else:
+                with quantizers_off(unit):
+                    float_metrics = evaluate(trainer, pl_module) if self.evaluate else {}
+        artifact = self._output_dir(trainer) / "int8.pt2"
+        try:
+            unit.cpu()
+            int8 = convert(unit)
+            save(int8, artifact)
+        finally:
+            if self.mode == "ptq":
+                unprepare(unit)
+        if has_onednn_int8() and not has_vnni() and self.target.weight.quant_max > 64:
+            rank_zero_warn(
+                f"lq: this CPU has no VNNI instructions, so its INT8 kernels get the 8-bit weights of target "
+                f"{self.target} rounded to 7 bits, where their sums cannot overflow; the saved model keeps 8 bits. To "
+                f"deploy on such CPUs, train or calibrate for them: QuantizationCallback(target='x86_avx2')"
+            )
+        if self.mode == "qat":
+            unprepare(unit)
+        replace_unit(pl_module, path, int8)
+        int8_metrics = evaluate(trainer, pl_module) if self.evaluate else {}
+        self.result = self._compare(unit.eval(), int8, float_metrics, int8_metrics, artifact)
+        (artifact.with_suffix(".json")).write_text(self.result.to_json())
+        for logger in trainer.loggers:
+            logger.log_metrics(self.result.scalars(), step=trainer.global_step)
+            logger.save()
+        rank_zero_info(f"lq: INT8 model written to {artifact}")
+
+    def _calibrate(self, trainer: Trainer, pl_module: LightningModule, unit: nn.Module) -> None:
+        """Observe train batches on the device that trained; the float model is as before if that fails."""
+        total = int(min(self.calibration_batches, trainer.num_training_batches))
+        bar = trainer.progress_bar_callback
+        home = pl_module.device
+        pl_module.to(trainer.strategy.root_device)
+        try:
+            batches = calibration_progress(
+                train_batches(trainer, pl_module), total, enabled=bar is not None and bar.is_enabled
+            )
+            first = next(batches, None)
+            if first is None:
+                raise CalibrationError("the train dataloader gave no batch to calibrate on")
+            self._prepare(pl_module, unit, first)
+            with evaluating(pl_module), calibrating(unit):
+                for index, batch in enumerate(itertools.chain([first], batches)):
+                    feed_unit(pl_module, unit, batch, index, run=True)
+        except BaseException:
+            if is_prepared(unit):
+                unprepare(unit)
+            raise
+        finally:
+            pl_module.to(home)
+
+    def _compare(
+        self,
+        float_unit: nn.Module,
+        int8: Int8Module,
+        float_metrics: dict[str, float],
+        int8_metrics: dict[str, float],
+        artifact: Path,
+    ) -> QuantizationResult:
+        timings: dict[str, tuple[Timing | None, Timing | None]] = {"float": (None, None), "int8": (None, None)}
+        if self.evaluate:
+            # CPU against CPU, also after training on a GPU: that is where INT8 kernels run in process.
+            models = {"float": float_unit, "int8": int8}
+            one = tuple(repeat_samples(list(int8.example_inputs.values()), 1))
+            many = tuple(repeat_samples(list(int8.example_inputs.values()), _BATCH_SIZE))
+            single, batch = measure(models, one, 1), measure(models, many, _BATCH_SIZE)
+            timings = {name: (single[name], batch[name]) for name in models}
+        assert int8.report is not None
+        return QuantizationResult(
+            mode=self.mode,
+            target=self.target.name,
+            float_side=Side(float_metrics, _state_bytes(float_unit), *timings["float"]),
+            int8_side=Side(int8_metrics, artifact.stat().st_size, *timings["int8"]),
+            report=int8.report,
+            batch_size=_BATCH_SIZE,
+            artifact=str(artifact),
+        )
+
+
+def _has_layers(pl_module: nn.Module) -> bool:
+    return any(isinstance(submodule, WEIGHTED_MODULES) for submodule in pl_module.modules())
+
+
+def _is_past(trainer: Trainer, share: float | None) -> bool:
+    total = trainer.estimated_stepping_batches
+    return share is not None and trainer.global_step >= share * total
+
+
+def _state_bytes(module: nn.Module) -> int:
+    """Size of the module's weights on disk."""
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    return buffer.tell()

@@ -1,0 +1,115 @@
+"""What INT8 cost and bought, as numbers and as a table."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lq.benchmark import Timing
+from lq.report import QuantizationReport
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of the comparison: the float model or the INT8 model.
+
+    Args:
+        metrics: of the user's validation step, by name.
+        size_bytes: of the model on disk, or None where it was not written.
+        latency: of one sample, on the CPU, or None where it was not measured.
+        batch: of a batch, on the CPU, or None likewise.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    size_bytes: int | None = None
+    latency: Timing | None = None
+    batch: Timing | None = None
+
+
+@dataclass(frozen=True)
+class QuantizationResult:
+    """Float against INT8.
+
+    Args:
+        mode: ``"ptq"`` or ``"qat"``.
+        target: name of the target.
+        float_side: the same weights in float.
+        int8_side: the INT8 model.
+        report: layer by layer.
+        batch_size: samples in the batch that throughput was measured with.
+        artifact: path of the INT8 file.
+    """
+
+    mode: str
+    target: str
+    float_side: Side
+    int8_side: Side
+    report: QuantizationReport
+    batch_size: int
+    artifact: str
+
+    def scalars(self) -> dict[str, float]:
+        """Everything as flat numbers for loggers: ``float/…``, ``int8/…``, ``drop/…`` (float − INT8), ``speedup/…``."""
+        numbers: dict[str, float] = {}
+        for prefix, side in (("float", self.float_side), ("int8", self.int8_side)):
+            numbers |= {f"{prefix}/{name}": value for name, value in side.metrics.items()}
+            if side.size_bytes is not None:
+                numbers[f"{prefix}/size_mb"] = side.size_bytes / 1e6
+            if side.latency is not None:
+                numbers[f"{prefix}/latency_p50_ms"] = side.latency.p50_ms
+                numbers[f"{prefix}/latency_p95_ms"] = side.latency.p95_ms
+            if side.batch is not None:
+                numbers[f"{prefix}/throughput"] = side.batch.throughput
+        for name, value in self.float_side.metrics.items():
+            if name in self.int8_side.metrics:
+                numbers[f"drop/{name}"] = value - self.int8_side.metrics[name]
+        if self.float_side.latency is not None and self.int8_side.latency is not None:
+            numbers["speedup/latency"] = self.float_side.latency.p50_ms / self.int8_side.latency.p50_ms
+        if self.float_side.batch is not None and self.int8_side.batch is not None:
+            numbers["speedup/throughput"] = self.int8_side.batch.throughput / self.float_side.batch.throughput
+        return numbers
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    def table(self) -> Table:
+        """Float against INT8 with the difference or the ratio."""
+        n = len(self.report.int8_layers)
+        table = Table(title=f"{self.report.model}, {self.mode.upper()} for {self.target}: {n} layers in INT8")
+        for header in ("", "float", "INT8", "INT8 against float"):
+            table.add_column(header, justify="left" if not header else "right")
+        a, b = self.float_side, self.int8_side
+        for name, value in a.metrics.items():
+            if name in b.metrics:
+                table.add_row(name, f"{value:.4f}", f"{b.metrics[name]:.4f}", f"{b.metrics[name] - value:+.4f}")
+        if a.size_bytes is not None and b.size_bytes is not None:
+            ratio = a.size_bytes / b.size_bytes
+            table.add_row("size", _megabytes(a.size_bytes), _megabytes(b.size_bytes), f"{ratio:.2f}x smaller")
+        if a.latency is not None and b.latency is not None:
+            for label, x, y in (
+                ("latency p50, batch 1", a.latency.p50_ms, b.latency.p50_ms),
+                ("latency p95, batch 1", a.latency.p95_ms, b.latency.p95_ms),
+            ):
+                table.add_row(label, f"{x:.2f} ms", f"{y:.2f} ms", f"{x / y:.2f}x faster")
+        if a.batch is not None and b.batch is not None:
+            x, y = a.batch.throughput, b.batch.throughput
+            table.add_row(f"throughput, batch {self.batch_size}", f"{x:.0f} /s", f"{y:.0f} /s", f"{y / x:.2f}x")
+        if a.latency is not None:
+            table.caption = "latency and throughput: PyTorch eager against INT8, both on this machine's CPU"
+        return table
+
+    def __str__(self) -> str:
+        buffer = io.StringIO()
+        Console(file=buffer, width=100).print(self.table())
+        return buffer.getvalue()
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"
+
+

@@ -1,0 +1,110 @@
+"""Which part of a LightningModule is quantized, and what flows into it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lq.graph.ops import WEIGHTED_MODULES
+
+
+def _has_weighted_layers(module: nn.Module) -> bool:
+    return any(isinstance(submodule, WEIGHTED_MODULES) for submodule in module.modules())
+
+
+def find_unit(pl_module: nn.Module, name: str | None) -> str:
+    """Path of the submodule to quantize; ``""`` is the LightningModule itself.
+
+    Without a name it is the one child that holds all convolutions and linear layers, or the LightningModule itself
+    where several do (its forward calls them all) or the layers sit on it.
+
+    Raises:
+        ValueError: where no submodule is called ``name``, with near names.
+    """
+    if name is not None:
+        paths = [path for path, _ in pl_module.named_modules() if path]
+        if name not in paths:
+            near = difflib.get_close_matches(name, paths, n=3, cutoff=0.4)
+            children = [path for path, child in pl_module.named_children() if _has_weighted_layers(child)]
+            raise ValueError(
+                f"module={name!r}: {type(pl_module).__name__} has no submodule of that name; choose one of "
+                f"{', '.join(map(repr, dict.fromkeys([*near, *children])))}"
+            )
+        return name
+    candidates = [path for path, child in pl_module.named_children() if _has_weighted_layers(child)]
+    direct = any(isinstance(child, WEIGHTED_MODULES) for child in pl_module.children())
+    return candidates[0] if len(candidates) == 1 and not direct else ""
+
+
+def replace_unit(pl_module: nn.Module, path: str, replacement: nn.Module) -> None:
+    """Put ``replacement`` where the submodule ``path`` was, or behind the LightningModule's own forward."""
+    if path:
+        owner, _, name = path.rpartition(".")
+        setattr(pl_module.get_submodule(owner), name, replacement)
+    else:
+        # The layers sit on the LightningModule itself: its forward becomes the INT8 network's, its steps stay.
+        pl_module.int8 = replacement
+        pl_module.forward = replacement.__call__
+
+
+class _UnitReached(BaseException):
+    """Leaves a step as soon as the unit has been called; not an Exception, so that no step swallows it."""
+
+
+@contextmanager
+def _stop_behind(unit: nn.Module, seen: Callable[[tuple[Any, ...], dict[str, Any]], None], run: bool) -> Iterator[None]:
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen(args, kwargs)
+        if not run:
+            raise _UnitReached
+
+    def after(*_: Any) -> None:
+        raise _UnitReached
+
+    handles = [unit.register_forward_pre_hook(before, with_kwargs=True)]
+    if run:
+        handles.append(unit.register_forward_hook(after))
+    try:
+        yield
+    except _UnitReached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def feed_unit(
+    pl_module: Any, unit: nn.Module, batch: Any, batch_idx: int, run: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Run the user's own ``training_step`` on ``batch`` up to its first call of the unit, and no further.
+
+    Whatever the step does before (unpacking a dict, normalising, calling another method) is done as in training, so a
+    batch of any form reaches the unit as it does there. Nothing behind the unit runs: no loss, no logging.
+
+    Args:
+        pl_module: the LightningModule.
+        unit: the submodule that is quantized, or ``pl_module`` itself.
+        batch: a batch of the dataloader, on the module's device.
+        batch_idx: its index.
+        run: whether the unit computes (and its observers see the batch), or only its arguments are wanted.
+
+    Returns:
+        ``(args, kwargs)`` of the unit's call.
+
+    Raises:
+        ValueError: where the step never calls the unit.
+    """
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    with _stop_behind(unit, lambda args, kwargs: calls.append((args, kwargs)), run):
+        pl_module.training_step(batch, batch_idx)
+    if not calls:
+        name = type(unit).__name__
+        raise ValueError(
+            f"training_step never called the {name} that is to be quantized; name the submodule that it does call "
+            f"with QuantizationCallback(module='...')"
+        )
+    return calls[0]

@@ -1,0 +1,7 @@
+"""Data modules: CIFAR-10 from several forms of files, and a built-in synthetic data set."""
+
+from lq.data.cifar10 import CIFAR10, DatasetNotFoundError
+from lq.data.in_memory import InMemoryDataModule, InMemoryDataset
+from lq.data.shapes10 import Shapes10
+
+__all__ = ["CIFAR10", "DatasetNotFoundError", "InMemoryDataModule", "InMemoryDataset", "Shapes10"]

@@ -1,0 +1,34 @@
+"""Writing files so that a half-written one never stands under its final name."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def ensure_writable_dir(path: Path, argument: str) -> None:
+    """Make the folder ``path`` and check that files can be written into it.
+
+    Raises:
+        OSError: where that fails; the message names the argument and the path.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{argument}={str(path)!r} cannot be written to ({error.strerror or error}); choose another folder"
+        ) from error
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write`` with a name beside ``path`` and rename the result to ``path``; on failure nothing is left."""
+    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
