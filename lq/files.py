@@ -25,10 +25,11 @@ def ensure_writable_dir(path: Path, argument: str) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write`` with a name beside ``path`` and rename the result to ``path``; on failure nothing is left."""
-    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
+    """Call ``write`` with a file of the same name in a folder beside ``path``, and move the result to ``path``.
+
+    Whatever goes wrong (a full disk, an interrupt), nothing half-written stands under the final name.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        beside = Path(folder) / path.name  # a .pt2 archive carries its own file name inside
         write(beside)
         os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -13,6 +13,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 EXAMPLE_SAMPLES = 4
 
 
+def validation_dataloaders(trainer: Any) -> Any:
+    """The Trainer's validation data, also where its loop never ran (``max_epochs=0``); None where there are none."""
+    if trainer.val_dataloaders is not None:
+        return trainer.val_dataloaders
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    return source.dataloader() if source.is_defined() else None
+
+
 def train_batches(trainer: Any, pl_module: Any) -> Iterator[Any]:
     """The train dataloader's batches, on the device of ``pl_module``, through the user's transfer hooks.
 
@@ -34,7 +42,7 @@ def first_samples(values: Any, count: int = EXAMPLE_SAMPLES) -> Any:
 
     def cut(value: Any) -> Any:
         is_batched = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
-        return value[:count].detach() if is_batched else value
+        return value[:count].detach().clone() if is_batched else value
 
     return tree_map(cut, values)
 

@@ -217,7 +217,9 @@ class QuantizationCallback(Callback):
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule, unit: nn.Module) -> None:
         """Observe train batches on the device that trained; the float model is as before if that fails."""
-        total = int(min(self.calibration_batches, trainer.num_training_batches))
+        # Without an epoch (max_epochs=0, a checkpoint to be quantized) the Trainer has not counted its batches.
+        limit = trainer.num_training_batches or self.calibration_batches
+        total = int(min(self.calibration_batches, limit))
         bar = trainer.progress_bar_callback
         home = pl_module.device
         pl_module.to(trainer.strategy.root_device)

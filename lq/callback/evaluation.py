@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lq.callback.batches import validation_dataloaders
+
 
 @contextmanager
 def _quiet() -> Iterator[None]:
@@ -42,7 +44,7 @@ def evaluate(trainer: Any, pl_module: Any) -> dict[str, float]:
     Returns:
         Metric by name; empty where there is nothing to validate with.
     """
-    dataloaders = trainer.val_dataloaders
+    dataloaders = validation_dataloaders(trainer)
     if dataloaders is None or not _is_overridden("validation_step", pl_module):
         return {}
     with _quiet():

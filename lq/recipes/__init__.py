@@ -1,0 +1,1 @@
+"""One runnable file per experiment: ``python -m lq.recipes.NAME --help``."""

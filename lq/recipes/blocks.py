@@ -1,0 +1,125 @@
+"""What recipes share: the groups of their configs, and the objects these stand for."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lq.callback import QuantizationCallback, QuantizationResult
+from lq.config import ConfigError, field
+from lq.data import CIFAR10, DatasetNotFoundError, Shapes10
+from lq.targets import TARGETS
+
+
+@dataclass
+class DataConfig:
+    """Which images, and how they are fed."""
+
+    name: Literal["cifar10", "shapes10"] = field("cifar10", help="data set; shapes10 is built in and needs no files")
+    dir: str = field("data/cifar10", help="CIFAR-10: torchvision's files, or a folder or zip of train|test/CLASS/*.jpg")
+    download: bool = field(False, help="fetch CIFAR-10 into dir where it is not there")
+    fallback: bool = field(True, help="go on with shapes10 where CIFAR-10 cannot be had; false makes that an error")
+    batch_size: int = field(128, help="images per step")
+    num_workers: int = field(0, help="loader processes; the data are in memory, so few are needed")
+    max_train: int | None = field(None, help="use only so many training images")
+    max_test: int | None = field(None, help="use only so many test images")
+
+
+@dataclass
+class TrainConfig:
+    """How the float model is trained."""
+
+    epochs: int | None = field(None, help="passes over the data; by default 20 for CIFAR-10 and 3 for Shapes10")
+    lr: float = field(0.05, help="peak learning rate of SGD with Nesterov momentum 0.9, one cycle")
+    weight_decay: float = field(5e-4, help="weight decay")
+
+
+@dataclass
+class QuantConfig:
+    """How the model is taken to INT8."""
+
+    target: str = field("x86", help="engine family the quantizers are placed for", choices=tuple(TARGETS))
+    calibration_batches: int = field(32, help="training batches that PTQ takes its ranges from")
+    observer: Literal["minmax", "moving_average"] | None = field(
+        None, help="statistics of the activations; by default minmax for PTQ, moving_average for QAT"
+    )
+    epochs: int = field(1, help="QAT: passes over the data with fake-quantizers")
+    lr: float = field(0.002, help="QAT: peak learning rate, one cycle")
+
+
+def image_data(config: DataConfig, seed: int) -> CIFAR10 | Shapes10:
+    """The data module; where CIFAR-10 is not to be had, Shapes10, and a notice that cannot be overlooked.
+
+    Raises:
+        ConfigError: where CIFAR-10 is not to be had and ``config.fallback`` is off.
+    """
+    if config.name == "cifar10":
+        data = CIFAR10(
+            config.dir,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            download=config.download,
+            seed=seed,
+            max_train=config.max_train,
+            max_test=config.max_test,
+        )
+        try:
+            data.prepare_data()
+            return data
+        except DatasetNotFoundError as error:
+            if not config.fallback:
+                raise ConfigError(f"data.dir={config.dir!r}: {error}") from error
+            line = "=" * 88
+            print(
+                f"{line}\nCIFAR-10 IS NOT AT {config.dir!r}: THIS RUN USES THE BUILT-IN Shapes10 INSTEAD.\n"
+                f"Its accuracies say nothing about CIFAR-10. Set data.dir=... or data.download=true for CIFAR-10,\n"
+                f"or data.fallback=false to make this an error.\n{line}",
+                file=sys.stderr,
+            )
+    sizes: dict[str, int] = {}
+    if config.max_train is not None:
+        sizes["train_size"] = config.max_train
+    if config.max_test is not None:
+        sizes["test_size"] = config.max_test
+    return Shapes10(batch_size=config.batch_size, num_workers=config.num_workers, seed=seed, **sizes)
+
+
+def callback(config: QuantConfig, mode: Literal["ptq", "qat"], output_dir: str) -> QuantizationCallback:
+    """The callback that a recipe's quantization group stands for."""
+    return QuantizationCallback(
+        mode=mode,
+        target=config.target,
+        calibration_batches=config.calibration_batches,
+        observer=config.observer,
+        output_dir=output_dir,
+    )
+
+
+def load_float_weights(module: nn.Module, path: str) -> None:
+    """Load a checkpoint of a Trainer, or a bare state dict of the network, into a LightningModule with ``.model``.
+
+    Raises:
+        ConfigError: where the file does not exist, is no checkpoint, or does not fit the network.
+    """
+    try:
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+        state = loaded.get("state_dict", loaded)
+        if not any(key.startswith("model.") for key in state):
+            state = {f"model.{key}": value for key, value in state.items()}
+        module.load_state_dict(state)
+    except FileNotFoundError as error:
+        raise ConfigError(f"ckpt={path!r}: no such file") from error
+    except Exception as error:
+        raise ConfigError(f"ckpt={path!r} cannot be loaded: {error}") from error
+
+
+def print_result(result: QuantizationResult, data: str, notes: dict[str, str]) -> None:
+    """The one table a recipe ends with, and where its files lie."""
+    print(f"\nData: {data}")
+    print(result)
+    for name, value in notes.items():
+        print(f"{name + ':':20s} {value}")
