@@ -29,7 +29,7 @@ class Timing:
 @torch.no_grad()
 def measure(
     contenders: Mapping[str, Callable[..., Any]],
-    inputs: tuple[Any, ...],
+    inputs: Mapping[str, Any],
     batch_size: int,
     *,
     seconds: float = 2.0,
@@ -39,21 +39,21 @@ def measure(
 
     Args:
         contenders: callables by name.
-        inputs: their arguments.
+        inputs: their arguments, by name.
         batch_size: samples in one call.
         seconds: about how long to measure in all; at least 10 rounds are made.
         warmup: calls of each contender before the clock runs.
     """
     for contender in contenders.values():
         for _ in range(warmup):
-            contender(*inputs)
+            contender(**inputs)
     times: dict[str, list[float]] = {name: [] for name in contenders}
     deadline = time.perf_counter() + seconds
     rounds = 0
     while rounds < 10 or (time.perf_counter() < deadline and rounds < 500):
         for name, contender in contenders.items():
             start = time.perf_counter()
-            contender(*inputs)
+            contender(**inputs)
             times[name].append(time.perf_counter() - start)
         rounds += 1
     timings = {}

@@ -55,13 +55,11 @@ def field(default: Any = dataclasses.MISSING, *, help: str, choices: Sequence[An
 
     Example:
         >>> @dataclass
-        ... class Data:
-        ...     batch_size: int = field(128, help="images per step")
-        >>> @dataclass
         ... class Config:
-        ...     data: Data = field(Data(), help="what to train on")
-        >>> parse(Config, ["data.batch_size=64"]).config
-        Config(data=Data(batch_size=64))
+        ...     lr: float = field(0.1, help="peak learning rate")
+        ...     optimizer: str = field("sgd", help="which one", choices=("sgd", "adamw"))
+        >>> parse(Config, ["lr=1e-2"]).config
+        Config(lr=0.01, optimizer='sgd')
     """
     metadata = {"help": help, "choices": tuple(choices)}
     if default is dataclasses.MISSING:

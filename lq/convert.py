@@ -10,6 +10,7 @@ from lq.graph.analysis import GraphAnalysis
 from lq.graph.captured import without_quantizers
 from lq.graph.emission import EmittedGraph, emit
 from lq.graph.interpret import node_values
+from lq.graph.signature import CallSignature
 from lq.int8 import Int8Module
 from lq.modes import evaluating
 from lq.prepare import PreparedForward, prepared_forward, quantizers, quantizers_off
@@ -58,6 +59,7 @@ def convert(model: nn.Module) -> Int8Module:
         difference = _check_fold(model, forward, analysis)
         emitted = emit(model, analysis, found)
     int8 = Int8Module(emitted.root, emitted.graph)
+    int8.fix_call(CallSignature(type(model).forward), forward.settings)
     int8.report = make_report(model, analysis, found, forward.target, difference)
     int8.example_inputs = tree_map(lambda v: v.detach().cpu() if isinstance(v, Tensor) else v, forward.inputs)
     return int8

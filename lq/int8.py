@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lq.graph.codegen import compile_graph
 from lq.graph.qdq import constant_qparams
+from lq.graph.signature import CallSignature
 from lq.report import QuantizationReport
 from lq.runtime.cpu import has_onednn_int8
 from lq.runtime.onednn import LoweredGraph, lower
@@ -52,6 +53,8 @@ class Int8Module(nn.Module):
         self.report: QuantizationReport | None = None
         self.example_inputs: dict[str, Any] = {}
         self._input_names = tuple(str(node.target) for node in graph.nodes if node.op == "placeholder")
+        self._signature: CallSignature | None = None
+        self.settings: dict[str, Any] = {}
         self._compiled: dict[str, Callable[..., Any]] = {}
         self.execution = execution
         self.eval()
@@ -79,15 +82,31 @@ class Int8Module(nn.Module):
         with torch.no_grad(), torch.autocast(device, enabled=False):
             return self._function(inputs)(*inputs)
 
+    def fix_call(self, signature: CallSignature, settings: dict[str, Any]) -> None:
+        """Take calls in the form of the float model's forward, whose ``settings`` were fixed at conversion."""
+        self._signature = signature
+        self.settings = dict(settings)
+
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         names = self._input_names
-        if len(args) > len(names) or set(kwargs) - set(names[len(args) :]) or len(args) + len(kwargs) < len(names):
-            got = [*(f"argument {i}" for i in range(len(args))), *kwargs]
+        if self._signature is not None:
+            inputs, settings = self._signature.bind(args, kwargs)
+            other = {name: value for name, value in settings.items() if value != self.settings.get(name)}
+            if other or tuple(inputs) != names:
+                fixed = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+                raise TypeError(
+                    f"this INT8 module was converted for the inputs {', '.join(names)}"
+                    f"{' with ' + fixed if fixed else ''}; got {', '.join(inputs)}"
+                    f"{' with ' + ', '.join(f'{name}={value!r}' for name, value in other.items()) if other else ''}"
+                )
+            values = list(inputs.values())
+        elif len(args) + len(kwargs) != len(names) or set(kwargs) != set(names[len(args) :]):
             raise TypeError(
-                f"this INT8 module takes the inputs {', '.join(names)}, got {', '.join(got) or 'none'}; the other "
-                f"arguments of the float model's forward were fixed when it was converted"
+                f"this INT8 module takes the inputs {', '.join(names)}; got {len(args)} positional arguments"
+                f"{' and ' + ', '.join(kwargs) if kwargs else ''}"
             )
-        values = [*args, *(kwargs[name] for name in names[len(args) :])]
+        else:
+            values = [*args, *(kwargs[name] for name in names[len(args) :])]
         return [tree_map(_as_float32, value) for value in values]
 
     def _function(self, inputs: list[Any]) -> Callable[..., Any]:

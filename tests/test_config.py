@@ -273,7 +273,7 @@ def test_main_takes_the_arguments_of_the_process(monkeypatch: pytest.MonkeyPatch
 
 def test_mistake_is_one_line_on_stderr_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     ran: list[Config] = []
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         main(Config, ran.append, plan, argv=["lrr=2"])
     out, err = capsys.readouterr()
     assert (out, err) == ("", "error: unknown key 'lrr'; did you mean lr? --help lists all keys\n")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import io
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lq.artifact import save
-from lq.benchmark import Timing, measure
+from lq.benchmark import measure
 from lq.calibrate import CalibrationError, calibrating
 from lq.callback.batches import first_samples, repeat_samples, train_batches
 from lq.callback.evaluation import evaluate
@@ -108,6 +109,7 @@ class QuantizationCallback(Callback):
         if stage != "fit":
             return
         self.result = None
+        _refuse_converted(pl_module)
         if self.convert:
             ensure_writable_dir(self._output_dir(trainer), "output_dir")
         if not _has_layers(pl_module):
@@ -133,7 +135,7 @@ class QuantizationCallback(Callback):
                     submodule.eval()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.convert or not trainer.is_global_zero or isinstance(self._unit(pl_module), Int8Module):
+        if not self.convert or not trainer.is_global_zero:
             return
         self._quantize(trainer, pl_module)
 
@@ -152,11 +154,6 @@ class QuantizationCallback(Callback):
 
     def _check_unit(self, pl_module: LightningModule) -> nn.Module:
         unit = self._unit(pl_module)
-        if isinstance(unit, Int8Module):
-            raise ValueError(
-                f"{type(pl_module).__name__} was converted to INT8 by an earlier fit, and an INT8 model cannot be "
-                f"trained; build the float model anew (from its checkpoint) and fit that"
-            )
         if not any(isinstance(submodule, WEIGHTED_MODULES) for submodule in unit.modules()):
             raise NothingToQuantizeError(
                 f"nothing to quantize in {type(unit).__name__}: it has no convolution and no linear layer"
@@ -206,9 +203,19 @@ class QuantizationCallback(Callback):
             )
         if self.mode == "qat":
             unprepare(unit)
+        float_side, int8_side = self._measure(unit, int8, artifact)
         replace_unit(pl_module, path, int8)
         int8_metrics = evaluate(trainer, pl_module) if self.evaluate else {}
-        self.result = self._compare(unit.eval(), int8, float_metrics, int8_metrics, artifact)
+        assert int8.report is not None
+        self.result = QuantizationResult(
+            mode=self.mode,
+            target=self.target.name,
+            float_side=replace(float_side, metrics=float_metrics),
+            int8_side=replace(int8_side, metrics=int8_metrics),
+            report=int8.report,
+            batch_size=_BATCH_SIZE,
+            artifact=str(artifact),
+        )
         (artifact.with_suffix(".json")).write_text(self.result.to_json())
         for logger in trainer.loggers:
             logger.log_metrics(self.result.scalars(), step=trainer.global_step)
@@ -225,7 +232,7 @@ class QuantizationCallback(Callback):
         pl_module.to(trainer.strategy.root_device)
         try:
             batches = calibration_progress(
-                train_batches(trainer, pl_module), total, enabled=bar is not None and bar.is_enabled
+                train_batches(trainer, pl_module), total, enabled=bar is not None and getattr(bar, "is_enabled", True)
             )
             first = next(batches, None)
             if first is None:
@@ -241,31 +248,29 @@ class QuantizationCallback(Callback):
         finally:
             pl_module.to(home)
 
-    def _compare(
-        self,
-        float_unit: nn.Module,
-        int8: Int8Module,
-        float_metrics: dict[str, float],
-        int8_metrics: dict[str, float],
-        artifact: Path,
-    ) -> QuantizationResult:
-        timings: dict[str, tuple[Timing | None, Timing | None]] = {"float": (None, None), "int8": (None, None)}
-        if self.evaluate:
-            # CPU against CPU, also after training on a GPU: that is where INT8 kernels run in process.
-            models = {"float": float_unit, "int8": int8}
-            one = tuple(repeat_samples(list(int8.example_inputs.values()), 1))
-            many = tuple(repeat_samples(list(int8.example_inputs.values()), _BATCH_SIZE))
-            single, batch = measure(models, one, 1), measure(models, many, _BATCH_SIZE)
-            timings = {name: (single[name], batch[name]) for name in models}
-        assert int8.report is not None
-        return QuantizationResult(
-            mode=self.mode,
-            target=self.target.name,
-            float_side=Side(float_metrics, _state_bytes(float_unit), *timings["float"]),
-            int8_side=Side(int8_metrics, artifact.stat().st_size, *timings["int8"]),
-            report=int8.report,
-            batch_size=_BATCH_SIZE,
-            artifact=str(artifact),
+    def _measure(self, float_unit: nn.Module, int8: Int8Module, artifact: Path) -> tuple[Side, Side]:
+        """Size, latency and throughput of both, CPU against CPU: there INT8 kernels run in process, also after a fit
+        on a GPU."""
+        float_side = Side(size_bytes=_state_bytes(float_unit))
+        int8_side = Side(size_bytes=artifact.stat().st_size)
+        if not self.evaluate:
+            return float_side, int8_side
+        models = {"float": float_unit, "int8": int8}
+        inputs = {**int8.settings, **int8.example_inputs}
+        with evaluating(float_unit):
+            one = measure(models, repeat_samples(inputs, 1), 1)
+            many = measure(models, repeat_samples(inputs, _BATCH_SIZE), _BATCH_SIZE)
+        return (
+            replace(float_side, latency=one["float"], batch=many["float"]),
+            replace(int8_side, latency=one["int8"], batch=many["int8"]),
+        )
+
+
+def _refuse_converted(pl_module: nn.Module) -> None:
+    if any(isinstance(submodule, Int8Module) for submodule in pl_module.modules()):
+        raise ValueError(
+            f"{type(pl_module).__name__} was converted to INT8 by an earlier fit, and an INT8 model cannot be trained; "
+            f"build the float model anew (from its checkpoint) and fit that"
         )
 
 

@@ -89,13 +89,13 @@ class QuantizationResult:
                 table.add_row(name, f"{value:.4f}", f"{b.metrics[name]:.4f}", f"{b.metrics[name] - value:+.4f}")
         if a.size_bytes is not None and b.size_bytes is not None:
             ratio = a.size_bytes / b.size_bytes
-            table.add_row("size", _megabytes(a.size_bytes), _megabytes(b.size_bytes), f"{ratio:.2f}x smaller")
+            table.add_row("size", _megabytes(a.size_bytes), _megabytes(b.size_bytes), _times(ratio, "smaller", "larger"))
         if a.latency is not None and b.latency is not None:
             for label, x, y in (
                 ("latency p50, batch 1", a.latency.p50_ms, b.latency.p50_ms),
                 ("latency p95, batch 1", a.latency.p95_ms, b.latency.p95_ms),
             ):
-                table.add_row(label, f"{x:.2f} ms", f"{y:.2f} ms", f"{x / y:.2f}x faster")
+                table.add_row(label, f"{x:.2f} ms", f"{y:.2f} ms", _times(x / y, "faster", "slower"))
         if a.batch is not None and b.batch is not None:
             x, y = a.batch.throughput, b.batch.throughput
             table.add_row(f"throughput, batch {self.batch_size}", f"{x:.0f} /s", f"{y:.0f} /s", f"{y / x:.2f}x")
@@ -109,7 +109,11 @@ class QuantizationResult:
         return buffer.getvalue()
 
 
+def _times(ratio: float, more: str, less: str) -> str:
+    return f"{ratio:.2f}x {more}" if ratio >= 1 else f"{1 / ratio:.2f}x {less}"
+
+
 def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f} MB"
+    return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.2f} kB"
 
 

@@ -77,6 +77,16 @@ def _stop_behind(unit: nn.Module, seen: Callable[[tuple[Any, ...], dict[str, Any
             handle.remove()
 
 
+@contextmanager
+def _not_logging(pl_module: Any) -> Iterator[None]:
+    """Outside its loops Lightning refuses ``self.log``, which the user's step may well call."""
+    pl_module.log = pl_module.log_dict = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del pl_module.log, pl_module.log_dict
+
+
 def feed_unit(
     pl_module: Any, unit: nn.Module, batch: Any, batch_idx: int, run: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -99,7 +109,7 @@ def feed_unit(
         ValueError: where the step never calls the unit.
     """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    with _stop_behind(unit, lambda args, kwargs: calls.append((args, kwargs)), run):
+    with _stop_behind(unit, lambda args, kwargs: calls.append((args, kwargs)), run), _not_logging(pl_module):
         pl_module.training_step(batch, batch_idx)
     if not calls:
         name = type(unit).__name__

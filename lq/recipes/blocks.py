@@ -80,12 +80,13 @@ def image_data(config: DataConfig, seed: int) -> CIFAR10 | Shapes10:
                 f"or data.fallback=false to make this an error.\n{line}",
                 file=sys.stderr,
             )
-    sizes: dict[str, int] = {}
-    if config.max_train is not None:
-        sizes["train_size"] = config.max_train
-    if config.max_test is not None:
-        sizes["test_size"] = config.max_test
-    return Shapes10(batch_size=config.batch_size, num_workers=config.num_workers, seed=seed, **sizes)
+    return Shapes10(
+        train_size=config.max_train or 12_800,
+        test_size=config.max_test or 4_000,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        seed=seed,
+    )
 
 
 def callback(config: QuantConfig, mode: Literal["ptq", "qat"], output_dir: str) -> QuantizationCallback:

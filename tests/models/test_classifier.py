@@ -108,7 +108,7 @@ def test_learning_rate_follows_the_schedule_per_optimizer_step(schedule: Any, ac
     curve = Curve()
     classifier = Classifier(network(), num_classes=4, lr=0.2, schedule=schedule, warmup=0.25)
     tiny_trainer(tmp_path, max_epochs=3, accumulate_grad_batches=accumulate, callbacks=[curve]).fit(
-        classifier, loader()
+        classifier, loader(), loader()
     )
     total = 12 // accumulate
     assert curve.lrs == pytest.approx([0.2 * lr_factor(schedule, step, total, 0.25) for step in range(total)])
@@ -121,13 +121,16 @@ def test_onecycle_warms_up_by_default_and_the_others_do_not() -> None:
 
 def test_resumed_run_follows_the_curve_of_its_new_length(tmp_path: Path) -> None:
     first = tiny_trainer(tmp_path, max_epochs=1)
-    first.fit(Classifier(network(), num_classes=4, schedule="cosine"), loader())
+    first.fit(Classifier(network(), num_classes=4, schedule="cosine"), loader(), loader())
     first.save_checkpoint(tmp_path / "first.ckpt")
 
     curve = Curve()
     resumed = tiny_trainer(tmp_path, max_epochs=3, callbacks=[curve])
     resumed.fit(
-        Classifier(network(), num_classes=4, schedule="cosine"), loader(), ckpt_path=str(tmp_path / "first.ckpt")
+        Classifier(network(), num_classes=4, schedule="cosine"),
+        loader(),
+        loader(),
+        ckpt_path=str(tmp_path / "first.ckpt"),
     )
     # The scheduler had already prepared the first step, at the end of the first run.
     assert curve.lrs[1:] == pytest.approx([0.1 * lr_factor("cosine", step, 12) for step in range(5, 12)])
@@ -143,10 +146,10 @@ def test_schedule_that_needs_the_length_of_an_endless_run_says_so(tmp_path: Path
     endless = DataLoader(Endless(), batch_size=BATCH)
     classifier = Classifier(network(), num_classes=4, schedule="cosine")
     with pytest.raises(ValueError, match=r"schedule='cosine' needs the number of optimizer steps.*max_steps"):
-        tiny_trainer(tmp_path, max_epochs=-1).fit(classifier, endless)
+        tiny_trainer(tmp_path, max_epochs=-1).fit(classifier, endless, loader())
 
     curve = Curve()
-    tiny_trainer(tmp_path, max_epochs=-1, max_steps=5, callbacks=[curve]).fit(classifier, endless)
+    tiny_trainer(tmp_path, max_epochs=-1, max_steps=5, callbacks=[curve]).fit(classifier, endless, loader())
     assert curve.lrs == pytest.approx([0.1 * lr_factor("cosine", step, 5) for step in range(5)])
 
 
@@ -158,7 +161,9 @@ class StopAfter(Callback):
 def test_constant_schedule_runs_without_an_end(tmp_path: Path) -> None:
     curve = Curve()
     trainer = tiny_trainer(tmp_path, max_epochs=-1, callbacks=[curve, StopAfter()])
-    trainer.fit(Classifier(network(), num_classes=4, schedule="constant"), DataLoader(Endless(), batch_size=BATCH))
+    trainer.fit(
+        Classifier(network(), num_classes=4, schedule="constant"), DataLoader(Endless(), batch_size=BATCH), loader()
+    )
     assert curve.lrs == [0.1] * 3
 
 
@@ -169,7 +174,7 @@ def test_weight_decay_can_spare_norms_and_biases(optimizer: Any, tmp_path: Path)
             network(), 4, optimizer=optimizer, weight_decay=0.01, decay_norm_and_bias=decay_norm_and_bias
         )
         trainer = tiny_trainer(tmp_path, max_steps=1)
-        trainer.fit(classifier, loader())
+        trainer.fit(classifier, loader(), loader())
         decay = {
             id(parameter): group["weight_decay"]
             for group in trainer.optimizers[0].param_groups
@@ -262,7 +267,7 @@ def test_network_that_is_replaced_after_fit_is_the_one_that_is_tested(tmp_path: 
 def test_checkpoint_loads_without_pickles_and_with_its_hyperparameters(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, max_epochs=1)
     classifier = Classifier(network(), num_classes=4, lr=0.3, milestones=[0.2, 0.4])
-    trainer.fit(classifier, loader())
+    trainer.fit(classifier, loader(), loader())
     path = tmp_path / "classifier.ckpt"
     trainer.save_checkpoint(path)
 

@@ -1,0 +1,148 @@
+"""Bad input: one clear error, before training where that can be, and nothing lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from callback.classifiers import TwoParts, Unquantizable, Wrapped, loader
+from callback.test_fit import TARGET, fit, quantization
+from jsonargparse import ArgumentParser
+from torch.utils.data import DataLoader
+
+import lq
+from lq import QuantizationCallback
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "int8"}, r"mode='int8'.*'ptq' or 'qat'"),
+        ({"target": "arm"}, r"target='arm'.*'x86', 'x86_avx2'"),
+        ({"observer": "median"}, r"observer='median'.*'minmax', 'moving_average'"),
+        ({"calibration_batches": 0}, r"calibration_batches=0 must be at least 1"),
+        ({"observer_freeze": 1.5}, r"observer_freeze=1\.5 must be a share"),
+        ({"batch_norm_freeze": -0.1}, r"batch_norm_freeze=-0\.1 must be a share"),
+    ],
+)
+def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        QuantizationCallback(**arguments)
+
+
+class _NeverTrained(TwoParts):
+    def on_train_start(self) -> None:
+        pytest.fail("training began")
+
+
+@pytest.mark.parametrize("mode", ["ptq", "qat"])
+def test_unknown_module_is_found_before_training(mode: str, tmp_path: Path) -> None:
+    callback = quantization(tmp_path, mode=mode, module="bakbone")
+    with pytest.raises(ValueError, match=r"module='bakbone'.*'backbone'"):
+        fit(_NeverTrained(), tmp_path, callback)
+
+
+@pytest.mark.parametrize("mode", ["ptq", "qat"])
+def test_unwritable_output_is_found_before_training(mode: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    callback = quantization(tmp_path, mode=mode, output_dir=str(tmp_path / "file" / "int8"))
+    with pytest.raises(OSError, match=r"output_dir='.*file/int8' cannot be written to.*choose another"):
+        fit(_NeverTrained(), tmp_path, callback)
+
+
+@pytest.mark.parametrize("mode", ["ptq", "qat"])
+def test_nothing_to_quantize_is_found_before_training(mode: str, tmp_path: Path) -> None:
+    class Model(Unquantizable):
+        def on_train_start(self) -> None:
+            pytest.fail("training began")
+
+    with pytest.raises(lq.NothingToQuantizeError, match="nothing to quantize in Model"):
+        fit(Model(), tmp_path, quantization(tmp_path, mode=mode))
+
+
+def test_nan_in_calibration_leaves_the_float_model(tmp_path: Path) -> None:
+    class Poisoned(Wrapped):
+        """Trains on clean data; what calibration is shown has a NaN."""
+
+        def on_train_end(self) -> None:
+            self.weights = {name: value.clone() for name, value in self.state_dict().items()}
+            self.trainer.train_dataloader.dataset.tensors[0][0] = torch.nan
+
+    model = Poisoned()
+    with pytest.raises(lq.CalibrationError, match=r"NaN or an infinity at 'input'"):
+        fit(model, tmp_path, quantization(tmp_path))
+    assert model.state_dict().keys() == model.weights.keys()
+    assert all(torch.equal(value, model.weights[name]) for name, value in model.state_dict().items())
+    assert torch.isfinite(model(torch.zeros(1, 3, 8, 8))).all()
+    assert not (tmp_path / "int8" / "int8.pt2").exists()
+
+
+def test_interrupt_in_calibration_leaves_the_float_model(tmp_path: Path) -> None:
+    class Interrupted(Wrapped):
+        stop = False
+
+        def on_train_end(self) -> None:
+            self.stop = True
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            if self.stop and batch_idx == 2:
+                raise KeyboardInterrupt
+            return super().training_step(batch, batch_idx)
+
+    model = Interrupted()
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(model, tmp_path, quantization(tmp_path, evaluate=False))
+    assert model.state_dict().keys() == Wrapped().state_dict().keys()
+    assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 4)
+
+
+def test_no_training_data(tmp_path: Path) -> None:
+    empty: DataLoader[Any] = DataLoader(torch.utils.data.TensorDataset(torch.zeros(0, 3, 8, 8), torch.zeros(0)))
+    with pytest.raises(lq.CalibrationError, match="gave no batch"):
+        fit(Wrapped(), tmp_path, quantization(tmp_path, mode="qat"), data=empty)
+
+
+def test_step_that_does_not_call_the_unit(tmp_path: Path) -> None:
+    class Elsewhere(Wrapped):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = torch.nn.Linear(3, 3)
+
+    callback = quantization(tmp_path, mode="qat", module="unused")
+    with pytest.raises(ValueError, match=r"training_step never called the Linear.*module='\.\.\.'"):
+        fit(Elsewhere(), tmp_path, callback)
+
+
+@pytest.mark.parametrize("mode", ["ptq", "qat"])
+def test_second_fit_of_a_converted_model_is_refused(mode: str, tmp_path: Path) -> None:
+    model, callback = Wrapped(), quantization(tmp_path, mode=mode)
+    fit(model, tmp_path, callback, epochs=1)
+    with pytest.raises(ValueError, match="converted to INT8 by an earlier fit"):
+        fit(model, tmp_path, callback, epochs=1)
+
+
+def test_callback_serves_a_second_model(tmp_path: Path) -> None:
+    callback = quantization(tmp_path)
+    for _ in range(2):
+        fit(Wrapped(), tmp_path, callback, epochs=1)
+        assert callback.result is not None
+
+
+def test_arguments_parse_from_a_command_line() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(QuantizationCallback, "quantization")
+    parsed = parser.parse_args(["--quantization.mode=qat", f"--quantization.target={TARGET}"])
+    callback = parser.instantiate(parsed).quantization
+    assert isinstance(callback, QuantizationCallback)
+    assert (callback.mode, callback.target.name) == ("qat", TARGET)
+
+
+def test_x86_on_a_cpu_without_vnni_says_so(tmp_path: Path) -> None:
+    from lq.runtime.cpu import has_onednn_int8, has_vnni
+
+    if has_vnni() or not has_onednn_int8():
+        pytest.skip("the CPU has VNNI, or no INT8 kernels")
+    with pytest.warns(UserWarning, match=r"no VNNI.*target='x86_avx2'"):
+        fit(Wrapped(), tmp_path, quantization(tmp_path, target="x86"), data=loader())

@@ -1,0 +1,102 @@
+"""The recipe as a user runs it, at tiny size."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lq
+from lq.config import main, parse
+from lq.models import Classifier, build_resnet
+from lq.recipes import cifar_resnet18 as recipe
+
+TINY = [
+    "data.name=shapes10",
+    "data.max_train=64",
+    "data.max_test=40",
+    "data.batch_size=16",
+    "train.epochs=1",
+    "quant.calibration_batches=2",
+    "quant.target=x86_avx2",
+    "accelerator=cpu",
+    "progress=false",
+]
+
+
+def run(*argv: str) -> None:
+    main(recipe.Config, recipe.run, recipe.plan, description=recipe.__doc__ or "", argv=argv)
+
+
+@pytest.mark.parametrize("mode", ["ptq", "qat"])
+def test_trains_quantizes_and_ends_with_a_table(
+    mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(*TINY, f"mode={mode}", f"output_dir={tmp_path}")
+    printed = capsys.readouterr().out
+    assert "Data: Shapes10" in printed
+    for row in ("val_acc", "size", "latency p50, batch 1", "throughput", "INT8 model", "TensorBoard"):
+        assert row in printed
+    assert ("float before QAT" in printed) == (mode == "qat")
+    int8 = lq.load(tmp_path / "int8" / "int8.pt2")
+    assert int8(torch.zeros(3, 3, 32, 32)).shape == (3, 10)
+    assert len(int8.report.int8_layers) == 21  # 20 convolutions and the classifier
+    assert list(tmp_path.glob("tensorboard/version_*/events*"))
+
+
+def test_a_float_checkpoint_is_quantized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = build_resnet("resnet18", num_classes=10)
+    torch.save(network.state_dict(), tmp_path / "bare.pt")
+    run(*TINY, f"ckpt={tmp_path / 'bare.pt'}", f"output_dir={tmp_path / 'run'}")
+    assert "bare.pt" in capsys.readouterr().out
+    model = Classifier(network, 10)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "lightning.ckpt")
+    run(*TINY, f"ckpt={tmp_path / 'lightning.ckpt'}", f"output_dir={tmp_path / 'run'}")
+
+
+def test_without_cifar10_it_says_so_and_uses_shapes10(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(*TINY[1:], f"data.dir={tmp_path / 'nowhere'}", f"output_dir={tmp_path}")
+    printed = capsys.readouterr()
+    assert "CIFAR-10 IS NOT AT" in printed.err
+    assert "Data: Shapes10" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["data.dir=nowhere", "data.fallback=false"], r"data\.dir='nowhere'"),
+        (["data.batchsize=3"], r"data\.batch_size"),
+        (["mode=int8"], r"mode.*ptq.*qat"),
+        (["quant.target=arm"], r"quant\.target.*x86"),
+        (["ckpt=nowhere.ckpt", "data.name=shapes10"], r"ckpt='nowhere\.ckpt': no such file"),
+    ],
+)
+def test_mistakes_are_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(*argv)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    import re
+
+    assert re.search(message, error)
+
+
+def test_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(*TINY, f"output_dir={tmp_path / 'run'}", "--dry-run")
+    assert "train ResNet-18 in float" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_from_the_command_line() -> None:
+    command = [sys.executable, "-m", "lq.recipes.cifar_resnet18", "--help"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for key in ("mode", "quant.target", "data.fallback", "train.epochs"):
+        assert key in printed
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("configs/*.yaml")), ids=lambda path: path.name)
+def test_configs_are_valid(path: Path) -> None:
+    assert parse(recipe.Config, ["--config", str(path)]).config
