@@ -121,7 +121,7 @@ def load(path: str | Path) -> Int8Module:
         raise ValueError(f"path={str(path)!r} is no INT8 network written by lq.save, or is damaged: {error}") from error
     module = program.module()
     int8 = Int8Module(module, _plain_graph(module.graph, metadata["inputs"]))
-    int8.example_inputs = {name: None for name in metadata["inputs"]}
+    int8.example_inputs = dict.fromkeys(metadata["inputs"])
     if program.example_inputs is not None:
         int8.example_inputs = dict(zip(metadata["inputs"], program.example_inputs[0], strict=True))
     if metadata["report"] is not None:

@@ -15,7 +15,7 @@ from lq.int8 import Int8Module
 from lq.modes import evaluating
 from lq.prepare import PreparedForward, prepared_forward, quantizers, quantizers_off
 from lq.quantizer import WeightQuantizer
-from lq.report import QuantizationReport, make_report
+from lq.report import make_report
 
 #: Largest difference that folding batch norm may make, relative to the layer's largest output.
 FOLD_TOLERANCE = 1e-3

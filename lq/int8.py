@@ -67,7 +67,9 @@ class Int8Module(nn.Module):
     @execution.setter
     def execution(self, value: Execution) -> None:
         if value not in get_args(Execution):
-            raise ValueError(f"execution={value!r} is unknown; choose one of {', '.join(map(repr, get_args(Execution)))}")
+            raise ValueError(
+                f"execution={value!r} is unknown; choose one of {', '.join(map(repr, get_args(Execution)))}"
+            )
         if value == "kernels" and not has_onednn_int8():
             raise ValueError(
                 "execution='kernels': this machine has no oneDNN INT8 kernels (an x86 CPU and a torch build with "
@@ -134,7 +136,8 @@ class Int8Module(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Module:
         self._compiled.clear()
-        return super()._apply(fn, recurse)  # type: ignore[return-value]
+        super()._apply(fn, recurse)
+        return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._compiled.clear()

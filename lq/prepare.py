@@ -90,9 +90,7 @@ def prepared_forward(module: nn.Module) -> PreparedForward:
     """
     forward = module.__dict__.get("forward")
     if not isinstance(forward, PreparedForward):
-        raise ValueError(
-            f"this {type(module).__name__} is not prepared; call lq.prepare(model, example_inputs) first"
-        )
+        raise ValueError(f"this {type(module).__name__} is not prepared; call lq.prepare(model, example_inputs) first")
     return forward
 
 
@@ -144,7 +142,9 @@ def prepare(
     if observer is None:
         observer = "minmax" if mode == "ptq" else "moving_average"
     if observer not in ACTIVATION_OBSERVERS:
-        raise ValueError(f"observer={observer!r} is unknown; choose one of {', '.join(map(repr, ACTIVATION_OBSERVERS))}")
+        raise ValueError(
+            f"observer={observer!r} is unknown; choose one of {', '.join(map(repr, ACTIVATION_OBSERVERS))}"
+        )
     if is_prepared(model):
         raise ValueError(
             f"this {type(model).__name__} is prepared already; call lq.unprepare(model) first to prepare it anew"
@@ -170,7 +170,7 @@ def prepare(
     for chain in placement.chains:
         layer: Any = chain.op.module
         if chain.weight_key not in dict(tree.items()):
-            weight = layer.weight if layer is not None else analysis.values[chain.op.weight]
+            weight = layer.weight if layer is not None else analysis.values[chain.op.weight]  # type: ignore[index]
             tree.add(chain.weight_key, weight_quantizer(resolved.weight, weight))
         if chain.op.weight is not None:
             sites[site(chain.op.weight)] = chain.weight_key

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -88,8 +87,8 @@ class QuantizationResult:
             if name in b.metrics:
                 table.add_row(name, f"{value:.4f}", f"{b.metrics[name]:.4f}", f"{b.metrics[name] - value:+.4f}")
         if a.size_bytes is not None and b.size_bytes is not None:
-            ratio = a.size_bytes / b.size_bytes
-            table.add_row("size", _megabytes(a.size_bytes), _megabytes(b.size_bytes), _times(ratio, "smaller", "larger"))
+            ratio = _times(a.size_bytes / b.size_bytes, "smaller", "larger")
+            table.add_row("size", _megabytes(a.size_bytes), _megabytes(b.size_bytes), ratio)
         if a.latency is not None and b.latency is not None:
             for label, x, y in (
                 ("latency p50, batch 1", a.latency.p50_ms, b.latency.p50_ms),
@@ -115,5 +114,3 @@ def _times(ratio: float, more: str, less: str) -> str:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.2f} kB"
-
-

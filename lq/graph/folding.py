@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +29,15 @@ class FoldedLayer:
     weight_scale: Tensor | None = None
 
 
-def batch_norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def batch_norm_affine(norm: Any) -> tuple[Tensor, Tensor]:
     """The map a batch norm is in evaluation mode, ``y = x * factor + shift``, in float64, each of shape ``(C,)``.
 
     ``factor = gamma / sqrt(var + eps)`` and ``shift = beta - mean * factor`` (Ioffe and Szegedy 2015, algorithm 2).
     """
-    mean, var, eps = norm.running_mean.double(), norm.running_var.double(), norm.eps  # type: ignore[union-attr, operator]
-    gamma = norm.weight.detach().double() if norm.weight is not None else torch.ones_like(mean)  # type: ignore[operator]
-    beta = norm.bias.detach().double() if norm.bias is not None else torch.zeros_like(mean)  # type: ignore[operator]
-    factor = gamma / torch.sqrt(var + eps)  # type: ignore[operator]
+    mean, var, eps = norm.running_mean.double(), norm.running_var.double(), norm.eps
+    gamma = norm.weight.detach().double() if norm.weight is not None else torch.ones_like(mean)
+    beta = norm.bias.detach().double() if norm.bias is not None else torch.zeros_like(mean)
+    factor = gamma / torch.sqrt(var + eps)
     return factor, beta - mean * factor
 
 

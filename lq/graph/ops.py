@@ -13,7 +13,6 @@ import torchvision
 from torch import fx, nn
 from torch.nn import functional as F
 
-
 aten = torch.ops.aten
 
 
@@ -153,7 +152,7 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 def classify(node: fx.Node, root: nn.Module) -> OpKind:
     """The role of ``node``, going by what it calls; what is not known is ``OTHER`` and stays in float."""
     if node.op == "call_module":
-        module = module_of(node, root)
+        module: Any = module_of(node, root)
         for cls in type(module).__mro__:
             if cls in _MODULES:
                 # A subclass may compute something else altogether; only an inherited forward is known.

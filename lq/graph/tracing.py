@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -137,7 +138,11 @@ def _functionalize(graph: fx.Graph, root: nn.Module) -> None:
     for node in graph.nodes:
         mutated = argument(node, 0, "input")
         if isinstance(mutated, fx.Node) and is_inplace(node, root):
-            mutated.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
+            mutated.replace_all_uses_with(node, delete_user_cb=partial(_is_after, order, node))
+
+
+def _is_after(order: dict[fx.Node, int], node: fx.Node, other: fx.Node) -> bool:
+    return order[other] > order[node]
 
 
 def _name_sites(graph: fx.Graph) -> None:

@@ -1,8 +1,8 @@
 """ResNet-18 on CIFAR-10: train in float, quantize to INT8, compare.
 
-    python -m lq.recipes.cifar_resnet18 data.dir=PATH           post-training quantization (PTQ)
-    python -m lq.recipes.cifar_resnet18 data.dir=PATH mode=qat  quantization-aware fine-tuning (QAT) behind it
-    python -m lq.recipes.cifar_resnet18 data.name=shapes10      no files needed
+python -m lq.recipes.cifar_resnet18 data.dir=PATH           post-training quantization (PTQ)
+python -m lq.recipes.cifar_resnet18 data.dir=PATH mode=qat  quantization-aware fine-tuning (QAT) behind it
+python -m lq.recipes.cifar_resnet18 data.name=shapes10      no files needed
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Config:
 
     mode: Literal["ptq", "qat"] = field("ptq", help="quantize after training, or fine-tune with fake-quantizers")
     ckpt: str | None = field(None, help="float checkpoint to quantize instead of training one")
-    stem: Literal["imagenet", "cifar"] = field("imagenet", help="7x7 stride-2 stem (fast) or 3x3 stride-1 stem (slow, more accurate)")
+    stem: Literal["imagenet", "cifar"] = field(
+        "imagenet", help="7x7 stride-2 stem (fast) or 3x3 stride-1 stem (slow, more accurate)"
+    )
     output_dir: str = field("runs/cifar_resnet18", help="folder for checkpoints, INT8 model and TensorBoard logs")
     seed: int = field(0, help="seed of everything")
     accelerator: str = field("auto", help="cpu, gpu or auto")

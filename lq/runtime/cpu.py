@@ -22,8 +22,8 @@ def has_onednn_int8() -> bool:
 def has_vnni() -> bool:
     """Whether INT8 products are summed in 32 bits (AVX512-VNNI, AVX-VNNI, AMX).
 
-    Without it oneDNN sums pairs of products in 16 bits with saturation: an 8-bit activation times an 8-bit weight, twice,
-    does not fit there, and large sums come out wrong (oneDNN developer guide, "Nuances of int8 computations").
+    Without it oneDNN sums pairs of products in 16 bits with saturation: an 8-bit activation times an 8-bit weight,
+    twice, does not fit there, and large sums come out wrong (oneDNN guide, "Nuances of int8 computations").
     """
     get_capabilities = getattr(torch.cpu, "get_capabilities", None)
     if get_capabilities is not None:

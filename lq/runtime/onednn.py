@@ -54,14 +54,15 @@ def _int8_weight_for_this_cpu(weight: Tensor, scale: Tensor) -> tuple[Tensor, Te
 class _Chain:
     """The nodes of one kernel: weighted op, add, clamp, quantize; all but the first optional."""
 
-    op: fx.Node
-    add: fx.Node | None = None
-    residual: fx.Node | None = None  # the dequantize node of the other operand
-    clamp: fx.Node | None = None
-    quantize: fx.Node | None = None
+    # fx's own type of an argument is a union of everything that one can be; a pattern knows what it looks at.
+    op: Any
+    add: Any = None
+    residual: Any = None  # the dequantize node of the other operand
+    clamp: Any = None
+    quantize: Any = None
 
     @property
-    def end(self) -> fx.Node:
+    def end(self) -> Any:
         return self.quantize or self.clamp or self.add or self.op
 
 
@@ -85,7 +86,7 @@ class LoweredGraph:
         return lambda *inputs: forward(state, *inputs)
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def _only_user(node: fx.Node) -> Any:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
@@ -127,40 +128,36 @@ class _Lowering:
 
     # Matching
 
-    def _match(self, node: fx.Node) -> _Chain | None:
+    def _match(self, node: Any) -> _Chain | None:
         if not _is(node, aten.linear.default, *_CONVOLUTIONS):
             return None
         x, weight = node.args[0], node.args[1]
         bias = node.args[2] if len(node.args) > 2 else None
-        if not (_is(x, DEQUANTIZE) and _is(weight, DEQUANTIZE_WEIGHT)) or (bias is not None and bias.op != "get_attr"):  # type: ignore[union-attr]
+        if not (_is(x, DEQUANTIZE) and _is(weight, DEQUANTIZE_WEIGHT)) or (bias is not None and bias.op != "get_attr"):
             return None
-        if Grid.of(x).dtype is not torch.uint8:  # type: ignore[arg-type]
+        if Grid.of(x).dtype is not torch.uint8:
             return None
         chain = _Chain(node)
         user = _only_user(chain.end)
-        if node.target is aten.conv2d.default and _is(user, aten.add.Tensor) and len(user.args) == 2:  # type: ignore[union-attr]
-            other = user.args[1] if user.args[0] is node else user.args[0]  # type: ignore[union-attr]
-            quantized_after = self._quantize_behind(user)  # type: ignore[arg-type]
-            if _is(other, DEQUANTIZE) and other is not node and quantized_after and self._runs_last(node, other):  # type: ignore[arg-type]
-                chain.add, chain.residual = user, other  # type: ignore[assignment]
+        if node.target is aten.conv2d.default and _is(user, aten.add.Tensor) and len(user.args) == 2:
+            other = user.args[1] if user.args[0] is node else user.args[0]
+            quantized_after = self._quantize_behind(user)
+            if _is(other, DEQUANTIZE) and other is not node and quantized_after:
+                chain.add, chain.residual = user, other
                 user = _only_user(chain.end)
         if _is(user, aten.relu.default, aten.hardtanh.default) and not (
-            node.target is aten.linear.default and user.target is aten.hardtanh.default  # type: ignore[union-attr]
+            node.target is aten.linear.default and user.target is aten.hardtanh.default
         ):
             chain.clamp = user
             user = _only_user(chain.end)
-        if _is(user, QUANTIZE) and Grid.of(user).dtype is torch.uint8:  # type: ignore[arg-type]
+        if _is(user, QUANTIZE) and Grid.of(user).dtype is torch.uint8:
             chain.quantize = user
         return chain
-
-    def _runs_last(self, op: fx.Node, residual: fx.Node) -> bool:
-        # The operand is there before the kernel runs, unless it is itself made from what the kernel makes.
-        return self.order[residual.args[0]] < self.order[op] or self.order[residual] < self.order[op]  # type: ignore[index]
 
     def _quantize_behind(self, add: fx.Node) -> bool:
         user = _only_user(add)
         if _is(user, aten.relu.default):
-            user = _only_user(user)  # type: ignore[arg-type]
+            user = _only_user(user)
         return _is(user, QUANTIZE)
 
     # Writing
@@ -171,17 +168,16 @@ class _Lowering:
             copied.target = f"module.{node.target}"
         return copied
 
-    def _read(self, node: fx.Node) -> fx.Node:
+    def _read(self, node: Any) -> fx.Node:
         if _is(node, DEQUANTIZE):
             grid = Grid.of(node)
-            integers = self.values[node.args[0]]  # type: ignore[index]
+            integers = self.values[node.args[0]]
             return self.graph.call_function(dequantize_activation, (integers, grid.scale, grid.zero_point))
         return self.values[node]
 
-    def _emit_quantize(self, node: fx.Node) -> fx.Node:
+    def _emit_quantize(self, node: Any) -> fx.Node:
         grid = Grid.of(node)
         x = node.args[0]
-        assert isinstance(x, fx.Node)
         moved = self._moves_integers(x, grid)
         if moved is not None:
             return moved
@@ -190,17 +186,18 @@ class _Lowering:
         args = (self._read(x), grid.scale, grid.zero_point, grid.quant_min, grid.quant_max)
         return self.graph.call_function(quantize_activation, args)
 
-    def _moves_integers(self, x: fx.Node, grid: Grid) -> fx.Node | None:
+    def _moves_integers(self, x: Any, grid: Grid) -> fx.Node | None:
         """dequantize → move or select → quantize on the same grid: the operator itself, on the integers."""
-        source = x.args[0] if x.args else None
+        source: Any = x.args[0] if x.args else None
         if classify(x, self.root) is not OpKind.SAME_SCALE or not _is(source, DEQUANTIZE):
             return None
-        if Grid.of(source) != grid:  # type: ignore[arg-type]
+        if Grid.of(source) != grid:
             return None
-        integers = self.values[source.args[0]]  # type: ignore[union-attr, index]
+        integers = self.values[source.args[0]]
         if _is(x, aten.max_pool2d.default):
-            defaults = ([], [0, 0], [1, 1], False)
-            kernel, *settings = (*x.args[1:], *defaults[len(x.args) - 2 :])
+            defaults: tuple[Any, ...] = ([], [0, 0], [1, 1], False)
+            given = tuple(x.args[1:])
+            kernel, *settings = (*given, *defaults[len(given) - 1 :])
             return self.graph.call_function(torch.ops.quantized.max_pool2d, (integers, kernel, *settings))
         if x.op == "call_module" and not isinstance(self.root.get_submodule(str(x.target)), nn.Flatten | nn.Unflatten):
             return None  # pooling modules have no kernel for integers
@@ -212,31 +209,33 @@ class _Lowering:
 
     def _emit_chain(self, chain: _Chain) -> fx.Node:
         op = chain.op
-        x_grid = Grid.of(op.args[0])  # type: ignore[arg-type]
-        x = self.values[op.args[0].args[0]]  # type: ignore[union-attr, index]
+        x_grid = Grid.of(op.args[0])
+        x = self.values[op.args[0].args[0]]
         name = f"op{len(self.lowered.constants)}"
-        weight_attr, scale_attr = op.args[1].args[:2]  # type: ignore[union-attr]
+        weight_attr, scale_attr = op.args[1].args[:2]
         weight, scale = _int8_weight_for_this_cpu(
-            lookup(self.root, weight_attr.target), lookup(self.root, scale_attr.target)  # type: ignore[union-attr]
+            lookup(self.root, weight_attr.target),
+            lookup(self.root, scale_attr.target),
         )
         bias = op.args[2] if len(op.args) > 2 else None
         scales = self._constant(f"{name}_scale", scale.contiguous())
         zeros = self._constant(f"{name}_zero_point", torch.zeros(len(scale), dtype=torch.int32))
         bias_node = None
         if bias is not None:
-            bias_node = self._constant(f"{name}_bias", lookup(self.root, bias.target).detach())  # type: ignore[union-attr]
+            bias_node = self._constant(f"{name}_bias", lookup(self.root, bias.target).detach())
         if chain.quantize is not None:
             out = Grid.of(chain.quantize)
             output = (out.scale, out.zero_point, torch.uint8)
         else:
             output = (1.0, 0, torch.float32)
-        unary, unary_args = "none", []
+        unary, unary_args = "none", list[float]()
         if chain.clamp is not None:
             unary = "relu" if chain.clamp.target is aten.relu.default else "hardtanh"
             unary_args = list(chain.clamp.args[1:]) or ([] if unary == "relu" else [-1.0, 1.0])
         if op.target is aten.linear.default:
             packed = self._constant(f"{name}_weight", onednn.qlinear_prepack(weight.contiguous(), None))
-            args = (x, x_grid.scale, x_grid.zero_point, packed, scales, zeros, bias_node, *output, unary, unary_args, "")
+            common = (x, x_grid.scale, x_grid.zero_point, packed, scales, zeros)
+            args = (*common, bias_node, *output, unary, unary_args, "")
             return self.graph.call_function(onednn.qlinear_pointwise.default, args)
         stride, padding, dilation, groups = _conv_settings(op)
         packed_weight = onednn.qconv_prepack(
@@ -246,19 +245,22 @@ class _Lowering:
         common = (x, x_grid.scale, x_grid.zero_point, packed, scales, zeros)
         settings = (stride, padding, dilation, groups)
         if chain.residual is None:
-            kernel = getattr(onednn, _CONVOLUTIONS[op.target]).default  # type: ignore[index]
+            kernel = getattr(onednn, _CONVOLUTIONS[op.target]).default
             return self.graph.call_function(kernel, (*common, bias_node, *settings, *output, unary, unary_args, ""))
         r_grid = Grid.of(chain.residual)
-        accumulator = self.values[chain.residual.args[0]]  # type: ignore[index]
-        if self._is_read_later(chain.residual.args[0], chain):  # type: ignore[arg-type]
+        accumulator = self.values[chain.residual.args[0]]
+        if self._is_read_later(chain.residual.args[0], chain):
             # The kernel writes its sum over the operand.
             accumulator = self.graph.call_function(torch.clone, (accumulator,))
-        args = (*common, accumulator, bias_node, *settings, *output, r_grid.scale, r_grid.zero_point, "sum", 1.0)
-        unary_name = None if unary == "none" else unary
-        return self.graph.call_function(onednn.qconv2d_pointwise.binary, (*args, unary_name, unary_args, ""))
+        added = (r_grid.scale, r_grid.zero_point, "sum", 1.0, None if unary == "none" else unary, unary_args, "")
+        sum_args = (*common, accumulator, bias_node, *settings, *output, *added)
+        return self.graph.call_function(onednn.qconv2d_pointwise.binary, sum_args)
 
-    def _is_read_later(self, quantize: fx.Node, chain: _Chain) -> bool:
+    def _is_read_later(self, quantize: Any, chain: _Chain) -> bool:
         """Whether anything behind the kernel, in the order of execution, reads the integers or a view of them."""
+        made_by = quantize.args[0]
+        if classify(made_by, self.root) is OpKind.SAME_SCALE and not _is(made_by, aten.max_pool2d.default):
+            return True  # perhaps itself a view of integers that others read
         position = self.order[chain.end]
         pending, seen = [quantize], set()
         while pending:
@@ -275,7 +277,7 @@ class _Lowering:
                 pending.extend(reader for reader in reads_at if classify(reader, self.root) is OpKind.SAME_SCALE)
         return False
 
-    def _written_at(self, node: fx.Node) -> fx.Node:
+    def _written_at(self, node: fx.Node) -> Any:
         """The node at whose place the kernel that computes ``node`` is written."""
         for end, chain in self.chains.items():
             if node in (chain.op, chain.add, chain.clamp):
@@ -283,12 +285,12 @@ class _Lowering:
         return node
 
 
-def _conv_settings(op: fx.Node) -> tuple[list[int], list[int], list[int], int]:
-    dims = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}[op.target]  # type: ignore[index]
+def _conv_settings(op: Any) -> tuple[list[int], list[int], list[int], int]:
+    dims = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}[op.target]
     defaults: tuple[Any, ...] = ([1] * dims, [0] * dims, [1] * dims, 1)
-    given = op.args[3:]
+    given = tuple(op.args[3:])
     stride, padding, dilation, groups = (*given, *defaults[len(given) :])
-    return list(stride), list(padding), list(dilation), int(groups)  # type: ignore[arg-type]
+    return list(stride), list(padding), list(dilation), int(groups)
 
 
 def lower(graph: fx.Graph, root: nn.Module) -> LoweredGraph:

@@ -24,7 +24,7 @@ def assert_is_the_tree(data: ImageData, tolerance: int = 0, train: int = 4, test
         assert split.labels.tolist() == [label for label in range(3) for _ in range(count)]
 
 
-@pytest.mark.parametrize("suffix,tolerance", [(".png", 0), (".jpg", 8), (".jpeg", 8), (".JPG", 8)])
+@pytest.mark.parametrize(("suffix", "tolerance"), [(".png", 0), (".jpg", 8), (".jpeg", 8), (".JPG", 8)])
 @pytest.mark.parametrize("top", ["", "cifar10-images/"])
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_image_trees(tmp_path: Path, kind: str, top: str, suffix: str, tolerance: int) -> None:

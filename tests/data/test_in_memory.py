@@ -129,7 +129,7 @@ def test_the_last_ragged_batch_is_dropped_but_never_the_only_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments,message",
+    ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size=0 must be an integer of at least 1"),
         ({"num_workers": -1}, "num_workers=-1 must be an integer of at least 0"),

@@ -58,7 +58,9 @@ def test_augmentation_follows_its_generator() -> None:
     assert not torch.equal(one, random_crop_flip(images, generator=torch.Generator().manual_seed(4)))
 
 
-@pytest.mark.parametrize("mean,std", [((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)), ((0, 0, 0), (1, 1, 1))])
+@pytest.mark.parametrize(
+    ("mean", "std"), [((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)), ((0, 0, 0), (1, 1, 1))]
+)
 def test_normalize_is_the_formula(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     out = normalize(images, mean, std)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ import lq
 from lq.config import main, parse
 from lq.models import Classifier, build_resnet
 from lq.recipes import cifar_resnet18 as recipe
+
+# Four batches a run, where Lightning would log every ten.
+pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 
 TINY = [
     "data.name=shapes10",
@@ -32,9 +36,7 @@ def run(*argv: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["ptq", "qat"])
-def test_trains_quantizes_and_ends_with_a_table(
-    mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_trains_quantizes_and_ends_with_a_table(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(*TINY, f"mode={mode}", f"output_dir={tmp_path}")
     printed = capsys.readouterr().out
     assert "Data: Shapes10" in printed
@@ -79,8 +81,6 @@ def test_mistakes_are_one_line(argv: list[str], message: str, capsys: pytest.Cap
         run(*argv)
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    import re
-
     assert re.search(message, error)
 
 
