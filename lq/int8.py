@@ -116,19 +116,16 @@ class Int8Module(nn.Module):
         kernels = self.execution == "kernels" or (self.execution == "auto" and on_cpu and has_onednn_int8())
         key = "kernels" if kernels else "simulation"
         if key not in self._compiled:
-            self._compiled[key] = self._lowered().compile(self) if kernels else self._simulation()
+            self._compiled[key] = self.kernels().compile(self) if kernels else self._simulation()
         return self._compiled[key]
 
     def _simulation(self) -> Callable[..., Any]:
         forward = compile_graph(constant_qparams(self.graph, self), "INT8 simulation")
         return lambda *inputs: forward(self, *inputs)
 
-    def _lowered(self) -> LoweredGraph:
-        return lower(constant_qparams(self.graph, self), self)
-
-    def kernel_graph(self) -> fx.Graph:
+    def kernels(self) -> LoweredGraph:
         """The graph that runs on the CPU, with its oneDNN operators, to be looked at."""
-        return self._lowered().graph
+        return lower(constant_qparams(self.graph, self), self)
 
     def train(self, mode: bool = True) -> Int8Module:
         """Nothing here trains: the modules that stayed float keep computing as in evaluation."""

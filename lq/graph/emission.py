@@ -54,8 +54,18 @@ class _Emitter:
         for node in self.analysis.graph.nodes:
             self._emit(node)
         self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        self._drop_unread_buffers()
         self.graph.lint()
         return self.emitted
+
+    def _drop_unread_buffers(self) -> None:
+        """What only a weight was computed from is not part of the INT8 network."""
+        read = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        modules = tuple(f"{node.target}." for node in self.graph.nodes if node.op == "call_module")
+        for path, _ in list(self.emitted.root.named_buffers()):
+            if path not in read and not path.startswith(modules):
+                owner, name = self._owner(path)
+                del owner._buffers[name]
 
     def _same_scale_nodes_in_int8(self) -> set[fx.Node]:
         """The operators that move or select values between a quantized tensor and an INT8 kernel that reads it."""
@@ -72,6 +82,8 @@ class _Emitter:
         return carried
 
     def _emit(self, node: fx.Node) -> None:
+        if node.op == "get_attr" and node not in self.quantized:
+            return  # held where something reads it: a kernel's weight is read as integers, under the same name
         chain = self.chain_of.get(node)
         if chain is not None and node is not chain.end:
             return
@@ -98,6 +110,8 @@ class _Emitter:
 
     def _read(self, node: fx.Node) -> fx.Node:
         """The value of ``node`` for one reader: where it is kept as integers, a dequantize of the reader's own."""
+        if node.op == "get_attr" and node not in self.values:
+            self.values[node] = self._hold_attribute(str(node.target))
         if node in self.integers:
             integers, key = self.integers[node]
             return self._qdq(DEQUANTIZE_BUFFER, integers, key)
@@ -110,23 +124,25 @@ class _Emitter:
                 return pool
         copied = self.graph.node_copy(node, self._read)
         copied.meta = {}
-        if node.op == "get_attr":
-            self._hold(str(node.target), lookup(self.module, str(node.target)))
-        elif node.op == "call_module":
-            self._hold(str(node.target), module_of(node, self.module))
+        if node.op == "call_module":
+            owner, name = self._owner(str(node.target))
+            if not isinstance(owner._modules.get(name), type(module_of(node, self.module))):
+                module = copy.deepcopy(module_of(node, self.module))
+                assert module is not None
+                owner.add_module(name, module.eval().requires_grad_(False))
         return copied
 
-    def _hold(self, path: str, value: Any) -> None:
-        """Keep a copy of an attribute of the float module under its own name."""
-        if isinstance(value, nn.Module):
-            owner, name = self._owner(path)
-            if name not in owner._modules:
-                owner.add_module(name, copy.deepcopy(value).eval().requires_grad_(False))
-        elif isinstance(value, Tensor):
-            self._buffer(path, value.detach().clone())
-        else:
-            owner, name = self._owner(path)
-            setattr(owner, name, copy.deepcopy(value))
+    def _hold_attribute(self, path: str) -> fx.Node:
+        """A parameter, buffer or constant of the float module, for a reader that is no INT8 kernel."""
+        value = lookup(self.module, path)
+        if isinstance(value, Tensor):
+            # Beside the integers of the same name, where a kernel reads this parameter too.
+            chains = self.analysis.placement.chains
+            taken = {chain.weight_key for chain in chains} | {f"{chain.name}.bias" for chain in chains}
+            return self._buffer(f"{path}_float" if path in taken else path, value.detach().clone())
+        owner, name = self._owner(path)
+        setattr(owner, name, copy.deepcopy(value))
+        return self.graph.create_node("get_attr", path)
 
     def _owner(self, path: str) -> tuple[nn.Module, str]:
         owner = self.emitted.root

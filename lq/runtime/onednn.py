@@ -43,6 +43,11 @@ def dequantize_activation(q: Tensor, scale: float, zero_point: int) -> Tensor:
     return q.to(torch.float32).sub_(zero_point).mul_(scale)
 
 
+def subsample(q: Tensor, stride: list[int]) -> Tensor:
+    """Every ``stride``-th pixel: what a 1x1 convolution with that stride reads."""
+    return q[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=torch.channels_last)
+
+
 def _int8_weight_for_this_cpu(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The weight as the kernels of this CPU can take it without overflow: as it is, or rounded to 7 bits."""
     if has_vnni() or weight.abs().max() <= 64:
@@ -145,14 +150,22 @@ class _Lowering:
             if _is(other, DEQUANTIZE) and other is not node and quantized_after:
                 chain.add, chain.residual = user, other
                 user = _only_user(chain.end)
-        if _is(user, aten.relu.default, aten.hardtanh.default) and not (
-            node.target is aten.linear.default and user.target is aten.hardtanh.default
-        ):
+        if _is(user, aten.relu.default, aten.hardtanh.default) and self._clamps(node, user):
             chain.clamp = user
             user = _only_user(chain.end)
         if _is(user, QUANTIZE) and Grid.of(user).dtype is torch.uint8:
             chain.quantize = user
         return chain
+
+    def _clamps(self, op: Any, clamp: Any) -> bool:
+        """Whether the kernel of ``op`` can do the clamp on its way out."""
+        if op.target is aten.conv3d.default:
+            # This kernel knows no clamps; but integers from the zero point upwards are a ReLU already.
+            quantize = _only_user(clamp)
+            if clamp.target is not aten.relu.default or not _is(quantize, QUANTIZE):
+                return False
+            return Grid.of(quantize).zero_point == Grid.of(quantize).quant_min
+        return op.target is not aten.linear.default or clamp.target is aten.relu.default
 
     def _quantize_behind(self, add: fx.Node) -> bool:
         user = _only_user(add)
@@ -229,7 +242,7 @@ class _Lowering:
         else:
             output = (1.0, 0, torch.float32)
         unary, unary_args = "none", list[float]()
-        if chain.clamp is not None:
+        if chain.clamp is not None and op.target is not aten.conv3d.default:
             unary = "relu" if chain.clamp.target is aten.relu.default else "hardtanh"
             unary_args = list(chain.clamp.args[1:]) or ([] if unary == "relu" else [-1.0, 1.0])
         if op.target is aten.linear.default:
@@ -238,6 +251,8 @@ class _Lowering:
             args = (*common, bias_node, *output, unary, unary_args, "")
             return self.graph.call_function(onednn.qlinear_pointwise.default, args)
         stride, padding, dilation, groups = _conv_settings(op)
+        if op.target is aten.conv2d.default and _is_racy(weight, stride, padding):
+            x, stride = self.graph.call_function(subsample, (x, stride)), [1, 1]
         packed_weight = onednn.qconv_prepack(
             weight, scale, x_grid.scale, x_grid.zero_point, stride, padding, dilation, groups, None
         )
@@ -283,6 +298,15 @@ class _Lowering:
             if node in (chain.op, chain.add, chain.clamp):
                 return end
         return node
+
+
+def _is_racy(weight: Tensor, stride: list[int], padding: list[int]) -> bool:
+    """Whether oneDNN's strided 1x1 kernel is not to be trusted with this convolution.
+
+    Its AVX2 form gives different, wrong sums from call to call where several threads run it and the input channels are
+    no multiple of 16 (seen with oneDNN of torch 2.15; right with one thread, with 16 channels, or without a stride).
+    """
+    return tuple(weight.shape[2:]) == (1, 1) and max(stride) > 1 and not any(padding) and weight.shape[1] % 16 != 0
 
 
 def _conv_settings(op: Any) -> tuple[list[int], list[int], list[int], int]:

@@ -1,0 +1,104 @@
+"""Files: what is saved is what runs elsewhere."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from core.networks import Residual, WithDataDependent, randomize_batch_norm
+from torch.nn import functional as F
+
+import lq
+
+X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def quantized() -> lq.Int8Module:
+    model = randomize_batch_norm(Residual()).eval()
+    lq.calibrate(lq.prepare(model, X, target="x86_avx2"), [X])
+    return lq.convert(model)
+
+
+def test_float_checkpoint_to_int8_in_a_new_process_is_bit_identical(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(randomize_batch_norm(Residual()).state_dict(), tmp_path / "float.pt")
+    model = lq.prepare(Residual(), X, mode="qat", target="x86_avx2")
+    model.load_state_dict(torch.load(tmp_path / "float.pt", weights_only=True), strict=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(5):
+        optimizer.zero_grad()
+        F.cross_entropy(model.train()(X), torch.arange(8)).backward()
+        optimizer.step()
+    int8 = lq.convert(model.eval())
+    lq.save(int8, tmp_path / "int8.pt2")
+    torch.save(int8.state_dict(), tmp_path / "int8.pt")
+    torch.save({"x": X, "y": int8(X), "one": int8(X[:1])}, tmp_path / "io.pt")
+    check = """
+import sys, torch, lq
+io = torch.load(sys.argv[1] + "/io.pt", weights_only=True)
+int8 = lq.load(sys.argv[1] + "/int8.pt2")
+assert torch.equal(int8(io["x"]), io["y"])
+assert torch.equal(int8(io["x"][:1]), io["one"])
+assert len(int8.report.int8_layers) == 5
+state = torch.load(sys.argv[1] + "/int8.pt", weights_only=True)
+assert state["conv1.weight"].dtype == torch.int8
+print("identical")
+"""
+    done = subprocess.run([sys.executable, "-c", check, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "identical", done.stderr
+    # The same through state dicts: into a network that was made from other weights.
+    other = lq.calibrate(lq.prepare(Residual().eval(), X, target="x86_avx2"), [X])
+    again = lq.convert(other)
+    again.load_state_dict(torch.load(tmp_path / "int8.pt", weights_only=True))
+    assert torch.equal(again(X), int8(X))
+
+
+def test_batch_and_image_size_may_differ_from_the_example(tmp_path: Path) -> None:
+    int8 = quantized()
+    lq.save(int8, tmp_path / "int8.pt2")
+    loaded = lq.load(tmp_path / "int8.pt2")
+    for shape in ((1, 3, 16, 16), (5, 3, 24, 20)):
+        x = torch.randn(shape)
+        assert torch.equal(loaded(x), int8(x))
+    loaded.execution = int8.execution = "simulation"
+    torch.testing.assert_close(loaded(X), int8(X))
+
+
+def test_training_images_are_not_in_the_file(tmp_path: Path) -> None:
+    int8 = quantized()
+    lq.save(int8, tmp_path / "int8.pt2")
+    assert not any(value.any() for value in lq.load(tmp_path / "int8.pt2").example_inputs.values())
+
+
+def test_bad_paths_and_files(tmp_path: Path) -> None:
+    int8 = quantized()
+    with pytest.raises(ValueError, match=r"path='.*model\.pt' must end in \.pt2"):
+        lq.save(int8, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="model is a Residual, not an INT8 module"):
+        lq.save(Residual(), tmp_path / "model.pt2")  # type: ignore[arg-type]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="path='.*file' cannot be written to"):
+        lq.save(int8, tmp_path / "file" / "model.pt2")
+    with pytest.raises(FileNotFoundError, match=r"path='.*nowhere\.pt2': no such file"):
+        lq.load(tmp_path / "nowhere.pt2")
+    lq.save(int8, tmp_path / "model.pt2")
+    whole = (tmp_path / "model.pt2").read_bytes()
+    (tmp_path / "half.pt2").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.pt2").write_text("hello")
+    with zipfile.ZipFile(tmp_path / "foreign.pt2", "w") as archive:
+        archive.writestr("hello.txt", "hello")
+    for name in ("half", "text", "foreign"):
+        with pytest.raises(ValueError, match="is no INT8 network written by lq.save, or is damaged"):
+            lq.load(tmp_path / f"{name}.pt2")
+
+
+def test_a_network_that_cannot_be_exported_leaves_no_file(tmp_path: Path) -> None:
+    model = WithDataDependent().eval()
+    lq.calibrate(lq.prepare(model, X), [X])
+    with pytest.raises(ValueError, match="the network cannot be exported"):
+        lq.save(lq.convert(model), tmp_path / "int8.pt2")
+    assert list(tmp_path.iterdir()) == []
