@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import operator
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.export import Dim
+from torch.utils._pytree import tree_flatten_with_path as key_paths
+from torch.utils._pytree import tree_map, tree_unflatten
 
 from lq.files import ensure_writable_dir, write_atomically
 from lq.graph.qdq import constant_qparams
@@ -80,14 +83,14 @@ def save(model: Int8Module, path: str | Path) -> None:
     if not isinstance(model, Int8Module):
         raise ValueError(f"model is a {type(model).__name__}, not an INT8 module; call lq.convert(model) first")
     ensure_writable_dir(path.parent, "path")
-    inputs = {name: _example(value) for name, value in model.example_inputs.items()}
+    inputs = {name: tree_map(_example, value) for name, value in model.example_inputs.items()}
     module = fx.GraphModule(model, constant_qparams(model.graph, model))
     try:
         with torch.no_grad(), _quiet_export():
             program = torch.export.export(
                 module,
                 tuple(inputs.values()),
-                dynamic_shapes=tuple(_dynamic(value) for value in inputs.values()),
+                dynamic_shapes=tuple(tree_map(_dynamic, value) for value in inputs.values()),
                 strict=False,
             )
     except Exception as error:
@@ -117,35 +120,41 @@ def load(path: str | Path) -> Int8Module:
             raise ValueError("not a zip archive")
         program = torch.export.load(path, extra_files=extra)
         metadata = json.loads(extra[_METADATA])
+        inputs = dict(zip(metadata["inputs"], program.example_inputs[0], strict=True))
     except Exception as error:
         raise ValueError(f"path={str(path)!r} is no INT8 network written by lq.save, or is damaged: {error}") from error
     module = program.module()
-    int8 = Int8Module(module, _plain_graph(module.graph, metadata["inputs"]))
-    int8.example_inputs = dict.fromkeys(metadata["inputs"])
-    if program.example_inputs is not None:
-        int8.example_inputs = dict(zip(metadata["inputs"], program.example_inputs[0], strict=True))
+    int8 = Int8Module(module, _plain_graph(module.graph, inputs, program.call_spec.out_spec))
+    int8.example_inputs = inputs
     if metadata["report"] is not None:
         int8.report = QuantizationReport.from_dict(metadata["report"])
     return int8
 
 
-def _plain_graph(graph: fx.Graph, names: list[str]) -> fx.Graph:
-    """The exported graph without its checks of the inputs' sizes, with inputs called as in the float model."""
+def _plain_graph(graph: fx.Graph, examples: dict[str, Any], out_spec: Any) -> fx.Graph:
+    """The exported graph without its checks of the inputs' sizes, with inputs and outputs as in the float model."""
     plain = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
-    inputs = iter(names)
+    arguments = [(plain.placeholder(name), value) for name, value in examples.items()]
+    # torch.export takes and returns flat tuples: a dict or list is taken apart on the way in, and put together again.
+    inputs = (_entry(plain, argument, path) for argument, value in arguments for path, _ in key_paths(value)[0])
     for node in graph.nodes:
         if node.op == "placeholder":
-            values[node] = plain.placeholder(next(inputs))
+            values[node] = next(inputs)
         elif node.op == "call_module" and str(node.target).startswith("_guards"):
             continue
         else:
             values[node] = plain.node_copy(node, values.__getitem__)
             values[node].meta = {}
     output = next(node for node in plain.nodes if node.op == "output")
-    # torch.export returns a flat tuple; one tensor is what came from one tensor.
-    if isinstance(output.args[0], (tuple, list)) and len(output.args[0]) == 1:
-        output.args = (output.args[0][0],)
+    output.args = (tree_unflatten(list(output.args[0]), out_spec),)
     plain.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     plain.lint()
     return plain
+
+
+def _entry(graph: fx.Graph, argument: fx.Node, path: tuple[Any, ...]) -> fx.Node:
+    """The entry of a dict, list or tuple that a key path leads to."""
+    for key in path:
+        argument = graph.call_function(operator.getitem, (argument, key.key if hasattr(key, "key") else key.idx))
+    return argument

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lq.calibrate import CalibrationError
 from lq.graph.analysis import GraphAnalysis
 from lq.graph.captured import without_quantizers
 from lq.graph.emission import EmittedGraph, emit
@@ -38,7 +39,8 @@ def convert(model: nn.Module) -> Int8Module:
         A module for inference. Its attribute ``report`` says what runs in INT8, and what does not and why.
 
     Raises:
-        ValueError: where ``model`` is not prepared, or a quantizer has no range yet.
+        ValueError: where ``model`` is not prepared or not in float32, or a quantizer has no range yet.
+        CalibrationError: where a quantizer's range is not finite.
         FoldError: where folding batch norm changes a layer's output by more than 1e-3 of its largest value.
     """
     forward = prepared_forward(model)
@@ -49,6 +51,15 @@ def convert(model: nn.Module) -> Int8Module:
             f"{len(missing)} of {len(found)} quantizers have no range yet ({missing[0]!r} is the first): call "
             f"lq.calibrate(model, batches), or train the model, before lq.convert(model)"
         )
+    for name, quantizer in found.items():
+        if not isinstance(quantizer, WeightQuantizer) and not torch.isfinite(quantizer.scale).all():
+            raise CalibrationError(
+                f"the range of {name!r} is not finite (scale {quantizer.scale:g}): training met a NaN or an infinity "
+                f"there, or in front of it. Go back to a checkpoint from before that"
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype is not torch.float32:
+            raise ValueError(f"parameter {name!r} is {parameter.dtype}; call model.float() before lq.convert(model)")
     analysis = forward.analyse()
     for chain in analysis.placement.chains:
         quantizer = found[chain.weight_key]

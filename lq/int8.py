@@ -41,6 +41,8 @@ class Int8Module(nn.Module):
     def __init__(self, root: nn.Module, graph: fx.Graph, execution: Execution = "auto") -> None:
         super().__init__()
         for name, child in root.named_children():
+            if hasattr(type(self), name) or name in ("graph", "report", "example_inputs", "settings"):
+                raise ValueError(f"the model's submodule {name!r} is called like an attribute of Int8Module; rename it")
             self.add_module(name, child)
         for name, buffer in root.named_buffers(recurse=False):
             self.register_buffer(name, buffer)

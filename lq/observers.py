@@ -90,7 +90,8 @@ class MovingAverageObserver(Observer):
         self.averaging_constant = averaging_constant
 
     def _update(self, low: Tensor, high: Tensor) -> None:
-        # `where` and not `if`: asking a tensor on a GPU whether it is infinite would wait for the whole queue.
+        # `where` and not `if`: asking a tensor on a GPU for its value would wait for the whole queue. Only before the
+        # first batch is the minimum above the maximum, so an infinity in the data stays to be found, like a NaN.
+        first = self.min_val > self.max_val
         for average, batch in ((self.min_val, low), (self.max_val, high)):
-            first = torch.isinf(average)
             average.copy_(torch.where(first, batch, average + self.averaging_constant * (batch - average)))

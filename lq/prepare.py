@@ -14,6 +14,7 @@ from lq.graph.analysis import GraphAnalysis, analyse
 from lq.graph.captured import QUANTIZERS, CapturedForward, QuantizerTree, WeightQuantizedForward, without_quantizers
 from lq.graph.placement import site
 from lq.graph.signature import CallSignature
+from lq.graph.tracing import CaptureError
 from lq.quantizer import (
     ACTIVATION_OBSERVERS,
     Quantizer,
@@ -61,8 +62,15 @@ class PreparedForward(CapturedForward):
 
     def analyse(self) -> GraphAnalysis:
         """The float graph of the module as it is now, run on the example inputs with all quantizers off."""
-        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        inputs = tree_map(lambda v: v.to(device) if isinstance(v, torch.Tensor) else v, self.inputs)
+        # The module may have been moved, or cast (after training in half precision), since the example was given.
+        like = next((p for p in self.module.parameters() if p.is_floating_point()), torch.empty(0))
+
+        def move(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            return value.to(like) if value.is_floating_point() else value.to(like.device)
+
+        inputs = tree_map(move, self.inputs)
         with quantizers_off(self.module), without_quantizers(self.module):
             return analyse(self.module, inputs, self.settings)
 
@@ -150,6 +158,8 @@ def prepare(
             f"this {type(model).__name__} is prepared already; call lq.unprepare(model) first to prepare it anew"
         )
 
+    _refuse_replaced_forward(type(model).__name__, model)
+
     args, kwargs = example_arguments(example_inputs)
     inputs, settings = CallSignature(type(model).forward).bind(args, {**kwargs, **(example_kwargs or {})})
     analysis = analyse(model, inputs, settings)
@@ -161,17 +171,21 @@ def prepare(
             f"INT8 kernel exists for{reasons}"
         )
 
+    for chain in placement.chains:
+        if chain.op.module is not None:
+            _refuse_replaced_forward(chain.name, chain.op.module)
+
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     tree = QuantizerTree()
     sites: dict[str, str] = {}
     for node in placement.activations:
         sites[site(node)] = site(node)
-        tree.add(site(node), activation_quantizer(resolved.activation, observer).to(device))
+        tree[site(node)] = activation_quantizer(resolved.activation, observer).to(device)
     for chain in placement.chains:
         layer: Any = chain.op.module
-        if chain.weight_key not in dict(tree.items()):
+        if chain.weight_key not in list(tree):
             weight = layer.weight if layer is not None else analysis.values[chain.op.weight]  # type: ignore[index]
-            tree.add(chain.weight_key, weight_quantizer(resolved.weight, weight))
+            tree[chain.weight_key] = weight_quantizer(resolved.weight, weight)
         if chain.op.weight is not None:
             sites[site(chain.op.weight)] = chain.weight_key
     for module in tree.modules():
@@ -186,6 +200,14 @@ def prepare(
     if mode == "qat":
         set_state(model, QuantizerState.OBSERVE | QuantizerState.FAKE_QUANTIZE)
     return model
+
+
+def _refuse_replaced_forward(name: str, module: nn.Module) -> None:
+    if "forward" in module.__dict__:
+        raise CaptureError(
+            f"{name}: its forward was replaced on the object (module.forward = ...), which a graph captured from its "
+            f"class would not do; put the code into a subclass"
+        )
 
 
 def unprepare(model: M) -> M:
@@ -212,7 +234,7 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
     prepared_forward(model)
     tree = model._modules[QUANTIZERS]
     assert isinstance(tree, QuantizerTree)
-    return dict(tree.items())
+    return {key: tree[key] for key in tree}
 
 
 def set_state(model: nn.Module, state: QuantizerState) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import fx, nn
 
 from lq.graph.analysis import GraphAnalysis
-from lq.graph.ops import OpKind, classify
+from lq.graph.ops import OpKind, classify, module_of
 from lq.graph.placement import site, source_of
 from lq.prepare import is_prepared, prepared_forward, quantizers
 from lq.quantizer import Quantizer
@@ -140,8 +140,10 @@ def make_report(
         elif _computes(node, model):
             kind = classify(node, model)
             name = site(node)
-            reason = placement.float_layers.get(name, _FLOAT_REASONS.get(kind, "its input or weight has no INT8 form"))
-            label = type(model.get_submodule(name)).__name__ if node.op == "call_module" else _function_name(node)
+            module = module_of(node, model)
+            path = name if module is None else str(node.target)  # a module's second call has a name of its own
+            reason = placement.float_layers.get(path, _FLOAT_REASONS.get(kind, "its input or weight has no INT8 form"))
+            label = _function_name(node) if module is None else type(module).__name__
             layers.append(LayerReport(name, label, "float", reason=reason))
     reached = {str(node.target) for node in analysis.graph.nodes if node.op == "call_module"}
     for name, module in model.named_modules():

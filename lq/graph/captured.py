@@ -22,10 +22,11 @@ QUANTIZERS = "lq_quantizers"
 class QuantizerTree(nn.Module):
     """The quantizers of a module, under the names of what they sit on: ``layer1.0.conv1.weight``, ``input``.
 
-    A quantizer called ``a.b`` is reached as ``tree.a.b.quantizer``, so that one called ``a`` has its place too.
+    A quantizer called ``a.b`` is reached as ``tree.a.b.quantizer``, so that one called ``a`` has its place too. The
+    children are called as the tensors are (``add``, ``items``), so the tree has no methods that have names like theirs.
     """
 
-    def add(self, key: str, quantizer: Quantizer) -> None:
+    def __setitem__(self, key: str, quantizer: Quantizer) -> None:
         node: nn.Module = self
         for atom in key.split("."):
             if atom not in node._modules:
@@ -33,10 +34,8 @@ class QuantizerTree(nn.Module):
             node = node.get_submodule(atom)
         node.add_module("quantizer", quantizer)
 
-    def items(self) -> Iterator[tuple[str, Quantizer]]:
-        for path, module in self.named_modules():
-            if isinstance(module, Quantizer):
-                yield path.removesuffix(".quantizer"), module
+    def __iter__(self) -> Iterator[str]:
+        return (path.removesuffix(".quantizer") for path, m in self.named_modules() if isinstance(m, Quantizer))
 
     def __getitem__(self, key: str) -> Quantizer:
         quantizer = self.get_submodule(f"{key}.quantizer")

@@ -122,6 +122,8 @@ class _Emitter:
             pool = self._max_pool2d(node)
             if pool is not None:
                 return pool
+        if node.op == "get_attr":
+            return self._hold_attribute(str(node.target))
         copied = self.graph.node_copy(node, self._read)
         copied.meta = {}
         if node.op == "call_module":
@@ -162,8 +164,11 @@ class _Emitter:
     def _qdq(self, op: Any, value: fx.Node, key: str) -> fx.Node:
         assert self.quantizers is not None
         quantizer = self.quantizers[key]
-        scale = self._buffer(f"{key}.scale", quantizer.scale.detach().clone())
-        zero_point = self._buffer(f"{key}.zero_point", quantizer.zero_point.detach().clone())
+        # What makes the tensor may be a parameter, or a module that stays float and has a `scale` of its own.
+        tensors = {*dict(self.module.named_parameters()), *dict(self.module.named_buffers())}
+        holder = f"{key}_quantizer" if tensors & {key, f"{key}.scale", f"{key}.zero_point"} else key
+        scale = self._buffer(f"{holder}.scale", quantizer.scale.detach().clone())
+        zero_point = self._buffer(f"{holder}.zero_point", quantizer.zero_point.detach().clone())
         spec = quantizer.spec
         args = (value, scale, zero_point, spec.quant_min, spec.quant_max, spec.dtype)
         return self.graph.call_function(op, args)

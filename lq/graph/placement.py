@@ -144,6 +144,8 @@ class _Placer:
             name = _layer_name(op)
             if not _is_float_tensor(self.values[op.input]):
                 self.placement.float_layers[name] = "its input is no floating-point tensor"
+            elif op.kind is OpKind.CONV and self.values[op.input].dim() != op.spatial_dims + 2:
+                self.placement.float_layers[name] = "its input has no batch axis"
             elif op.weight is not None and _depends_on_input(op.weight):
                 self.placement.float_layers[name] = "its weight is computed from the input"
             else:

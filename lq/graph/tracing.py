@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from lq.graph.ops import WEIGHTED_MODULES, argument, is_inplace
+from lq.graph.ops import WEIGHTED_MODULES, OpKind, argument, classify, is_inplace
 
 
 class CaptureError(RuntimeError):
@@ -124,9 +124,19 @@ def trace(module: nn.Module, inputs: Sequence[str], settings: Mapping[str, Any])
                 f"Move the part that depends on data into a submodule of its own (that one then stays in float), or "
                 f"quantize only a part of the model by naming it"
             ) from error
+    _put_input_first(graph, module)
     _functionalize(graph, module)
     _name_sites(graph)
     return TracedGraph(graph, tuple(tracer.entered), float_leaves)
+
+
+def _put_input_first(graph: fx.Graph, root: nn.Module) -> None:
+    """``F.relu(input=x)`` as ``F.relu(x)``: everything that reads the graph looks for ``x`` in one place."""
+    for node in graph.nodes:
+        if not node.args and "input" in node.kwargs and classify(node, root) is not OpKind.OTHER:
+            kwargs = dict(node.kwargs)
+            node.args = (kwargs.pop("input"),)
+            node.kwargs = kwargs
 
 
 def _functionalize(graph: fx.Graph, root: nn.Module) -> None:
@@ -150,14 +160,27 @@ def _name_sites(graph: fx.Graph) -> None:
 
     The graphs of training and of evaluation mode differ; what they share must have the same name in both.
     """
+    bases = {node: _site_base(node) for node in graph.nodes}
+    taken = set(bases.values())
     seen: Counter[str] = Counter()
-    for node in graph.nodes:
-        if node.op in ("placeholder", "call_module", "get_attr"):
-            base = str(node.target)
-        else:
-            target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "op")
-            scope = node.meta["scope"]
-            base = f"{scope}.{target.strip('_')}" if scope else target.strip("_")
-        count = seen[base]
+    for node, base in bases.items():
+        name = base
+        if seen[base]:
+            name = f"{base}_{seen[base]}"
+            while name in taken:  # the module has a `relu_1`, and calls its `relu` twice
+                seen[base] += 1
+                name = f"{base}_{seen[base]}"
         seen[base] += 1
-        node.meta["site"] = f"{base}_{count}" if count else base
+        taken.add(name)
+        node.meta["site"] = name
+
+
+def _site_base(node: fx.Node) -> str:
+    if node.op in ("call_module", "get_attr"):
+        return str(node.target)
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "op")
+    name = target.strip("_")
+    if hasattr(nn.Module, name):  # `x.float()`: a module of quantizers cannot have a child called like its method
+        name = f"{name}_op"
+    scope = node.meta["scope"]
+    return f"{scope}.{name}" if scope else name

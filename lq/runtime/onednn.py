@@ -43,6 +43,10 @@ def dequantize_activation(q: Tensor, scale: float, zero_point: int) -> Tensor:
     return q.to(torch.float32).sub_(zero_point).mul_(scale)
 
 
+def _contiguous(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else value
+
+
 def subsample(q: Tensor, stride: list[int]) -> Tensor:
     """Every ``stride``-th pixel: what a 1x1 convolution with that stride reads."""
     return q[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=torch.channels_last)
@@ -95,6 +99,10 @@ def _only_user(node: fx.Node) -> Any:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
+def _has_dtype(node: fx.Node) -> bool:
+    return any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))
+
+
 def _is(node: Any, *targets: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
@@ -126,7 +134,7 @@ class _Lowering:
             else:
                 if _is(node, aten.linear.default, *_CONVOLUTIONS):
                     self.lowered.float_ops.append(node.name)
-                self.values[node] = self._copy(node, self._read)
+                self.values[node] = self._copy(node, self._read_contiguous if self._is_foreign(node) else self._read)
         self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
         self.graph.lint()
         return self.lowered
@@ -165,7 +173,7 @@ class _Lowering:
             if clamp.target is not aten.relu.default or not _is(quantize, QUANTIZE):
                 return False
             return Grid.of(quantize).zero_point == Grid.of(quantize).quant_min
-        return op.target is not aten.linear.default or clamp.target is aten.relu.default
+        return op.target is aten.conv2d.default or clamp.target is aten.relu.default
 
     def _quantize_behind(self, add: fx.Node) -> bool:
         user = _only_user(add)
@@ -179,6 +187,11 @@ class _Lowering:
         copied = self.graph.node_copy(node, read)
         if node.op in ("get_attr", "call_module"):
             copied.target = f"module.{node.target}"
+        # The kernels' channels lie last, so what was a view of a contiguous tensor may have to be a copy.
+        elif node.op == "call_method" and node.target == "view" and not _has_dtype(node):
+            copied.target = "reshape"
+        elif _is(node, aten.view.default):
+            copied.target = aten.reshape.default
         return copied
 
     def _read(self, node: Any) -> fx.Node:
@@ -187,6 +200,15 @@ class _Lowering:
             integers = self.values[node.args[0]]
             return self.graph.call_function(dequantize_activation, (integers, grid.scale, grid.zero_point))
         return self.values[node]
+
+    def _is_foreign(self, node: fx.Node) -> bool:
+        """Whether ``node`` calls a module that is not torch's own."""
+        module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return module is not None and not type(module).__module__.startswith("torch.nn.")
+
+    def _read_contiguous(self, node: Any) -> fx.Node:
+        # Code that is called as it is may take views of what was contiguous in the float model.
+        return self.graph.call_function(_contiguous, (self._read(node),))
 
     def _emit_quantize(self, node: Any) -> fx.Node:
         grid = Grid.of(node)
@@ -264,15 +286,15 @@ class _Lowering:
             return self.graph.call_function(kernel, (*common, bias_node, *settings, *output, unary, unary_args, ""))
         r_grid = Grid.of(chain.residual)
         accumulator = self.values[chain.residual.args[0]]
-        if self._is_read_later(chain.residual.args[0], chain):
+        if self._is_still_read(chain.residual.args[0], chain):
             # The kernel writes its sum over the operand.
             accumulator = self.graph.call_function(torch.clone, (accumulator,))
         added = (r_grid.scale, r_grid.zero_point, "sum", 1.0, None if unary == "none" else unary, unary_args, "")
         sum_args = (*common, accumulator, bias_node, *settings, *output, *added)
         return self.graph.call_function(onednn.qconv2d_pointwise.binary, sum_args)
 
-    def _is_read_later(self, quantize: Any, chain: _Chain) -> bool:
-        """Whether anything behind the kernel, in the order of execution, reads the integers or a view of them."""
+    def _is_still_read(self, quantize: Any, chain: _Chain) -> bool:
+        """Whether the kernel itself, as its input, or anything executed behind it reads the integers or a view."""
         made_by = quantize.args[0]
         if classify(made_by, self.root) is OpKind.SAME_SCALE and not _is(made_by, aten.max_pool2d.default):
             return True  # perhaps itself a view of integers that others read
@@ -287,7 +309,7 @@ class _Lowering:
                 if user.op == "output":
                     return True
                 reads_at = [user] if not _is(user, DEQUANTIZE) else list(user.users)
-                if any(self.order[self._written_at(reader)] > position for reader in reads_at):
+                if any(self.order[self._written_at(reader)] >= position for reader in reads_at):
                     return True
                 pending.extend(reader for reader in reads_at if classify(reader, self.root) is OpKind.SAME_SCALE)
         return False

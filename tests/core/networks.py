@@ -166,7 +166,7 @@ def networks() -> dict[str, nn.Module]:
     }
 
 
-def eager_style_resnet18() -> nn.Module:
+def eager_style_resnet18(add_relu: bool = False) -> nn.Module:
     """torchvision's resnet18 as it is written for eager quantization: stubs, FloatFunctional, a ReLU reused."""
     from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -184,6 +184,8 @@ def eager_style_resnet18() -> nn.Module:
             def forward(self, x: Tensor) -> Tensor:
                 out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
                 identity = x if self.downsample is None else self.downsample(x)
+                if add_relu:
+                    return self.skip_add.add_relu(identity, out)
                 return self.relu2(self.skip_add.add(identity, out))
 
         class Network(ResNet):

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from core.networks import Residual, WithDataDependent, randomize_batch_norm
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
@@ -66,6 +68,54 @@ def test_batch_and_image_size_may_differ_from_the_example(tmp_path: Path) -> Non
         assert torch.equal(loaded(x), int8(x))
     loaded.execution = int8.execution = "simulation"
     torch.testing.assert_close(loaded(X), int8(X))
+
+
+class Structured(nn.Module):
+    """Takes a dict and a tensor, gives a dict with a list in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
+
+    def forward(self, batch: dict[str, Tensor], extra: Tensor, *, double: bool = False) -> dict[str, Any]:
+        x = F.relu(self.conv(batch["image"])).mean((2, 3)) + batch["index"][:, None]
+        return {"logits": self.fc(x + extra), "features": [x * 2 if double else x]}
+
+
+def test_structured_inputs_and_outputs(tmp_path: Path) -> None:
+    batch, extra = {"image": X, "index": torch.arange(8)}, torch.ones(8, 8)
+    arguments = {"batch": batch, "extra": extra, "double": True}
+    model = Structured().eval()
+    lq.calibrate(lq.prepare(model, arguments, target="x86_avx2"), [arguments])
+    int8 = lq.convert(model)
+    lq.save(int8, tmp_path / "int8.pt2")
+    loaded = lq.load(tmp_path / "int8.pt2")
+    for size in (8, 1, 3):
+        part = {"image": X[:size], "index": torch.arange(size)}
+        expected = int8(part, extra[:size], double=True)
+        for actual in (loaded(part, extra[:size]), loaded(extra=extra[:size], batch=part)):
+            assert torch.equal(actual["logits"], expected["logits"])
+            assert len(actual["features"]) == 1
+            assert torch.equal(actual["features"][0], expected["features"][0])
+    assert not loaded.example_inputs["batch"]["image"].any()  # nor are training images in the file
+    with pytest.raises(TypeError, match="takes the inputs batch, extra; got 1 positional"):
+        loaded(batch)
+
+
+def test_a_failed_write_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    int8, path = quantized(), tmp_path / "int8.pt2"
+    lq.save(int8, path)
+    before = path.read_bytes()
+
+    def full_disk(program: Any, file: Path, **kwargs: Any) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch.export, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        lq.save(int8, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_training_images_are_not_in_the_file(tmp_path: Path) -> None:

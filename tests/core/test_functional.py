@@ -118,6 +118,16 @@ def test_minmax_hands_a_nan_on() -> None:
     assert all(torch.isnan(v) for v in observer.range())
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize("observer", [MinMaxObserver, MovingAverageObserver])
+def test_what_is_not_finite_is_never_forgotten(observer: type, position: int, value: float) -> None:
+    watching = observer()
+    for batch in range(3):
+        watching(torch.tensor([value if batch == position else 1.0, -1.0]))
+    assert not all(torch.isfinite(v) for v in watching.range())
+
+
 def test_moving_average_is_the_closed_form() -> None:
     batches = [torch.randn(10) for _ in range(5)]
     observer = MovingAverageObserver(averaging_constant=0.1)
