@@ -1,7 +1,17 @@
 """Lightning Quantization: a float PyTorch Lightning image classifier to INT8, with one callback."""
 
 from lq.artifact import load, save
-from lq.calibrate import CalibrationError, calibrate
+from lq.calibration import (
+    CalibrationError,
+    CalibratorComparison,
+    RangeTable,
+    calibrate,
+    compare_calibrators,
+    load_statistics,
+    ranges,
+    recalibrate,
+    save_statistics,
+)
 from lq.callback import QuantizationCallback, QuantizationResult
 from lq.convert import FoldError, convert
 from lq.graph.tracing import CaptureError
@@ -15,6 +25,7 @@ from lq.targets import TARGETS, Target
 __all__ = [
     "TARGETS",
     "CalibrationError",
+    "CalibratorComparison",
     "CaptureError",
     "FoldError",
     "Int8Module",
@@ -25,14 +36,20 @@ __all__ = [
     "QuantizationResult",
     "Quantizer",
     "QuantizerState",
+    "RangeTable",
     "Target",
     "calibrate",
+    "compare_calibrators",
     "convert",
     "freeze",
     "load",
+    "load_statistics",
     "prepare",
     "quantizers",
+    "ranges",
+    "recalibrate",
     "report",
     "save",
+    "save_statistics",
     "unprepare",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lq.calibrate import CalibrationError
+from lq.calibration.error import CalibrationError
 from lq.graph.analysis import GraphAnalysis
 from lq.graph.captured import without_quantizers
 from lq.graph.emission import EmittedGraph, emit

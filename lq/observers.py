@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 
 class Observer(nn.Module):
     """Base of the observers: running ``min_val`` and ``max_val`` as float32 buffers, ``+inf`` / ``-inf`` before data.
 
-    The statistics live where the module lives, and nothing here waits for the device.
+    The statistics live where the module lives, and watching never waits for a GPU.
 
     Args:
         ch_axis: the axis that keeps statistics of its own for each index, or None for one range per tensor.
@@ -39,17 +42,34 @@ class Observer(nn.Module):
     def forward(self, x: Tensor) -> None:
         """Watch ``x``; an empty tensor tells nothing and changes nothing."""
         if x.numel():
-            self._update(*self._min_max(x.detach()))
+            self._update(x.detach())
+
+    def _update(self, x: Tensor) -> None:
+        raise NotImplementedError
+
+    def all_reduce(self) -> None:
+        """Merge the statistics of all processes of the default group; every process has to call it.
+
+        Raises:
+            RuntimeError: where ``torch.distributed`` has no process group.
+        """
+        # What a minimum makes of a NaN differs between backends; an infinity arrives everywhere and says as much.
+        self.min_val.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        self.max_val.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        dist.all_reduce(self.min_val, dist.ReduceOp.MIN)
+        dist.all_reduce(self.max_val, dist.ReduceOp.MAX)
 
     def _min_max(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.ch_axis is None:
-            low, high = torch.aminmax(x)
+            low, high = torch.aminmax(in_memory_order(x))
         else:
             low, high = torch.aminmax(x.movedim(self.ch_axis, 0).flatten(1), dim=1)
         return low.float(), high.float()
 
-    def _update(self, low: Tensor, high: Tensor) -> None:
-        raise NotImplementedError
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """All elements of ``x`` as one axis, without a copy where ``x`` is dense in any order of its axes."""
+    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).reshape(-1)
 
 
 class MinMaxObserver(Observer):
@@ -63,16 +83,28 @@ class MinMaxObserver(Observer):
         [-1.0, 3.0]
     """
 
-    def _update(self, low: Tensor, high: Tensor) -> None:
+    def _update(self, x: Tensor) -> None:
+        low, high = self._min_max(x)
+        if not self._holds(low, high):
+            self._widen(low, high)
+
+    def _holds(self, low: Tensor, high: Tensor) -> bool:
+        """Whether a batch is known to change nothing: asked where the answer is at hand, as on a CPU."""
+        # Elsewhere it would wait for the queue. One comparison of a NaN is false, so a NaN is taken along.
+        if self.ch_axis is not None or low.device.type != "cpu":
+            return False
+        return self.min_val.item() <= low.item() and high.item() <= self.max_val.item()
+
+    def _widen(self, low: Tensor, high: Tensor) -> None:
         # minimum/maximum hand a NaN on, so one NaN in calibration is still there when the range is asked for.
-        self.min_val.copy_(torch.minimum(self.min_val, low))
-        self.max_val.copy_(torch.maximum(self.max_val, high))
+        torch.minimum(self.min_val, low, out=self.min_val)
+        torch.maximum(self.max_val, high, out=self.max_val)
 
 
 class MovingAverageObserver(Observer):
-    """Exponential moving average of each batch's min and max (Jacob et al. 2018, section 3.1).
+    """Exponential moving average of each batch's min and max (Jacob et al. 2018, section 3.1), for training.
 
-    ``m = m + c * (batch - m)``, starting at the first batch.
+    ``m = m + c * (batch - m)``, starting at the first batch. Processes are merged by the mean of their averages.
 
     Args:
         averaging_constant: ``c``, the weight of a new batch, in ``(0, 1]``.
@@ -89,9 +121,156 @@ class MovingAverageObserver(Observer):
         super().__init__(ch_axis, num_channels)
         self.averaging_constant = averaging_constant
 
-    def _update(self, low: Tensor, high: Tensor) -> None:
+    def _update(self, x: Tensor) -> None:
+        low, high = self._min_max(x)
         # `where` and not `if`: asking a tensor on a GPU for its value would wait for the whole queue. Only before the
         # first batch is the minimum above the maximum, so an infinity in the data stays to be found, like a NaN.
         first = self.min_val > self.max_val
         for average, batch in ((self.min_val, low), (self.max_val, high)):
             average.copy_(torch.where(first, batch, average + self.averaging_constant * (batch - average)))
+
+    def all_reduce(self) -> None:
+        for average in (self.min_val, self.max_val):
+            dist.all_reduce(average)
+            average.div_(dist.get_world_size())
+
+
+class HistogramObserver(MinMaxObserver):
+    """Everything that any calibrator asks for: the range, each batch's range, and a histogram.
+
+    Bin ``i`` is ``((i - 1) * w, i * w]`` for ``-2047 <= i <= 2048``, with a width ``w = 2**exponent`` that is the
+    smallest power of two with which the bins hold all that was seen. A wider batch makes bins merge in pairs, exactly:
+    no count is lost, split or interpolated, and the histogram depends on the data alone, not on their order or on which
+    process saw them. Behind a ReLU bin 0 is the exact zeros, which no range rounds. Minimum and maximum are exact.
+
+    Of a large tensor every n-th element is counted, n times, so that a batch costs a small part of the forward that
+    made it; a tensor of up to ``max_samples`` elements is counted whole.
+
+    Args:
+        max_samples: most elements that are counted of one tensor, or None to count all of every tensor.
+
+    Raises:
+        ValueError: where ``max_samples`` is less than 1.
+
+    Attributes:
+        counts: elements per bin, int64 of shape ``(4096,)``: bin ``i`` is ``counts[i]``, also for negative ``i``.
+        exponent: binary logarithm of the bins' width, int32 of shape ``()``.
+
+    Example:
+        >>> import torch
+        >>> observer = HistogramObserver()
+        >>> observer(torch.tensor([0.0, 1.0])); observer(torch.tensor([-3.0, 100.0]))
+        >>> observer.exponent.item(), observer.counts.sum().item()
+        (-4, 4)
+    """
+
+    BINS = 4096
+    #: The finest bins are far below the smallest scale; the coarsest hold the largest float.
+    MIN_EXPONENT, MAX_EXPONENT = -40, 117
+
+    counts: Tensor
+    exponent: Tensor
+
+    def __init__(self, max_samples: int | None = 2**16) -> None:
+        if max_samples is not None and max_samples < 1:
+            raise ValueError(f"max_samples={max_samples} must be at least 1, or None to count every element")
+        super().__init__()
+        self.max_samples = max_samples
+        self.register_buffer("counts", torch.zeros(self.BINS, dtype=torch.int64))
+        self.register_buffer("exponent", torch.tensor(self.MIN_EXPONENT, dtype=torch.int32))
+        self._batch_ranges: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def batch_ranges(self) -> Tensor:
+        """Min and max of each batch in the order they came, float32 of shape ``(batches, 2)``."""
+        rows = [torch.stack(row).to(self.min_val.device) for row in self._batch_ranges]
+        return torch.stack(rows) if rows else self.min_val.new_empty(0, 2)
+
+    def get_extra_state(self) -> Tensor:
+        return self.batch_ranges
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._batch_ranges = [(low, high) for low, high in state.clone()]
+
+    def reset(self) -> None:
+        super().reset()
+        self.counts.zero_()
+        self.exponent.fill_(self.MIN_EXPONENT)
+        self._batch_ranges.clear()
+
+    def _update(self, x: Tensor) -> None:
+        # The bins' arithmetic takes less time than calling operators on single numbers, so these are few.
+        low, high = self._min_max(x)
+        self._batch_ranges.append((low, high))
+        if not self._holds(low, high):
+            self._widen(low, high)
+            self._grow(self._needed_exponent(low, high))
+        per_unit = 2.0 ** -int(self.exponent) if x.device.type == "cpu" else _power_of_two(-self.exponent)
+        flat, stride = in_memory_order(x), self._stride(x)
+        # Scaling by a power of two and rounding up are exact: an element is never in a neighbour's bin.
+        bins = (flat[::stride].float() * per_unit).ceil_().to(torch.int16)
+        # Negative indices wrap around; and a NaN, of which the range tells, has to have some place.
+        bins.bitwise_and_(self.BINS - 1)
+        self.counts.add_(_bincount(bins, self.BINS), alpha=stride)
+
+    def _stride(self, x: Tensor) -> int:
+        if self.max_samples is None or x.numel() <= self.max_samples:
+            return 1
+        stride = math.ceil(x.numel() / self.max_samples)
+        # A step that shares a factor with an axis would see some of its indices only: some channels, or some columns.
+        while any(math.gcd(stride, size) > 1 for size in x.shape):
+            stride += 1
+        return stride
+
+    def _needed_exponent(self, low: Tensor, high: Tensor) -> Tensor:
+        # |x| < 2**e, so with bins 2**(e - 11) wide every index is in [-2047, 2048]. e is read off the float's bits.
+        reach = torch.maximum(-low, high)
+        exponent = (reach.view(torch.int32) >> 23) - (126 + int(math.log2(self.BINS // 2)))
+        return exponent.clamp_(self.MIN_EXPONENT, self.MAX_EXPONENT)
+
+    def _grow(self, exponent: Tensor) -> None:
+        """Merge bins until they are at least ``2**exponent`` wide."""
+        # Beyond 31 bits a shift is undefined; by then all there is are two bins, 0 and 1.
+        shift = (exponent - self.exponent).clamp(min=0, max=31)
+        half = self.BINS // 2
+        index = torch.arange(1 - half, half + 1, dtype=torch.int32, device=shift.device)
+        merged = -(-index >> shift)  # ceil(index / 2**shift)
+        counts = self.counts.roll(half - 1)  # from bin -2047 on
+        self.counts.copy_(torch.zeros_like(counts).index_add_(0, merged % self.BINS, counts))
+        self.exponent.copy_(torch.maximum(self.exponent, exponent))
+
+    def all_reduce(self) -> None:
+        """Merge the statistics of all processes; the batches' order is the one of a sampler that deals them in turn.
+
+        Raises:
+            RuntimeError: where ``torch.distributed`` has no process group.
+        """
+        super().all_reduce()
+        exponent = self.exponent.clone()
+        dist.all_reduce(exponent, dist.ReduceOp.MAX)
+        self._grow(exponent)
+        dist.all_reduce(self.counts)
+        self._gather_batch_ranges()
+
+    def _gather_batch_ranges(self) -> None:
+        mine = self.batch_ranges
+        length = torch.tensor(len(mine), device=mine.device)
+        dist.all_reduce(length, dist.ReduceOp.MAX)
+        padding = torch.tensor([[torch.inf, -torch.inf]], device=mine.device).expand(int(length) - len(mine), 2)
+        mine = torch.cat([mine, padding])
+        ranges = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(ranges, mine)
+        in_turn = torch.stack(ranges, dim=1).flatten(0, 1)
+        self.set_extra_state(in_turn[in_turn[:, 0] <= in_turn[:, 1]])
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """``2.0**exponent``, exact (``exp2`` need not be), for int32 exponents in [-126, 127]."""
+    return ((exponent + 127) << 23).view(torch.float32)
+
+
+def _bincount(bins: Tensor, length: int) -> Tensor:
+    if bins.device.type == "cpu":
+        return torch.bincount(bins, minlength=length)
+    # bincount asks for the largest value first, and a GPU's queue would have to run empty for the answer.
+    return torch.zeros(length, dtype=torch.int64, device=bins.device).index_add_(0, bins, torch.ones_like(bins).long())

@@ -125,8 +125,8 @@ def prepare(
         example_kwargs: keyword arguments beside ``example_inputs``.
         target: the engine family: a name or a :class:`~lq.Target`.
         mode: ``"ptq"`` or ``"qat"``.
-        observer: statistics of the activations, ``"minmax"`` or ``"moving_average"``. By default ``"minmax"`` for PTQ,
-            where every batch counts, and ``"moving_average"`` for QAT, where early batches are to be forgotten.
+        observer: statistics of the activations. By default ``"histogram"`` for PTQ, which serves every calibrator, and
+            ``"moving_average"`` for QAT, where early batches are to be forgotten. ``"minmax"`` is the cheapest.
 
     Returns:
         ``model`` itself.
@@ -148,10 +148,15 @@ def prepare(
     if mode not in get_args(Mode):
         raise ValueError(f"mode={mode!r} is unknown; choose 'ptq' or 'qat'")
     if observer is None:
-        observer = "minmax" if mode == "ptq" else "moving_average"
+        observer = "histogram" if mode == "ptq" else "moving_average"
     if observer not in ACTIVATION_OBSERVERS:
         raise ValueError(
             f"observer={observer!r} is unknown; choose one of {', '.join(map(repr, ACTIVATION_OBSERVERS))}"
+        )
+    if mode == "qat" and observer == "histogram":
+        raise ValueError(
+            "observer='histogram' serves calibration only; training follows the ranges step by step: choose "
+            "'moving_average' or 'minmax' for mode='qat'"
         )
     if is_prepared(model):
         raise ValueError(
@@ -251,6 +256,18 @@ def freeze(model: nn.Module) -> None:
     for quantizer in quantizers(model).values():
         if not isinstance(quantizer, WeightQuantizer):
             quantizer.state &= ~QuantizerState.OBSERVE
+
+
+def simulate(model: nn.Module) -> None:
+    """Let every quantizer of a calibrated model round, with the ranges it has."""
+    for quantizer in quantizers(model).values():
+        is_weight = isinstance(quantizer, WeightQuantizer)
+        quantizer.state = QuantizerState.FAKE_QUANTIZE | (QuantizerState.OBSERVE if is_weight else QuantizerState.OFF)
+
+
+def activation_quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """The quantizers of a prepared model that sit on activations, by name."""
+    return {name: q for name, q in quantizers(model).items() if not isinstance(q, WeightQuantizer)}
 
 
 @contextmanager

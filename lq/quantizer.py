@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from lq.calibrators import Calibrator, MinMax, get_calibrator
 from lq.functional import choose_qparams, fake_quantize
-from lq.observers import MinMaxObserver, MovingAverageObserver, Observer
+from lq.observers import HistogramObserver, MinMaxObserver, MovingAverageObserver, Observer
 from lq.spec import QuantSpec
 
 
@@ -24,20 +26,23 @@ class Quantizer(nn.Module):
     """Watches a tensor and, once it has a range, rounds it to the grid of ``spec``.
 
     It holds buffers only, no parameters, so that optimizers and gradient synchronisation do not see it. What it is
-    doing (its :class:`QuantizerState`, and whether it has a range) travels in the state dict as a small tensor.
+    doing (its :class:`QuantizerState`, whether it has a range, and from which calibrator) travels in the state dict as
+    a small tensor.
 
     Args:
         spec: the integer grid.
         observer: collects the statistics the range is computed from.
+        calibrator: computes the range from them.
     """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, spec: QuantSpec, observer: Observer) -> None:
+    def __init__(self, spec: QuantSpec, observer: Observer, calibrator: Calibrator | None = None) -> None:
         super().__init__()
         self.spec = spec
         self.observer = observer
+        self.calibrator = calibrator or MinMax()
         self.state = QuantizerState.OFF
         self.calibrated = False
         low, _ = observer.range()
@@ -61,8 +66,17 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def update_qparams(self) -> None:
-        """Compute scale and zero point anew from the observer's statistics."""
-        scale, zero_point = choose_qparams(*self.observer.range(), self.spec)
+        """Compute scale and zero point anew from the observer's statistics.
+
+        Raises:
+            ValueError: where the observer does not hold what the calibrator needs.
+        """
+        self.set_range(*self.calibrator(self.observer, self.spec))
+
+    @torch.no_grad()
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Let the grid cover ``[low, high]``, each of shape ``()`` or ``(C,)``."""
+        scale, zero_point = choose_qparams(low, high, self.spec)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
         self.calibrated = True
@@ -74,15 +88,17 @@ class Quantizer(nn.Module):
         return low, high
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([int(self.state), int(self.calibrated)], dtype=torch.uint8)
+        return torch.tensor([int(self.state), int(self.calibrated), *str(self.calibrator).encode()], dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        flags, calibrated = state.tolist()
+        flags, calibrated, *name = state.tolist()
         self.state = QuantizerState(flags)
         self.calibrated = bool(calibrated)
+        if bytes(name).decode() != str(self.calibrator):  # else it may have parameters that its name does not tell
+            self.calibrator = get_calibrator(bytes(name).decode())
 
     def extra_repr(self) -> str:
-        return f"{self.spec}, state={self.state.name}"
+        return f"{self.spec}, calibrator={self.calibrator}, state={self.state.name}"
 
 
 class WeightQuantizer(Quantizer):
@@ -110,7 +126,7 @@ class WeightQuantizer(Quantizer):
 
 
 def activation_quantizer(spec: QuantSpec, observer: str) -> Quantizer:
-    """A per-tensor quantizer with the observer called ``"minmax"`` or ``"moving_average"``."""
+    """A per-tensor quantizer with the observer called ``observer``, one of :data:`ACTIVATION_OBSERVERS`."""
     return Quantizer(spec, ACTIVATION_OBSERVERS[observer]())
 
 
@@ -120,7 +136,8 @@ def weight_quantizer(spec: QuantSpec, weight: Tensor) -> WeightQuantizer:
     return WeightQuantizer(spec, MinMaxObserver(spec.ch_axis, channels)).to(weight.device)
 
 
-ACTIVATION_OBSERVERS: dict[str, type[MinMaxObserver] | type[MovingAverageObserver]] = {
+ACTIVATION_OBSERVERS: dict[str, Callable[[], Observer]] = {
     "minmax": MinMaxObserver,
     "moving_average": MovingAverageObserver,
+    "histogram": HistogramObserver,
 }

@@ -1,13 +1,16 @@
-"""Batches of the Trainer's own train dataloader, outside its loop."""
+"""Batches of the Trainer's dataloaders, outside its loops."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
 #: Samples kept as example inputs: enough to see that the batch size may vary, few enough to keep with the model.
 EXAMPLE_SAMPLES = 4
@@ -26,13 +29,58 @@ def train_batches(trainer: Any, pl_module: Any) -> Iterator[Any]:
 
     Works before the Trainer's loop has set its dataloaders up as well as after it has ended.
     """
+    return _transferred(_train_dataloader(trainer), pl_module)
+
+
+def calibration_batches(trainer: Any, pl_module: Any, dataloader: Iterable[Any] | None) -> Iterator[Any]:
+    """This process's share of the batches of ``dataloader``, or of the train dataloader in random order.
+
+    As in :func:`train_batches`, on the device of ``pl_module``.
+    """
+    loader = _shuffled(_train_dataloader(trainer)) if dataloader is None else dataloader
+    batches: Iterable[Any] = loader
+    if not isinstance(getattr(loader, "sampler", None), DistributedSampler):
+        batches = itertools.islice(loader, trainer.global_rank, None, trainer.world_size)
+    return _transferred(batches, pl_module)
+
+
+def _train_dataloader(trainer: Any) -> Any:
     loader = trainer.train_dataloader
     if loader is None:
         loader = trainer.fit_loop._data_source.dataloader()
     if isinstance(loader, (Mapping, list, tuple)):
         loader = (batch for batch, *_ in CombinedLoader(loader, "max_size_cycle"))
-    for batch in loader:
+    return loader
+
+
+def _transferred(batches: Iterable[Any], pl_module: Any) -> Iterator[Any]:
+    for batch in batches:
         yield pl_module._apply_batch_transfer_handler(batch, device=pl_module.device, dataloader_idx=0)
+
+
+def _shuffled(loader: Any) -> Any:
+    """``loader`` with its samples in random order, where it is a plain DataLoader that takes them one after another.
+
+    The first batches of files sorted by class show one class, and ranges fit for no other.
+    """
+    if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, SequentialSampler):
+        return loader
+    if type(loader) is not DataLoader or type(loader.batch_sampler) is not BatchSampler:
+        return loader
+    return DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size,
+        shuffle=True,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        drop_last=loader.drop_last,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        # The same samples on every process, which then deal the batches out among them.
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 def first_samples(values: Any, count: int = EXAMPLE_SAMPLES) -> Any:

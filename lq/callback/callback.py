@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,19 +18,20 @@ from torch import nn
 
 from lq.artifact import save
 from lq.benchmark import measure
-from lq.calibrate import CalibrationError, calibrating
-from lq.callback.batches import first_samples, repeat_samples, train_batches
+from lq.calibration.calibrate import AUTO, calibrate_and_compare
+from lq.calibration.comparison import CalibratorComparison
+from lq.calibration.error import CalibrationError
+from lq.calibrators import get_calibrator
+from lq.callback.batches import calibration_batches, first_samples, repeat_samples, train_batches
 from lq.callback.evaluation import evaluate
-from lq.callback.progress import calibration_progress
 from lq.callback.result import QuantizationResult, Side
-from lq.callback.unit import feed_unit, find_unit, replace_unit
+from lq.callback.unit import find_unit, replace_unit, run_unit, unit_arguments
 from lq.convert import convert
 from lq.files import ensure_writable_dir
 from lq.graph.ops import WEIGHTED_MODULES
 from lq.int8 import Int8Module
 from lq.modes import evaluating
 from lq.prepare import Mode, NothingToQuantizeError, freeze, is_prepared, prepare, quantizers_off, unprepare
-from lq.quantizer import ACTIVATION_OBSERVERS
 from lq.runtime.cpu import has_onednn_int8, has_vnni
 from lq.targets import get_target
 
@@ -50,8 +53,14 @@ class QuantizationCallback(Callback):
         mode: ``"ptq"`` or ``"qat"``.
         target: the engine family, one of ``lq.TARGETS``.
         module: path of the submodule to quantize; found automatically where it is not given.
-        calibration_batches: how many batches of the train dataloader PTQ calibrates on.
-        observer: statistics of the activations, ``"minmax"`` or ``"moving_average"``; see :func:`lq.prepare`.
+        calibration_batches: how many batches PTQ calibrates on, of all processes together; None for no limit.
+        calibration_samples: no further batch once so many samples were seen, of all processes together; None for no
+            limit.
+        calibration_dataloader: what PTQ calibrates on, with batches as ``training_step`` takes them. By default the
+            train dataloader, shuffled also where training was not: validation then measures generalisation.
+        calibrator: how ranges follow from the statistics, see :func:`lq.calibrate`. By default ``"auto"`` for PTQ: the
+            one whose INT8 outputs are nearest to float on held-out calibration batches. QAT takes ``"moving_average"``
+            (its default) or ``"minmax"``.
         observer_freeze: share of QAT's steps after which the activations' ranges stay fixed, or None for never.
         batch_norm_freeze: share of QAT's steps after which batch norm statistics stay fixed, or None for never.
         convert: whether to convert at the end; without it QAT leaves the prepared model, PTQ does nothing.
@@ -75,8 +84,10 @@ class QuantizationCallback(Callback):
         mode: Mode = "ptq",
         target: str = "x86",
         module: str | None = None,
-        calibration_batches: int = 32,
-        observer: Literal["minmax", "moving_average"] | None = None,
+        calibration_batches: int | None = 32,
+        calibration_samples: int | None = None,
+        calibration_dataloader: Iterable[Any] | None = None,
+        calibrator: str | None = None,
         observer_freeze: float | None = 0.8,
         batch_norm_freeze: float | None = 0.8,
         convert: bool = True,
@@ -85,11 +96,17 @@ class QuantizationCallback(Callback):
     ) -> None:
         if mode not in get_args(Mode):
             raise ValueError(f"mode={mode!r} is unknown; choose 'ptq' or 'qat'")
-        if observer is not None and observer not in ACTIVATION_OBSERVERS:
-            choices = ", ".join(map(repr, ACTIVATION_OBSERVERS))
-            raise ValueError(f"observer={observer!r} is unknown; choose one of {choices}, or None")
-        if calibration_batches < 1:
-            raise ValueError(f"calibration_batches={calibration_batches} must be at least 1")
+        for name, limit in (("calibration_batches", calibration_batches), ("calibration_samples", calibration_samples)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name}={limit} must be at least 1, or None for no limit")
+        calibrator = calibrator or (AUTO if mode == "ptq" else "moving_average")
+        if mode == "qat" and calibrator not in ("moving_average", "minmax"):
+            raise ValueError(
+                f"calibrator={calibrator!r} is not for mode='qat', whose ranges follow the training step by step; "
+                f"choose 'moving_average' or 'minmax'"
+            )
+        if calibrator != AUTO:
+            get_calibrator(calibrator)
         for name, share in (("observer_freeze", observer_freeze), ("batch_norm_freeze", batch_norm_freeze)):
             if share is not None and not 0.0 <= share <= 1.0:
                 raise ValueError(f"{name}={share} must be a share of the training steps in [0, 1], or None for never")
@@ -97,7 +114,9 @@ class QuantizationCallback(Callback):
         self.target = get_target(target)
         self.module = module
         self.calibration_batches = calibration_batches
-        self.observer = observer
+        self.calibration_samples = calibration_samples
+        self.calibration_dataloader = calibration_dataloader
+        self.calibrator = calibrator
         self.observer_freeze = observer_freeze
         self.batch_norm_freeze = batch_norm_freeze
         self.convert = convert
@@ -135,9 +154,8 @@ class QuantizationCallback(Callback):
                     submodule.eval()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.convert or not trainer.is_global_zero:
-            return
-        self._quantize(trainer, pl_module)
+        if self.convert:
+            self._quantize(trainer, pl_module)
 
     # Private helpers
 
@@ -173,25 +191,32 @@ class QuantizationCallback(Callback):
 
     def _prepare(self, pl_module: LightningModule, unit: nn.Module, batch: Any) -> None:
         with evaluating(pl_module), torch.no_grad():
-            args, kwargs = feed_unit(pl_module, unit, batch, 0, run=False)
+            args, kwargs = unit_arguments(pl_module, unit, batch)
         args, kwargs = first_samples((args, kwargs))
-        prepare(unit, args, example_kwargs=kwargs, target=self.target, mode=self.mode, observer=self.observer)
+        # All but these two need histograms, which these do without at a lower cost.
+        observer = self.calibrator if self.calibrator == "minmax" or self.mode == "qat" else "histogram"
+        prepare(unit, args, example_kwargs=kwargs, target=self.target, mode=self.mode, observer=observer)
 
     def _quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Every process calibrates and converts, so that all go on with the same INT8 model; the first one reports."""
         path = self._unit_path(pl_module)
         unit = self._unit(pl_module)
+        reports = trainer.is_global_zero
+        evaluates = self.evaluate and reports
+        comparison = None
         with isolate_rng():
             if self.mode == "ptq":
-                float_metrics = evaluate(trainer, pl_module) if self.evaluate else {}
-                self._calibrate(trainer, pl_module, unit)
+                float_metrics = evaluate(trainer, pl_module) if evaluates else {}
+                comparison = self._calibrate(trainer, pl_module, unit)
             else:
                 with quantizers_off(unit):
-                    float_metrics = evaluate(trainer, pl_module) if self.evaluate else {}
+                    float_metrics = evaluate(trainer, pl_module) if evaluates else {}
         artifact = self._output_dir(trainer) / "int8.pt2"
         try:
             unit.cpu()
             int8 = convert(unit)
-            save(int8, artifact)
+            if reports:
+                save(int8, artifact)
         finally:
             if self.mode == "ptq":
                 unprepare(unit)
@@ -203,13 +228,18 @@ class QuantizationCallback(Callback):
             )
         if self.mode == "qat":
             unprepare(unit)
-        float_side, int8_side = self._measure(unit, int8, artifact)
+        if reports:
+            float_side, int8_side = self._measure(unit, int8, artifact)
         replace_unit(pl_module, path, int8)
-        int8_metrics = evaluate(trainer, pl_module) if self.evaluate else {}
+        if not reports:
+            return
+        int8_metrics = evaluate(trainer, pl_module) if evaluates else {}
         assert int8.report is not None
         self.result = QuantizationResult(
             mode=self.mode,
             target=self.target.name,
+            calibrator=comparison.best() if comparison else self.calibrator,
+            calibrator_scores=comparison.scores if comparison else {},
             float_side=replace(float_side, metrics=float_metrics),
             int8_side=replace(int8_side, metrics=int8_metrics),
             report=int8.report,
@@ -222,31 +252,37 @@ class QuantizationCallback(Callback):
             logger.save()
         rank_zero_info(f"lq: INT8 model written to {artifact}")
 
-    def _calibrate(self, trainer: Trainer, pl_module: LightningModule, unit: nn.Module) -> None:
-        """Observe train batches on the device that trained; the float model is as before if that fails."""
-        # Without an epoch (max_epochs=0, a checkpoint to be quantized) the Trainer has not counted its batches.
-        limit = trainer.num_training_batches or self.calibration_batches
-        total = int(min(self.calibration_batches, limit))
+    def _calibrate(self, trainer: Trainer, pl_module: LightningModule, unit: nn.Module) -> CalibratorComparison | None:
+        """Observe batches on the device that trained; the float model is as before if that fails."""
         bar = trainer.progress_bar_callback
         home = pl_module.device
         pl_module.to(trainer.strategy.root_device)
         try:
-            batches = calibration_progress(
-                train_batches(trainer, pl_module), total, enabled=bar is not None and getattr(bar, "is_enabled", True)
-            )
+            batches = calibration_batches(trainer, pl_module, self.calibration_dataloader)
             first = next(batches, None)
             if first is None:
-                raise CalibrationError("the train dataloader gave no batch to calibrate on")
+                raise CalibrationError("the calibration dataloader (by default the train dataloader) gave no batch")
             self._prepare(pl_module, unit, first)
-            with evaluating(pl_module), calibrating(unit):
-                for index, batch in enumerate(itertools.chain([first], batches)):
-                    feed_unit(pl_module, unit, batch, index, run=True)
+            with evaluating(pl_module):
+                comparison = calibrate_and_compare(
+                    unit,
+                    itertools.chain([first], batches),
+                    calibrator=self.calibrator,
+                    num_batches=_share(self.calibration_batches, trainer.world_size),
+                    num_samples=_share(self.calibration_samples, trainer.world_size),
+                    forward=lambda batch: run_unit(pl_module, unit, batch),
+                    progress=trainer.is_global_zero and bar is not None and getattr(bar, "is_enabled", True),
+                )
         except BaseException:
             if is_prepared(unit):
                 unprepare(unit)
             raise
         finally:
             pl_module.to(home)
+        if comparison is not None:
+            scores = ", ".join(f"{name} {next(iter(v.values())):.1f}" for name, v in comparison.scores.items())
+            rank_zero_info(f"lq: calibrator {comparison.best()!r} chosen; SQNR of the outputs in dB: {scores}")
+        return comparison
 
     def _measure(self, float_unit: nn.Module, int8: Int8Module, artifact: Path) -> tuple[Side, Side]:
         """Size, latency and throughput of both, CPU against CPU: there INT8 kernels run in process, also after a fit
@@ -264,6 +300,10 @@ class QuantizationCallback(Callback):
             replace(float_side, latency=one["float"], batch=many["float"]),
             replace(int8_side, latency=one["int8"], batch=many["int8"]),
         )
+
+
+def _share(count: int | None, world_size: int) -> int | None:
+    return None if count is None else math.ceil(count / world_size)
 
 
 def _refuse_converted(pl_module: nn.Module) -> None:

@@ -37,6 +37,8 @@ class QuantizationResult:
     Args:
         mode: ``"ptq"`` or ``"qat"``.
         target: name of the target.
+        calibrator: the ranges' calibrator.
+        calibrator_scores: what ``calibrator="auto"`` compared, metrics by calibrator; empty otherwise.
         float_side: the same weights in float.
         int8_side: the INT8 model.
         report: layer by layer.
@@ -46,6 +48,8 @@ class QuantizationResult:
 
     mode: str
     target: str
+    calibrator: str
+    calibrator_scores: dict[str, dict[str, float]]
     float_side: Side
     int8_side: Side
     report: QuantizationReport
@@ -79,7 +83,9 @@ class QuantizationResult:
     def table(self) -> Table:
         """Float against INT8 with the difference or the ratio."""
         n = len(self.report.int8_layers)
-        table = Table(title=f"{self.report.model}, {self.mode.upper()} for {self.target}: {n} layers in INT8")
+        table = Table(
+            title=f"{self.report.model}, {self.mode.upper()} for {self.target} ({self.calibrator}): {n} layers in INT8"
+        )
         for header in ("", "float", "INT8", "INT8 against float"):
             table.add_column(header, justify="left" if not header else "right")
         a, b = self.float_side, self.int8_side

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lq.graph.ops import WEIGHTED_MODULES
 
@@ -56,25 +57,20 @@ class _UnitReached(BaseException):
 
 
 @contextmanager
-def _stop_behind(unit: nn.Module, seen: Callable[[tuple[Any, ...], dict[str, Any]], None], run: bool) -> Iterator[None]:
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen(args, kwargs)
-        if not run:
-            raise _UnitReached
+def _stop_behind(register: Callable[..., RemovableHandle], seen: list[Any]) -> Iterator[None]:
+    """Leave the body when the hook that ``register`` puts on the unit is called, and keep what it was called with."""
 
-    def after(*_: Any) -> None:
+    def hook(_: nn.Module, *values: Any) -> None:
+        seen.append(values)
         raise _UnitReached
 
-    handles = [unit.register_forward_pre_hook(before, with_kwargs=True)]
-    if run:
-        handles.append(unit.register_forward_hook(after))
+    handle = register(hook, with_kwargs=True)
     try:
         yield
     except _UnitReached:
         pass
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
 @contextmanager
@@ -87,30 +83,37 @@ def _not_logging(pl_module: Any) -> Iterator[None]:
         del pl_module.log, pl_module.log_dict
 
 
-def feed_unit(
-    pl_module: Any, unit: nn.Module, batch: Any, batch_idx: int, run: bool
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Run the user's own ``training_step`` on ``batch`` up to its first call of the unit, and no further.
+def unit_arguments(pl_module: Any, unit: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``(args, kwargs)`` that the user's own ``training_step`` calls the unit with.
 
     Whatever the step does before (unpacking a dict, normalising, calling another method) is done as in training, so a
-    batch of any form reaches the unit as it does there. Nothing behind the unit runs: no loss, no logging.
+    batch of any form reaches the unit as it does there. The unit itself does not run.
 
     Args:
         pl_module: the LightningModule.
         unit: the submodule that is quantized, or ``pl_module`` itself.
         batch: a batch of the dataloader, on the module's device.
-        batch_idx: its index.
-        run: whether the unit computes (and its observers see the batch), or only its arguments are wanted.
-
-    Returns:
-        ``(args, kwargs)`` of the unit's call.
 
     Raises:
         ValueError: where the step never calls the unit.
     """
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    with _stop_behind(unit, lambda args, kwargs: calls.append((args, kwargs)), run), _not_logging(pl_module):
-        pl_module.training_step(batch, batch_idx)
+    args, kwargs = _step_until(unit.register_forward_pre_hook, pl_module, unit, batch)
+    return args, kwargs
+
+
+def run_unit(pl_module: Any, unit: nn.Module, batch: Any) -> Any:
+    """Run ``training_step`` up to the end of its first call of the unit, and return what that returns.
+
+    Nothing behind the unit runs: no loss, no logging. See :func:`unit_arguments`.
+    """
+    _, _, output = _step_until(unit.register_forward_hook, pl_module, unit, batch)
+    return output
+
+
+def _step_until(register: Callable[..., RemovableHandle], pl_module: Any, unit: nn.Module, batch: Any) -> Any:
+    calls: list[Any] = []
+    with _stop_behind(register, calls), _not_logging(pl_module):
+        pl_module.training_step(batch, 0)
     if not calls:
         name = type(unit).__name__
         raise ValueError(

@@ -44,8 +44,8 @@ class QuantConfig:
 
     target: str = field("x86", help="engine family the quantizers are placed for", choices=tuple(TARGETS))
     calibration_batches: int = field(32, help="training batches that PTQ takes its ranges from")
-    observer: Literal["minmax", "moving_average"] | None = field(
-        None, help="statistics of the activations; by default minmax for PTQ, moving_average for QAT"
+    calibrator: str | None = field(
+        None, help="minmax, moving_average, percentile, percentile:99.9, mse, entropy; by default the best one for PTQ"
     )
     epochs: int = field(1, help="QAT: passes over the data with fake-quantizers")
     lr: float = field(0.002, help="QAT: peak learning rate, one cycle")
@@ -95,7 +95,7 @@ def callback(config: QuantConfig, mode: Literal["ptq", "qat"], output_dir: str) 
         mode=mode,
         target=config.target,
         calibration_batches=config.calibration_batches,
-        observer=config.observer,
+        calibrator=config.calibrator,
         output_dir=output_dir,
     )
 

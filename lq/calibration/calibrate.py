@@ -1,0 +1,222 @@
+"""Calibrate: show a prepared model data, and let each quantizer take its range from what it saw."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lq.calibration.comparison import CalibratorComparison, choose_calibrator
+from lq.calibration.error import CalibrationError
+from lq.calibration.recalibrate import recalibrate
+from lq.calibrators import Calibrator, MovingAverage, get_calibrator
+from lq.modes import evaluating
+from lq.observers import HistogramObserver, MovingAverageObserver
+from lq.prepare import activation_quantizers, prepared_forward, quantizers, set_state, simulate
+from lq.progress import progress_bar
+from lq.quantizer import Quantizer, QuantizerState, WeightQuantizer
+
+M = TypeVar("M", bound=nn.Module)
+
+#: What the user types to have the calibrator chosen.
+AUTO = "auto"
+
+#: With "auto", every so manieth batch is held out, up to so many: they only judge the calibrators.
+_HELD_OUT_EVERY, _MOST_HELD_OUT = 4, 4
+
+
+def calibrate(
+    model: M,
+    batches: Iterable[Any],
+    *,
+    calibrator: str | Calibrator | None = None,
+    num_batches: int | None = None,
+    num_samples: int | None = None,
+    forward: Callable[[Any], Any] | None = None,
+    progress: bool = False,
+) -> M:
+    """Take the range of every activation from ``batches``; afterwards the model simulates INT8.
+
+    One pass collects what every calibrator needs (with the default observer of :func:`~lq.prepare`):
+    :func:`~lq.recalibrate` tries another without data. Where ``torch.distributed`` has several processes, each gives
+    its own batches, all must call this, and all end with the same ranges.
+
+    Args:
+        model: a prepared module.
+        batches: inputs for the model, for example a DataLoader: each a tensor, a tuple or list (the forward's
+            arguments, and labels or more behind them, which are left out) or a dict (its keyword arguments; other keys
+            are left out). They are moved to the model's device.
+        calibrator: how ranges follow from the statistics: ``"minmax"``, ``"moving_average"``, ``"percentile"`` (or
+            ``"percentile:99.9"``), ``"mse"``, ``"entropy"`` or a :class:`~lq.calibrators.Calibrator`; ``"auto"`` holds
+            a few batches out and takes the one whose INT8 outputs are nearest to float on them. By default the one
+            that goes with the observer: ``"mse"`` with histograms.
+        num_batches: at most so many batches, or all.
+        num_samples: no further batch once so many samples were seen.
+        forward: runs the model on one batch and returns its outputs; for batches of any other form.
+        progress: whether to show a progress bar.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        CalibrationError: where there is no data, or a NaN or an infinity in what the model makes of them. After this
+            or any other exception, Ctrl-C included, the quantizers are off and the model computes in float, as before.
+        ValueError: where ``model`` is not prepared, or an argument is none of its choices.
+    """
+    calibrate_and_compare(
+        model,
+        batches,
+        calibrator=calibrator,
+        num_batches=num_batches,
+        num_samples=num_samples,
+        forward=forward,
+        progress=progress,
+    )
+    return model
+
+
+def calibrate_and_compare(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    calibrator: str | Calibrator | None = None,
+    num_batches: int | None = None,
+    num_samples: int | None = None,
+    forward: Callable[[Any], Any] | None = None,
+    progress: bool = False,
+) -> CalibratorComparison | None:
+    """:func:`calibrate`, returning what ``calibrator="auto"`` has compared (None for any other)."""
+    for name, limit in (("num_batches", num_batches), ("num_samples", num_samples)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name}={limit} must be at least 1")
+    run = forward or _default_forward(model)
+    auto = calibrator == AUTO
+    chosen = None if calibrator is None or auto else get_calibrator(calibrator)
+    held_out: list[Any] = []
+    iterator = iter(batches)
+    first = next(iterator, None)
+    all_batches = itertools.chain([] if first is None else [first], iterator)
+    total = _expected_batches(batches, first, num_batches, num_samples)
+    with observing(model):
+        limited = _limit(all_batches, num_batches, num_samples)
+        for index, batch in enumerate(progress_bar(limited, total, enabled=progress)):
+            if auto and index % _HELD_OUT_EVERY == 1 and len(held_out) < _MOST_HELD_OUT:
+                held_out.append(batch)
+            else:
+                run(batch)
+        if _world_size() > 1:
+            for quantizer in activation_quantizers(model).values():
+                quantizer.observer.all_reduce()
+        _check_ranges(model)
+        for quantizer in activation_quantizers(model).values():
+            quantizer.calibrator = chosen or _default_calibrator(quantizer)
+            quantizer.update_qparams()
+    simulate(model)
+    if not auto:
+        return None
+    if not held_out and first is not None:
+        held_out = [first]  # of one batch nothing can be held out
+    try:
+        with evaluating(model), torch.no_grad():
+            comparison = choose_calibrator(model, [functools.partial(run, batch) for batch in held_out])
+    except BaseException:
+        set_state(model, QuantizerState.OFF)
+        raise
+    recalibrate(model, comparison.best())
+    return comparison
+
+
+@contextmanager
+def observing(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` computes in float, in evaluation mode, and its activations are watched, from nothing on.
+
+    If the body raises, the quantizers are off.
+    """
+    for quantizer in quantizers(model).values():
+        quantizer.observer.reset()
+        quantizer.state = QuantizerState.OFF if isinstance(quantizer, WeightQuantizer) else QuantizerState.OBSERVE
+    try:
+        # no_grad and not inference_mode: statistics made of inference tensors would break a later backward.
+        with evaluating(model), torch.no_grad():
+            yield
+    except BaseException:
+        set_state(model, QuantizerState.OFF)
+        raise
+
+
+# Private helpers
+
+
+def _batch_size(batch: Any) -> int:
+    sizes = [len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
+    return sizes[0] if sizes else 0
+
+
+def _limit(batches: Iterable[Any], num_batches: int | None, num_samples: int | None) -> Iterator[Any]:
+    """``batches`` until there were so many of them, or so many samples in them (whole batches)."""
+    samples = 0
+    for index, batch in enumerate(batches, start=1):
+        yield batch
+        samples += _batch_size(batch)
+        if index == num_batches or (num_samples is not None and samples >= num_samples):
+            return
+
+
+def _expected_batches(
+    batches: Iterable[Any], first: Any, num_batches: int | None, num_samples: int | None
+) -> int | None:
+    """How many batches there will be, as far as one can tell."""
+    limits = [] if num_batches is None else [num_batches]
+    if isinstance(batches, Sized):
+        limits.append(len(batches))
+    if num_samples is not None and _batch_size(first):
+        limits.append(math.ceil(num_samples / _batch_size(first)))
+    return min(limits, default=None)
+
+
+def _check_ranges(model: nn.Module) -> None:
+    for name, quantizer in activation_quantizers(model).items():
+        low, high = quantizer.observer.range()
+        if low > high:  # still +inf and -inf
+            raise CalibrationError(
+                f"no calibration data reached {name!r}: give lq.calibrate at least one batch that is not empty"
+            )
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise CalibrationError(
+                f"calibration saw a NaN or an infinity at {name!r} (range [{low:g}, {high:g}]), which is the first "
+                f"place it shows; check the calibration data, and the float model's outputs on them"
+            )
+
+
+def _default_calibrator(quantizer: Quantizer) -> Calibrator:
+    if isinstance(quantizer.observer, MovingAverageObserver):
+        return MovingAverage()
+    return get_calibrator("mse" if isinstance(quantizer.observer, HistogramObserver) else "minmax")
+
+
+def _default_forward(model: nn.Module) -> Callable[[Any], Any]:
+    prepared = prepared_forward(model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    arguments = {**prepared.inputs, **prepared.settings}
+
+    def run(batch: Any) -> Any:
+        batch = tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, batch)
+        if isinstance(batch, Mapping):
+            return model(**{name: value for name, value in batch.items() if name in arguments})
+        if isinstance(batch, (tuple, list)):
+            return model(*batch[: len(prepared.inputs)])
+        return model(batch)
+
+    return run
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

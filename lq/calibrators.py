@@ -1,0 +1,354 @@
+"""Calibrators turn the statistics of an observer into a range; trying another one needs no data."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lq.functional import choose_qparams
+from lq.observers import HistogramObserver, MovingAverageObserver, Observer
+from lq.spec import QuantSpec
+
+Range = tuple[Tensor, Tensor]
+
+
+class Calibrator(ABC):
+    """Base of the calibrators: called with an observer and a grid, it gives the range that the grid is to cover."""
+
+    #: What the user types.
+    name: ClassVar[str]
+
+    @abstractmethod
+    def __call__(self, observer: Observer, spec: QuantSpec) -> Range:
+        """The range for what ``observer`` has seen.
+
+        Args:
+            observer: statistics of a tensor.
+            spec: the grid the range will be mapped to.
+
+        Returns:
+            ``(low, high)``, each of the shape of the observer's ``min_val``.
+
+        Raises:
+            ValueError: where the observer does not hold the statistics that are needed.
+        """
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class MinMax(Calibrator):
+    """All that was seen: ``[min, max]``; nothing is clipped."""
+
+    name: ClassVar[str] = "minmax"
+
+    def __call__(self, observer: Observer, spec: QuantSpec) -> Range:
+        return observer.range()
+
+
+@dataclass(frozen=True)
+class MovingAverage(Calibrator):
+    """Exponential moving average of each batch's min and max (Jacob et al. 2018, section 3.1).
+
+    ``m = m + c * (batch - m)``, starting at the first batch, in the order the batches came. An observer that keeps
+    the running average itself has its own constant.
+
+    Args:
+        averaging_constant: ``c``, in ``(0, 1]``.
+
+    Raises:
+        ValueError: where ``averaging_constant`` is outside ``(0, 1]``.
+    """
+
+    name: ClassVar[str] = "moving_average"
+    averaging_constant: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.averaging_constant <= 1.0:
+            raise ValueError(f"averaging_constant={self.averaging_constant} must be in (0, 1]")
+
+    def __call__(self, observer: Observer, spec: QuantSpec) -> Range:
+        if isinstance(observer, MovingAverageObserver):
+            return observer.range()
+        ranges = _with_histogram(observer, self).batch_ranges.cpu().double()
+        if not len(ranges):
+            return observer.range()
+        ages = torch.arange(len(ranges) - 1, -1, -1, dtype=torch.float64)
+        weights = self.averaging_constant * (1.0 - self.averaging_constant) ** ages
+        weights[0] = (1.0 - self.averaging_constant) ** ages[0]
+        low, high = (weights @ ranges).float()
+        return low, high
+
+
+@dataclass(frozen=True)
+class Percentile(Calibrator):
+    """Cuts off the rarest values (McKinstry et al. 2018, "Discovering low-precision networks", section 3.1).
+
+    An affine range is ``[quantile(x, 1 - p), quantile(x, p)]``, a symmetric one ``±quantile(|x|, p)``, with
+    ``p = percentile / 100``; from the histogram, so within one bin of the values' own quantiles.
+
+    Args:
+        percentile: in ``(50, 100]``. The default is one that Wu et al. 2020 ("Integer quantization for deep learning
+            inference", table 5) found best on most networks.
+
+    Raises:
+        ValueError: where ``percentile`` is outside ``(50, 100]``.
+    """
+
+    name: ClassVar[str] = "percentile"
+    percentile: float = 99.99
+
+    def __post_init__(self) -> None:
+        if not 50.0 < self.percentile <= 100.0:
+            raise ValueError(f"percentile={self.percentile} must be in (50, 100]")
+
+    def __call__(self, observer: Observer, spec: QuantSpec) -> Range:
+        histogram = Histogram.of(_with_histogram(observer, self))
+        share = self.percentile / 100
+        if not spec.symmetric:
+            return histogram.quantile(1.0 - share), histogram.quantile(share)
+        high = histogram.magnitudes().quantile(share)
+        return -high, high
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.percentile:g}"
+
+
+@dataclass(frozen=True)
+class MSE(Calibrator):
+    """The range with the least mean squared error of rounding and clipping together.
+
+    ``argmin over (low, high) of sum_i n_i * (x_i - q(x_i))**2`` over the bins' centres ``x_i`` with ``n_i`` elements,
+    ``q`` the rounding of the grid that the range really gives (Sung et al. 2015, "Resiliency of deep neural networks
+    under quantization", section 3; Nagel et al. 2021, "A white paper on neural network quantization", eq. 27).
+    Each end is searched among equal steps from 0 to the farthest value; two ends of an affine range in turn,
+    until neither moves.
+
+    Args:
+        steps: candidates for each end.
+
+    Raises:
+        ValueError: where ``steps`` is less than 2.
+    """
+
+    name: ClassVar[str] = "mse"
+    steps: int = 128
+
+    def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise ValueError(f"steps={self.steps} must be at least 2")
+
+    def __call__(self, observer: Observer, spec: QuantSpec) -> Range:
+        histogram = Histogram.of(_with_histogram(observer, self))
+        shares = torch.arange(1, self.steps + 1) / self.steps
+        low, high = (bound.clone() for bound in histogram.span())
+        if spec.symmetric:
+            reach = torch.maximum(-low, high) * shares
+            best = squared_error(histogram, -reach, reach, spec).argmin()
+            return -reach[best], reach[best]
+        lows, highs = low * shares, high * shares
+        for _ in range(8):  # two or three are enough; ties could go round for ever
+            before = torch.stack([low, high])
+            high = highs[squared_error(histogram, low.expand_as(highs), highs, spec).argmin()]
+            low = lows[squared_error(histogram, lows, high.expand_as(lows), spec).argmin()]
+            if torch.equal(torch.stack([low, high]), before):
+                break
+        return low, high
+
+
+@dataclass(frozen=True)
+class Entropy(Calibrator):
+    """The range that keeps the distribution's shape best, by Kullback-Leibler divergence (Migacz 2017, "8-bit
+    inference with TensorRT").
+
+    Candidates are ``[max(min, -t), min(max, t)]`` for thresholds ``t`` in equal steps up to the farthest value. For
+    each, ``P`` is the histogram inside, with the clipped counts added to the outermost bins; ``Q`` is the histogram
+    inside without them, where the counts of all bins that round to the same integer are shared out evenly among those
+    of them that ``P`` has something in. Both are normalised, and the least ``sum_i P_i * log(P_i / (Q_i + 1e-9))``
+    wins. Zeros behind a ReLU take no part: every grid has them exactly.
+
+    Args:
+        steps: number of thresholds.
+
+    Raises:
+        ValueError: where ``steps`` is less than 2.
+    """
+
+    name: ClassVar[str] = "entropy"
+    steps: int = 128
+
+    def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise ValueError(f"steps={self.steps} must be at least 2")
+
+    def __call__(self, observer: Observer, spec: QuantSpec) -> Range:
+        histogram = Histogram.of(_with_histogram(observer, self))
+        low, high = histogram.span()
+        reach = torch.maximum(-low, high)
+        thresholds = torch.linspace(1 / self.steps, 1.0, self.steps) * reach
+        lows, highs = torch.maximum(-thresholds, low), torch.minimum(thresholds, high)
+        best = divergence(histogram, lows, highs, spec).argmin()
+        return lows[best], highs[best]
+
+
+CALIBRATORS: dict[str, type[Calibrator]] = {
+    calibrator.name: calibrator for calibrator in (MinMax, MovingAverage, Percentile, MSE, Entropy)
+}
+
+
+def get_calibrator(calibrator: str | Calibrator) -> Calibrator:
+    """The calibrator called ``calibrator``; ``"percentile:99.9"`` gives the percentile; an instance is handed through.
+
+    Raises:
+        ValueError: where no calibrator has that name, or the percentile is no number in ``(50, 100]``.
+    """
+    if isinstance(calibrator, Calibrator):
+        return calibrator
+    name, _, value = calibrator.partition(":")
+    if name not in CALIBRATORS or (value and name != Percentile.name):
+        near = difflib.get_close_matches(name, CALIBRATORS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near and near[0] != name else ""
+        choices = ", ".join(map(repr, (*CALIBRATORS, "percentile:99.9")))
+        raise ValueError(f"calibrator={calibrator!r} is unknown{hint}; choose one of {choices}")
+    if not value:
+        return CALIBRATORS[name]()
+    try:
+        percentile = float(value)
+    except ValueError:
+        raise ValueError(f"calibrator={calibrator!r}: {value!r} is no number; write 'percentile:99.9'") from None
+    return Percentile(percentile)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """The occupied part of an observer's bins, on the CPU.
+
+    Args:
+        counts: elements per bin, float64 of shape ``(bins,)``.
+        upper: upper end of each bin, float32 of shape ``(bins,)``.
+        width: of a bin, shape ``()``.
+        low: exact minimum, shape ``()``.
+        high: exact maximum, shape ``()``.
+    """
+
+    counts: Tensor
+    upper: Tensor
+    width: Tensor
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def of(cls, observer: HistogramObserver) -> Histogram:
+        """The histogram that ``observer`` holds."""
+        # On the CPU, wherever it was collected: few numbers, many small steps, and float64 not every device has.
+        half = observer.BINS // 2
+        counts = observer.counts.cpu().double().roll(half - 1)
+        index = torch.arange(1 - half, half + 1)
+        occupied = counts.nonzero()
+        if len(occupied):
+            first, last = int(occupied.min()), int(occupied.max()) + 1
+            counts, index = counts[first:last], index[first:last]
+        width = torch.tensor(2.0 ** int(observer.exponent))
+        return cls(counts, index * width, width, observer.min_val.cpu(), observer.max_val.cpu())
+
+    def span(self) -> Range:
+        """The range, widened to contain zero."""
+        return self.low.clamp(max=0.0), self.high.clamp(min=0.0)
+
+    def centres(self) -> Tensor:
+        """Middle of each bin; where nothing is negative, bin 0 holds exact zeros."""
+        centres = self.upper - self.width / 2
+        return torch.where(self.upper.eq(0) & self.low.ge(0), 0.0, centres)
+
+    def magnitudes(self) -> Histogram:
+        """The histogram of the absolute values."""
+        # Bin i <= 0 is (i - 1, i] times the width: its mirror image is bin 1 - i.
+        index = torch.round(self.upper / self.width).long()
+        is_zero = index.eq(0) & self.low.ge(0)
+        mirrored = torch.where((index > 0) | is_zero, index, 1 - index)
+        counts = self.counts.new_zeros(int(mirrored.max()) + 1).index_add_(0, mirrored, self.counts)
+        upper = torch.arange(len(counts)) * self.width
+        reach = torch.maximum(self.low.abs(), self.high.abs())
+        return Histogram(counts, upper, self.width, torch.zeros_like(reach), reach)
+
+    def quantile(self, share: float) -> Tensor:
+        """The value that ``share`` of the elements do not exceed, interpolated as ``numpy.quantile`` does."""
+        cumulated = self.counts.cumsum(0)
+        rank = share * (cumulated[-1] - 1)
+        ranks = torch.stack([rank.floor(), rank.ceil()])
+        bins = torch.searchsorted(cumulated, ranks, right=True).clamp(max=len(cumulated) - 1)
+        inside = (ranks - cumulated[bins] + self.counts[bins] + 0.5) / self.counts[bins]
+        below, above = self.upper[bins] - self.width * (1.0 - inside)
+        value = below + (above - below) * (rank - rank.floor())
+        return torch.clamp(value.float(), self.low, self.high)
+
+
+def squared_error(histogram: Histogram, low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
+    """Sum over the bins of squared rounding and clipping error, for each candidate range.
+
+    Args:
+        histogram: of ``B`` bins.
+        low: lower ends, shape ``(K,)``.
+        high: upper ends, shape ``(K,)``.
+        spec: the grid.
+
+    Returns:
+        Shape ``(K,)``.
+    """
+    x = histogram.centres()
+    scale, zero_point = (qparam.unsqueeze(1) for qparam in choose_qparams(low, high, spec))
+    q = torch.round(x / scale).clamp_(spec.quant_min - zero_point, spec.quant_max - zero_point)
+    return q.mul_(scale).sub_(x).square_() @ histogram.counts.float()
+
+
+def divergence(histogram: Histogram, low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
+    """Kullback-Leibler divergence of each candidate range, as :class:`Entropy` defines it.
+
+    Args:
+        histogram: of ``B`` bins.
+        low: lower ends, shape ``(K,)``.
+        high: upper ends, shape ``(K,)``.
+        spec: the grid.
+
+    Returns:
+        Shape ``(K,)``.
+    """
+    x = histogram.centres()
+    scale, zero_point = (qparam.unsqueeze(1) for qparam in choose_qparams(low, high, spec))
+    levels = torch.round(x / scale).add_(zero_point)
+    inside = (levels >= spec.quant_min) & (levels <= spec.quant_max)
+    counts = torch.where(x.eq(0) & histogram.low.ge(0), 0.0, histogram.counts.float())
+    kept = counts * inside
+
+    levels = levels.clamp_(spec.quant_min, spec.quant_max).sub_(spec.quant_min).long()
+    size = spec.quant_max - spec.quant_min + 1
+    zeros = kept.new_zeros(len(low), size)
+    # The outermost bins inside take what lies beyond them.
+    first = inside.int().argmax(1, keepdim=True)
+    last = inside.shape[1] - 1 - inside.flip(1).int().argmax(1, keepdim=True)
+    position = torch.arange(inside.shape[1])
+    p = kept.clone()
+    p.scatter_add_(1, first, (counts * (position < first)).sum(1, keepdim=True))
+    p.scatter_add_(1, last, (counts * (position > last)).sum(1, keepdim=True))
+    occupied = p > 0
+    total = zeros.scatter_add(1, levels, kept)
+    bins = zeros.scatter_add(1, levels, occupied.float())
+    q = (total / bins.clamp(min=1.0)).gather(1, levels) * occupied
+    p = p / p.sum(1, keepdim=True).clamp(min=1.0)
+    q = q / q.sum(1, keepdim=True).clamp(min=1.0)
+    return torch.xlogy(p, p / (q + 1e-9)).sum(1)
+
+
+def _with_histogram(observer: Observer, calibrator: Calibrator) -> HistogramObserver:
+    if not isinstance(observer, HistogramObserver):
+        raise ValueError(
+            f"calibrator={str(calibrator)!r} needs a histogram, and a {type(observer).__name__} keeps none; prepare "
+            f"the model with lq.prepare(..., observer='histogram')"
+        )
+    return observer
