@@ -85,6 +85,9 @@ class MovingAverage(Calibrator):
         low, high = (weights @ ranges).float()
         return low, high
 
+    def __str__(self) -> str:
+        return _typed(self, self.averaging_constant)
+
 
 @dataclass(frozen=True)
 class Percentile(Calibrator):
@@ -117,7 +120,7 @@ class Percentile(Calibrator):
         return -high, high
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.percentile:g}"
+        return f"{self.name}:{_shortest(self.percentile)}"
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,9 @@ class MSE(Calibrator):
                 break
         return low, high
 
+    def __str__(self) -> str:
+        return _typed(self, self.steps)
+
 
 @dataclass(frozen=True)
 class Entropy(Calibrator):
@@ -196,6 +202,9 @@ class Entropy(Calibrator):
         best = divergence(histogram, lows, highs, spec).argmin()
         return lows[best], highs[best]
 
+    def __str__(self) -> str:
+        return _typed(self, self.steps)
+
 
 CALIBRATORS: dict[str, type[Calibrator]] = {
     calibrator.name: calibrator for calibrator in (MinMax, MovingAverage, Percentile, MSE, Entropy)
@@ -203,26 +212,51 @@ CALIBRATORS: dict[str, type[Calibrator]] = {
 
 
 def get_calibrator(calibrator: str | Calibrator) -> Calibrator:
-    """The calibrator called ``calibrator``; ``"percentile:99.9"`` gives the percentile; an instance is handed through.
+    """The calibrator called ``calibrator``; an instance is handed through.
+
+    A colon and a number behind the name give its parameter: ``"percentile:99.9"``, ``"mse:256"`` (steps). Each
+    calibrator of this module is the one that its own ``str`` gives.
 
     Raises:
-        ValueError: where no calibrator has that name, or the percentile is no number in ``(50, 100]``.
+        ValueError: where no calibrator has that name, or what is behind the colon is not in its parameter's range.
     """
     if isinstance(calibrator, Calibrator):
         return calibrator
     name, _, value = calibrator.partition(":")
-    if name not in CALIBRATORS or (value and name != Percentile.name):
+    if name not in CALIBRATORS or (value and name == MinMax.name):
         near = difflib.get_close_matches(name, CALIBRATORS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near and near[0] != name else ""
         choices = ", ".join(map(repr, (*CALIBRATORS, "percentile:99.9")))
         raise ValueError(f"calibrator={calibrator!r} is unknown{hint}; choose one of {choices}")
     if not value:
         return CALIBRATORS[name]()
+    kind = CALIBRATORS[name]
     try:
-        percentile = float(value)
+        number = int(value) if kind in (MSE, Entropy) else float(value)
     except ValueError:
-        raise ValueError(f"calibrator={calibrator!r}: {value!r} is no number; write 'percentile:99.9'") from None
-    return Percentile(percentile)
+        raise ValueError(
+            f"calibrator={calibrator!r}: {value!r} is no number that fits; write for example 'percentile:99.9' or "
+            f"'mse:256'"
+        ) from None
+    return kind(number)  # type: ignore[call-arg]
+
+
+def _typed(calibrator: Calibrator, parameter: float) -> str:
+    """What the user types: the name, and a parameter other than the default one."""
+    is_default = calibrator == type(calibrator)()
+    return calibrator.name if is_default else f"{calibrator.name}:{_shortest(parameter)}"
+
+
+def _shortest(number: float) -> str:
+    """The shortest text that reads as exactly this number; of an integer, without a fraction."""
+    return str(number).removesuffix(".0")
+
+
+def default_calibrator(observer: Observer) -> Calibrator:
+    """The calibrator for an observer where none is asked for."""
+    if isinstance(observer, HistogramObserver):
+        return MSE()
+    return MovingAverage() if isinstance(observer, MovingAverageObserver) else MinMax()
 
 
 @dataclass(frozen=True)
@@ -231,7 +265,7 @@ class Histogram:
 
     Args:
         counts: elements per bin, float64 of shape ``(bins,)``.
-        upper: upper end of each bin, float32 of shape ``(bins,)``.
+        upper: upper end of each bin, float64 of shape ``(bins,)``: that of the last bin can be beyond any float32.
         width: of a bin, shape ``()``.
         low: exact minimum, shape ``()``.
         high: exact maximum, shape ``()``.
@@ -255,7 +289,7 @@ class Histogram:
             first, last = int(occupied.min()), int(occupied.max()) + 1
             counts, index = counts[first:last], index[first:last]
         width = torch.tensor(2.0 ** int(observer.exponent))
-        return cls(counts, index * width, width, observer.min_val.cpu(), observer.max_val.cpu())
+        return cls(counts, index * width.double(), width, observer.min_val.cpu(), observer.max_val.cpu())
 
     def span(self) -> Range:
         """The range, widened to contain zero."""
@@ -273,7 +307,7 @@ class Histogram:
         is_zero = index.eq(0) & self.low.ge(0)
         mirrored = torch.where((index > 0) | is_zero, index, 1 - index)
         counts = self.counts.new_zeros(int(mirrored.max()) + 1).index_add_(0, mirrored, self.counts)
-        upper = torch.arange(len(counts)) * self.width
+        upper = torch.arange(len(counts)) * self.width.double()
         reach = torch.maximum(self.low.abs(), self.high.abs())
         return Histogram(counts, upper, self.width, torch.zeros_like(reach), reach)
 
@@ -290,7 +324,7 @@ class Histogram:
 
 
 def squared_error(histogram: Histogram, low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
-    """Sum over the bins of squared rounding and clipping error, for each candidate range.
+    """Sum over the bins of squared rounding and clipping error, in squared bin widths, for each candidate range.
 
     Args:
         histogram: of ``B`` bins.
@@ -301,8 +335,7 @@ def squared_error(histogram: Histogram, low: Tensor, high: Tensor, spec: QuantSp
     Returns:
         Shape ``(K,)``.
     """
-    x = histogram.centres()
-    scale, zero_point = (qparam.unsqueeze(1) for qparam in choose_qparams(low, high, spec))
+    x, scale, zero_point = _candidates(histogram, low, high, spec)
     q = torch.round(x / scale).clamp_(spec.quant_min - zero_point, spec.quant_max - zero_point)
     return q.mul_(scale).sub_(x).square_() @ histogram.counts.float()
 
@@ -319,8 +352,7 @@ def divergence(histogram: Histogram, low: Tensor, high: Tensor, spec: QuantSpec)
     Returns:
         Shape ``(K,)``.
     """
-    x = histogram.centres()
-    scale, zero_point = (qparam.unsqueeze(1) for qparam in choose_qparams(low, high, spec))
+    x, scale, zero_point = _candidates(histogram, low, high, spec)
     levels = torch.round(x / scale).add_(zero_point)
     inside = (levels >= spec.quant_min) & (levels <= spec.quant_max)
     counts = torch.where(x.eq(0) & histogram.low.ge(0), 0.0, histogram.counts.float())
@@ -342,7 +374,15 @@ def divergence(histogram: Histogram, low: Tensor, high: Tensor, spec: QuantSpec)
     q = (total / bins.clamp(min=1.0)).gather(1, levels) * occupied
     p = p / p.sum(1, keepdim=True).clamp(min=1.0)
     q = q / q.sum(1, keepdim=True).clamp(min=1.0)
-    return torch.xlogy(p, p / (q + 1e-9)).sum(1)
+    # With nothing inside there is no distribution, and 0 would be the best of divergences.
+    return torch.xlogy(p, p / (q + 1e-9)).sum(1).masked_fill_(~inside.any(1), torch.inf)
+
+
+def _candidates(histogram: Histogram, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Bins' centres, and scale and zero point of each range as columns; in bin widths, whose squares are finite."""
+    scale, zero_point = choose_qparams(low, high, spec)
+    x = (histogram.centres() / histogram.width).float()
+    return x, (scale / histogram.width).unsqueeze(1), zero_point.unsqueeze(1)
 
 
 def _with_histogram(observer: Observer, calibrator: Calibrator) -> HistogramObserver:

@@ -130,16 +130,21 @@ class MovingAverageObserver(Observer):
             average.copy_(torch.where(first, batch, average + self.averaging_constant * (batch - average)))
 
     def all_reduce(self) -> None:
+        # A process without data has no average, and none of them has one where nobody has data.
+        seen = ~(self.min_val > self.max_val)
+        processes = seen.float()
+        dist.all_reduce(processes)
         for average in (self.min_val, self.max_val):
-            dist.all_reduce(average)
-            average.div_(dist.get_world_size())
+            total = torch.where(seen, average, 0.0)
+            dist.all_reduce(total)
+            average.copy_(torch.where(processes > 0, total / processes, average))
 
 
 class HistogramObserver(MinMaxObserver):
     """Everything that any calibrator asks for: the range, each batch's range, and a histogram.
 
     Bin ``i`` is ``((i - 1) * w, i * w]`` for ``-2047 <= i <= 2048``, with a width ``w = 2**exponent`` that is the
-    smallest power of two with which the bins hold all that was seen. A wider batch makes bins merge in pairs, exactly:
+    smallest power of two above ``max|x| / 2048``, or ``2**-40``. A wider batch makes bins merge in pairs, exactly:
     no count is lost, split or interpolated, and the histogram depends on the data alone, not on their order or on which
     process saw them. Behind a ReLU bin 0 is the exact zeros, which no range rounds. Minimum and maximum are exact.
 
@@ -207,8 +212,12 @@ class HistogramObserver(MinMaxObserver):
             self._grow(self._needed_exponent(low, high))
         per_unit = 2.0 ** -int(self.exponent) if x.device.type == "cpu" else _power_of_two(-self.exponent)
         flat, stride = in_memory_order(x), self._stride(x)
+        values = flat[::stride].float()
+        if isinstance(per_unit, float) and per_unit < 1.0:
+            # Two roundings up are as good as one, and tiny values that are scaled down would become zeros.
+            values = values.ceil()
         # Scaling by a power of two and rounding up are exact: an element is never in a neighbour's bin.
-        bins = (flat[::stride].float() * per_unit).ceil_().to(torch.int16)
+        bins = (values * per_unit).ceil_().to(torch.int16)
         # Negative indices wrap around; and a NaN, of which the range tells, has to have some place.
         bins.bitwise_and_(self.BINS - 1)
         self.counts.add_(_bincount(bins, self.BINS), alpha=stride)

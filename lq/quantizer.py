@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lq.calibrators import Calibrator, MinMax, get_calibrator
+from lq.calibrators import Calibrator, default_calibrator, get_calibrator
 from lq.functional import choose_qparams, fake_quantize
 from lq.observers import HistogramObserver, MinMaxObserver, MovingAverageObserver, Observer
 from lq.spec import QuantSpec
@@ -32,7 +32,7 @@ class Quantizer(nn.Module):
     Args:
         spec: the integer grid.
         observer: collects the statistics the range is computed from.
-        calibrator: computes the range from them.
+        calibrator: computes the range from them; by default the one that goes with the observer.
     """
 
     scale: Tensor
@@ -42,7 +42,7 @@ class Quantizer(nn.Module):
         super().__init__()
         self.spec = spec
         self.observer = observer
-        self.calibrator = calibrator or MinMax()
+        self.calibrator = calibrator or default_calibrator(observer)
         self.state = QuantizerState.OFF
         self.calibrated = False
         low, _ = observer.range()

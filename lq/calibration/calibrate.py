@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -17,12 +17,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lq.calibration.comparison import CalibratorComparison, choose_calibrator
 from lq.calibration.error import CalibrationError
 from lq.calibration.recalibrate import recalibrate
-from lq.calibrators import Calibrator, MovingAverage, get_calibrator
+from lq.calibrators import Calibrator, default_calibrator, get_calibrator
 from lq.modes import evaluating
-from lq.observers import HistogramObserver, MovingAverageObserver
 from lq.prepare import activation_quantizers, prepared_forward, quantizers, set_state, simulate
 from lq.progress import progress_bar
-from lq.quantizer import Quantizer, QuantizerState, WeightQuantizer
+from lq.quantizer import QuantizerState, WeightQuantizer
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -101,11 +100,11 @@ def calibrate_and_compare(
     auto = calibrator == AUTO
     chosen = None if calibrator is None or auto else get_calibrator(calibrator)
     held_out: list[Any] = []
-    iterator = iter(batches)
-    first = next(iterator, None)
-    all_batches = itertools.chain([] if first is None else [first], iterator)
-    total = _expected_batches(batches, first, num_batches, num_samples)
     with observing(model):
+        iterator = iter(batches)
+        first = next(iterator, None)
+        all_batches = itertools.chain([] if first is None else [first], iterator)
+        total = _expected_batches(batches, first, num_batches, num_samples)
         limited = _limit(all_batches, num_batches, num_samples)
         for index, batch in enumerate(progress_bar(limited, total, enabled=progress)):
             if auto and index % _HELD_OUT_EVERY == 1 and len(held_out) < _MOST_HELD_OUT:
@@ -117,7 +116,7 @@ def calibrate_and_compare(
                 quantizer.observer.all_reduce()
         _check_ranges(model)
         for quantizer in activation_quantizers(model).values():
-            quantizer.calibrator = chosen or _default_calibrator(quantizer)
+            quantizer.calibrator = chosen or default_calibrator(quantizer.observer)
             quantizer.update_qparams()
     simulate(model)
     if not auto:
@@ -138,7 +137,7 @@ def calibrate_and_compare(
 def observing(model: nn.Module) -> Iterator[None]:
     """Inside, ``model`` computes in float, in evaluation mode, and its activations are watched, from nothing on.
 
-    If the body raises, the quantizers are off.
+    If the body raises, the quantizers are off, and what they saw so far is forgotten.
     """
     for quantizer in quantizers(model).values():
         quantizer.observer.reset()
@@ -149,6 +148,8 @@ def observing(model: nn.Module) -> Iterator[None]:
             yield
     except BaseException:
         set_state(model, QuantizerState.OFF)
+        for quantizer in activation_quantizers(model).values():
+            quantizer.observer.reset()
         raise
 
 
@@ -176,7 +177,8 @@ def _expected_batches(
     """How many batches there will be, as far as one can tell."""
     limits = [] if num_batches is None else [num_batches]
     if isinstance(batches, Sized):
-        limits.append(len(batches))
+        with suppress(TypeError):  # a DataLoader has a length but of an iterable data set it does not know it
+            limits.append(len(batches))
     if num_samples is not None and _batch_size(first):
         limits.append(math.ceil(num_samples / _batch_size(first)))
     return min(limits, default=None)
@@ -194,12 +196,6 @@ def _check_ranges(model: nn.Module) -> None:
                 f"calibration saw a NaN or an infinity at {name!r} (range [{low:g}, {high:g}]), which is the first "
                 f"place it shows; check the calibration data, and the float model's outputs on them"
             )
-
-
-def _default_calibrator(quantizer: Quantizer) -> Calibrator:
-    if isinstance(quantizer.observer, MovingAverageObserver):
-        return MovingAverage()
-    return get_calibrator("mse" if isinstance(quantizer.observer, HistogramObserver) else "minmax")
 
 
 def _default_forward(model: nn.Module) -> Callable[[Any], Any]:

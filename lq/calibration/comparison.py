@@ -142,7 +142,8 @@ def choose_calibrator(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> Ca
                     "the float model's outputs on held-out calibration batches have a NaN or an infinity in them; "
                     "check the calibration data"
                 )
-            scores[name] = {SQNR: 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf}
+            # INT8 outputs can be infinite (-inf dB) or NaN (as such, and worse than any) where those in float are not.
+            scores[name] = {SQNR: math.inf if noise == 0 else float(10 * torch.log10(signal / noise))}
     return CalibratorComparison(scores, {})
 
 

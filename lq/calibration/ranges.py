@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from lq.calibrators import Histogram
+from lq.graph.captured import WeightQuantizedForward
 from lq.observers import HistogramObserver
 from lq.prepare import quantizers
 from lq.quantizer import Quantizer, WeightQuantizer
@@ -74,10 +75,17 @@ class RangeTable:
 def ranges(model: nn.Module) -> RangeTable:
     """Name, bits, scheme, range, calibrator and clipped share of every quantizer of a prepared model.
 
+    A weight that the forward computes itself has a range once the calibrated model has run.
+
     Raises:
         ValueError: where ``model`` is not prepared.
     """
-    return RangeTable(tuple(_row(name, quantizer) for name, quantizer in quantizers(model).items()))
+    found = quantizers(model)
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, WeightQuantizedForward):
+            forward.quantizer.refresh(forward.layer.weight)  # type: ignore[arg-type]
+    return RangeTable(tuple(_row(name, quantizer) for name, quantizer in found.items()))
 
 
 def clipped_share(quantizer: Quantizer) -> float | None:

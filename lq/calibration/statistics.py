@@ -39,7 +39,8 @@ def save_statistics(model: nn.Module, path: str | Path) -> None:
     found = activation_quantizers(model)
     arrays: dict[str, np.ndarray] = {}
     for name, quantizer in found.items():
-        if not quantizer.calibrated:
+        low, high = quantizer.observer.range()
+        if not quantizer.calibrated or low > high:
             raise ValueError(f"{name!r} holds no statistics; call lq.calibrate(model, batches) first")
         for key, value in quantizer.observer.state_dict().items():
             arrays[f"{name}/{key}"] = value.cpu().numpy()
@@ -77,19 +78,19 @@ def load_statistics(model: M, path: str | Path, calibrator: str | Calibrator | N
             model: then with the names that differ. The model is as before.
     """
     found = activation_quantizers(model)
-    header, arrays = _read(Path(path))
-    saved = header["quantizers"]
+    model_name, saved, arrays = _read(Path(path))
     missing, unknown = [n for n in found if n not in saved], [n for n in saved if n not in found]
     if missing or unknown:
         raise ValueError(
-            f"path={str(path)!r} holds the statistics of another model ({header['model']}): {len(missing)} quantizers "
+            f"path={str(path)!r} holds the statistics of another model ({model_name}): {len(missing)} quantizers "
             f"of this {type(model).__name__} are not in the file{_some(missing)}, {len(unknown)} of the file's are not "
             f"in the model{_some(unknown)}"
         )
     for name, quantizer in found.items():
-        if type(quantizer.observer).__name__ != saved[name]["observer"]:
+        observer_name, _ = saved[name]
+        if type(quantizer.observer).__name__ != observer_name:
             raise ValueError(
-                f"path={str(path)!r}: {name!r} was watched by a {saved[name]['observer']} and has a "
+                f"path={str(path)!r}: {name!r} was watched by a {observer_name} and has a "
                 f"{type(quantizer.observer).__name__} here; prepare the model with the observer it was calibrated with"
             )
     loaded = {}
@@ -97,9 +98,10 @@ def load_statistics(model: M, path: str | Path, calibrator: str | Calibrator | N
         observer = copy.deepcopy(quantizer.observer)
         try:
             observer.load_state_dict(arrays[name])
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"path={str(path)!r} is damaged at {name!r}: {error}") from error
-        chosen = get_calibrator(calibrator or saved[name]["calibrator"])
+        _, calibrator_name = saved[name]
+        chosen = get_calibrator(calibrator or calibrator_name)
         loaded[quantizer] = observer, chosen, chosen(observer, quantizer.spec)
     for quantizer, (observer, chosen, found_range) in loaded.items():
         quantizer.observer = observer
@@ -109,15 +111,19 @@ def load_statistics(model: M, path: str | Path, calibrator: str | Calibrator | N
     return model
 
 
-def _read(path: Path) -> tuple[dict[str, dict[str, dict[str, str]]], dict[str, dict[str, Tensor]]]:
+def _read(path: Path) -> tuple[str, dict[str, tuple[str, str]], dict[str, dict[str, Tensor]]]:
+    """The model's class, and by quantizer the names of observer and calibrator, and the observer's state."""
     if not path.is_file():
         raise FileNotFoundError(f"path={str(path)!r}: no such file")
     tensors: dict[str, dict[str, Tensor]] = {}
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        # numpy does not close a file that it opened itself and then found to be damaged.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             header = json.loads(arrays["header"].tobytes())
             if header["format"] != _FORMAT:
                 raise ValueError(f"its format is {header['format']!r}, not {_FORMAT!r}")
+            names = {name: (q["observer"], q["calibrator"]) for name, q in header["quantizers"].items()}
+            model_name = header["model"]
             for key in arrays.files:
                 name, _, buffer = key.rpartition("/")
                 if name:
@@ -126,7 +132,7 @@ def _read(path: Path) -> tuple[dict[str, dict[str, dict[str, str]]], dict[str, d
         raise ValueError(
             f"path={str(path)!r} holds no statistics written by lq.save_statistics, or is damaged: {error}"
         ) from error
-    return header, tensors
+    return model_name, names, tensors
 
 
 def _some(names: list[str]) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import lq
 from lq.calibration.calibrate import observing
 from lq.calibrators import CALIBRATORS
-from lq.config import field, main
+from lq.config import ConfigError, field, main
 
 #: Batch of images each network is shown.
 BATCHES = {"resnet18": (128, 3, 32, 32), "resnet50": (16, 3, 224, 224)}
@@ -42,7 +42,18 @@ class Config:
 
 
 def run(config: Config) -> None:
+    for name in config.networks:
+        if name not in BATCHES:
+            raise ConfigError(f"networks={name!r} is unknown; choose from {', '.join(map(repr, BATCHES))}")
+    threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
+    try:
+        _report(config)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _report(config: Config) -> None:
     table = Table(title=f"Time per calibration batch, {config.threads} CPU threads, median of {config.rounds} rounds")
     for header in ("network", "batch", "contender", "time", "against the float forward"):
         table.add_column(header, justify="right" if header in ("time", "against the float forward") else "left")
@@ -58,12 +69,13 @@ def run(config: Config) -> None:
     console = Console()
     console.print(table)
     table = Table(title="Time to compute the ranges of all activations from the statistics, without data")
-    for header in ("network", "quantizers", *CALIBRATORS, "all"):
-        table.add_column(header, justify="left" if header == "network" else "right")
-    for name, by_method in durations.items():
-        count = str(len([row for row in lq.ranges(_prepared(name, 1)).rows if "per tensor" in row.scheme]))
-        cells = [f"{seconds * 1e3:.0f} ms" for seconds in (*by_method.values(), sum(by_method.values()))]
-        table.add_row(name, count, *cells)
+    table.add_column("calibrator")
+    for name in durations:
+        table.add_column(name, justify="right")
+    for method in CALIBRATORS:
+        table.add_row(method, *(f"{seconds[method] * 1e3:.0f} ms" for seconds in durations.values()))
+    table.add_section()
+    table.add_row("all", *(f"{sum(seconds.values()) * 1e3:.0f} ms" for seconds in durations.values()))
     console.print(table)
 
 
@@ -99,11 +111,6 @@ def measure(name: str, batch: Tensor, config: Config) -> tuple[dict[str, tuple[f
 
 def _prepared_copy(network: nn.Module, batch: Tensor, observer: str) -> nn.Module:
     prepared: nn.Module = lq.prepare(copy.deepcopy(network), batch[:2], observer=observer)
-    return prepared
-
-
-def _prepared(name: str, size: int) -> nn.Module:
-    prepared: nn.Module = lq.prepare(torchvision.models.get_model(name).eval(), torch.randn(size, *BATCHES[name][1:]))
     return prepared
 
 

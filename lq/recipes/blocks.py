@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from lq.callback import QuantizationCallback, QuantizationResult
@@ -27,6 +31,17 @@ class DataConfig:
     num_workers: int = field(0, help="loader processes; the data are in memory, so few are needed")
     max_train: int | None = field(None, help="use only so many training images")
     max_test: int | None = field(None, help="use only so many test images")
+
+
+@dataclass
+class RunConfig:
+    """What a run of any recipe is told."""
+
+    output_dir: str = field("runs", help="folder for checkpoints, INT8 model and TensorBoard logs")
+    seed: int = field(0, help="seed of everything")
+    accelerator: str = field("auto", help="cpu, gpu or auto")
+    precision: str = field("32-true", help="of training, for example 16-mixed")
+    progress: bool = field(True, help="show progress bars")
 
 
 @dataclass
@@ -87,6 +102,37 @@ def image_data(config: DataConfig, seed: int) -> CIFAR10 | Shapes10:
         num_workers=config.num_workers,
         seed=seed,
     )
+
+
+def make_trainer(config: RunConfig, max_epochs: int, callbacks: list[Callback], logger: Logger | bool) -> Trainer:
+    """The Trainer of a run, on one device; checkpoints only where a callback writes them."""
+    return Trainer(
+        max_epochs=max_epochs,
+        accelerator=config.accelerator,
+        devices=1,
+        precision=config.precision,  # type: ignore[arg-type]
+        callbacks=callbacks,
+        logger=logger,
+        default_root_dir=config.output_dir,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        enable_progress_bar=config.progress,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+    )
+
+
+def float_checkpoint(config: RunConfig) -> ModelCheckpoint:
+    """Keeps the trained float model in ``checkpoints/float.ckpt``."""
+    folder = Path(config.output_dir) / "checkpoints"
+    return ModelCheckpoint(dirpath=folder, filename="float", enable_version_counter=False)
+
+
+def epochs(config: TrainConfig, data: CIFAR10 | Shapes10) -> int:
+    """Passes over the data of float training."""
+    if config.epochs is not None:
+        return config.epochs
+    return 3 if isinstance(data, Shapes10) else 20
 
 
 def callback(config: QuantConfig, mode: Literal["ptq", "qat"], output_dir: str) -> QuantizationCallback:

@@ -11,26 +11,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lq.config import field, main
-from lq.data import CIFAR10, Shapes10
 from lq.models import Classifier, build_resnet
 from lq.recipes.blocks import (
     DataConfig,
     QuantConfig,
+    RunConfig,
     TrainConfig,
     callback,
+    epochs,
+    float_checkpoint,
     image_data,
     load_float_weights,
+    make_trainer,
     print_result,
 )
 
 
 @dataclass
-class Config:
+class Config(RunConfig):
     """ResNet-18 on CIFAR-10."""
 
     mode: Literal["ptq", "qat"] = field("ptq", help="quantize after training, or fine-tune with fake-quantizers")
@@ -39,10 +41,6 @@ class Config:
         "imagenet", help="7x7 stride-2 stem (fast) or 3x3 stride-1 stem (slow, more accurate)"
     )
     output_dir: str = field("runs/cifar_resnet18", help="folder for checkpoints, INT8 model and TensorBoard logs")
-    seed: int = field(0, help="seed of everything")
-    accelerator: str = field("auto", help="cpu, gpu or auto")
-    precision: str = field("32-true", help="of training, for example 16-mixed")
-    progress: bool = field(True, help="show progress bars")
     data: DataConfig = field(DataConfig(), help="the images")
     train: TrainConfig = field(TrainConfig(), help="float training")
     quant: QuantConfig = field(QuantConfig(), help="quantization")
@@ -53,28 +51,14 @@ def run(config: Config) -> None:
     output = Path(config.output_dir)
     data = image_data(config.data, config.seed)
     network = build_resnet("resnet18", num_classes=data.num_classes, stem=config.stem)
-    epochs = _epochs(config, data)
     model = Classifier(
         network, data.num_classes, lr=config.train.lr, weight_decay=config.train.weight_decay, nesterov=True
     )
     quantize = callback(config.quant, config.mode, str(output / "int8"))
     logger = TensorBoardLogger(save_dir=output, name="tensorboard")
 
-    def trainer(max_epochs: int, *callbacks: ModelCheckpoint | type(quantize)) -> Trainer:  # type: ignore[valid-type]
-        return Trainer(
-            max_epochs=max_epochs,
-            accelerator=config.accelerator,
-            devices=1,
-            precision=config.precision,  # type: ignore[arg-type]
-            callbacks=list(callbacks),
-            logger=logger,
-            default_root_dir=output,
-            enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-            enable_progress_bar=config.progress,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            log_every_n_steps=10,
-        )
+    def trainer(max_epochs: int, *callbacks: Callback) -> Trainer:
+        return make_trainer(config, max_epochs, list(callbacks), logger)
 
     notes = {}
     if config.ckpt is not None:
@@ -83,9 +67,9 @@ def run(config: Config) -> None:
         if config.mode == "ptq":
             trainer(0, quantize).fit(model, data)
     else:
-        checkpoint = ModelCheckpoint(dirpath=output / "checkpoints", filename="float", enable_version_counter=False)
+        checkpoint = float_checkpoint(config)
         callbacks = (checkpoint, quantize) if config.mode == "ptq" else (checkpoint,)
-        trainer(epochs, *callbacks).fit(model, data)
+        trainer(epochs(config.train, data), *callbacks).fit(model, data)
         notes["float checkpoint"] = checkpoint.best_model_path
     if config.mode == "qat":
         float_trainer = trainer(0)
@@ -100,16 +84,10 @@ def run(config: Config) -> None:
     print_result(quantize.result, data.name, notes)
 
 
-def _epochs(config: Config, data: CIFAR10 | Shapes10) -> int:
-    if config.train.epochs is not None:
-        return config.train.epochs
-    return 3 if isinstance(data, Shapes10) else 20
-
-
 def plan(config: Config) -> str:
     what = f"quantize {config.ckpt}" if config.ckpt else "train ResNet-18 in float, then quantize it"
-    epochs = f" ({config.quant.epochs} epochs of fine-tuning)" if config.mode == "qat" else ""
-    return f"{what} with {config.mode.upper()}{epochs} for {config.quant.target}; write to {config.output_dir}"
+    tuning = f" ({config.quant.epochs} epochs of fine-tuning)" if config.mode == "qat" else ""
+    return f"{what} with {config.mode.upper()}{tuning} for {config.quant.target}; write to {config.output_dir}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""Which calibrator suits a network: accuracy with each one, from one pass over the calibration data.
+
+python -m lq.recipes.compare_calibrators data.dir=PATH network=mobilenet_v2      trains the float network first
+python -m lq.recipes.compare_calibrators data.dir=PATH ckpt=float.ckpt           quantizes one that is trained
+python -m lq.recipes.compare_calibrators data.name=shapes10                      no files needed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning.pytorch import seed_everything
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
+
+import lq
+from lq.calibration.calibrate import AUTO, calibrate_and_compare
+from lq.calibrators import CALIBRATORS
+from lq.config import field, main
+from lq.models import Classifier, build_resnet, build_small_mobilenet_v2
+from lq.recipes.blocks import (
+    DataConfig,
+    RunConfig,
+    TrainConfig,
+    epochs,
+    float_checkpoint,
+    image_data,
+    load_float_weights,
+    make_trainer,
+)
+from lq.targets import TARGETS
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "resnet18": lambda num_classes: build_resnet("resnet18", num_classes=num_classes),
+    "mobilenet_v2": build_small_mobilenet_v2,
+}
+
+
+@dataclass
+class Config(RunConfig):
+    """Calibrators side by side."""
+
+    network: Literal["resnet18", "mobilenet_v2"] = field("resnet18", help="ResNet-18, 7x7 stem; or a small MobileNetV2")
+    ckpt: str | None = field(None, help="float checkpoint to quantize instead of training one")
+    target: str = field("x86", help="engine family the quantizers are placed for", choices=tuple(TARGETS))
+    calibrators: list[str] = field(list(CALIBRATORS), help="those to compare; percentile:99.9 is one, too")
+    num_batches: int = field(32, help="training batches to calibrate on")
+    output_dir: str = field("runs/compare_calibrators", help="folder for checkpoints and the statistics")
+    data: DataConfig = field(DataConfig(), help="the images")
+    train: TrainConfig = field(TrainConfig(), help="float training")
+
+
+def run(config: Config) -> None:
+    seed_everything(config.seed, verbose=False)
+    data = image_data(config.data, config.seed)
+    network = NETWORKS[config.network](data.num_classes)
+    model = Classifier(
+        network, data.num_classes, lr=config.train.lr, weight_decay=config.train.weight_decay, nesterov=True
+    )
+    if config.ckpt is not None:
+        load_float_weights(model, config.ckpt)
+    else:
+        trainer = make_trainer(config, epochs(config.train, data), [float_checkpoint(config)], logger=False)
+        trainer.fit(model, data)
+
+    data.setup("fit")
+    images, _ = next(iter(data.val_dataloader()))
+    lq.prepare(network.eval(), images[:2], target=config.target)
+    chosen = calibrate_and_compare(
+        network, data.train_dataloader(), calibrator=AUTO, num_batches=config.num_batches, progress=config.progress
+    )
+
+    def top1(network: nn.Module) -> dict[str, float]:
+        accuracy = MulticlassAccuracy(data.num_classes, average="micro")
+        for images, labels in data.val_dataloader():
+            accuracy.update(network(images), labels)
+        return {"top-1": float(accuracy.compute())}
+
+    comparison = lq.compare_calibrators(network, top1, config.calibrators)
+    lq.save_statistics(network, f"{config.output_dir}/statistics.npz")
+    assert chosen is not None
+    print(f"\nData: {data.name}, {config.network} for {config.target}")
+    print(comparison)
+    print(chosen)
+    print(f"calibrator='auto' takes {chosen.best()!r}, by the error of the INT8 outputs on held-out training batches")
+
+
+def plan(config: Config) -> str:
+    what = f"quantize {config.ckpt}" if config.ckpt else f"train {config.network} in float"
+    return f"{what}, then compare {', '.join(config.calibrators)} for {config.target}; write to {config.output_dir}"
+
+
+if __name__ == "__main__":
+    main(Config, run, plan, description=__doc__ or "")
