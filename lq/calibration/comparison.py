@@ -87,7 +87,7 @@ def compare_calibrators(
         The metrics with each, in the order given.
 
     Raises:
-        ValueError: where ``model`` is not prepared or has no statistics, or a calibrator is unknown.
+        ValueError: where ``model`` is not prepared or has no statistics, or a calibrator is unknown or none is given.
 
     Example:
         >>> import lq, torch, torchvision
@@ -99,6 +99,8 @@ def compare_calibrators(
         dict_keys(['minmax', 'mse'])
     """
     chosen = [get_calibrator(calibrator) for calibrator in calibrators]
+    if not chosen:
+        raise ValueError(f"calibrators is empty; give at least one of {', '.join(map(repr, CALIBRATORS))}")
     scores = {}
     with evaluating(model), torch.no_grad():
         with quantizers_off(model):
