@@ -38,8 +38,22 @@ class Calibrator(ABC):
             ValueError: where the observer does not hold the statistics that are needed.
         """
 
+    def check(self, observer: Observer) -> None:  # noqa: B027 (min and max, which some do with, are always there)
+        """Whether ``observer`` collects what is needed, to be asked before the data go through.
+
+        Raises:
+            ValueError: where it does not.
+        """
+
     def __str__(self) -> str:
         return self.name
+
+
+class HistogramCalibrator(Calibrator):
+    """Base of those that need a histogram."""
+
+    def check(self, observer: Observer) -> None:
+        _with_histogram(observer, self)
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,10 @@ class MovingAverage(Calibrator):
         if not 0.0 < self.averaging_constant <= 1.0:
             raise ValueError(f"averaging_constant={self.averaging_constant} must be in (0, 1]")
 
+    def check(self, observer: Observer) -> None:
+        if not isinstance(observer, MovingAverageObserver):
+            _with_histogram(observer, self)
+
     def __call__(self, observer: Observer, spec: QuantSpec) -> Range:
         if isinstance(observer, MovingAverageObserver):
             return observer.range()
@@ -90,7 +108,7 @@ class MovingAverage(Calibrator):
 
 
 @dataclass(frozen=True)
-class Percentile(Calibrator):
+class Percentile(HistogramCalibrator):
     """Cuts off the rarest values (McKinstry et al. 2018, "Discovering low-precision networks", section 3.1).
 
     An affine range is ``[quantile(x, 1 - p), quantile(x, p)]``, a symmetric one ``±quantile(|x|, p)``, with
@@ -124,7 +142,7 @@ class Percentile(Calibrator):
 
 
 @dataclass(frozen=True)
-class MSE(Calibrator):
+class MSE(HistogramCalibrator):
     """The range with the least mean squared error of rounding and clipping together.
 
     ``argmin over (low, high) of sum_i n_i * (x_i - q(x_i))**2`` over the bins' centres ``x_i`` with ``n_i`` elements,
@@ -169,7 +187,7 @@ class MSE(Calibrator):
 
 
 @dataclass(frozen=True)
-class Entropy(Calibrator):
+class Entropy(HistogramCalibrator):
     """The range that keeps the distribution's shape best, by Kullback-Leibler divergence (Migacz 2017, "8-bit
     inference with TensorRT").
 

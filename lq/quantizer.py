@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,8 @@ class Quantizer(nn.Module):
         self.state = QuantizerState(flags)
         self.calibrated = bool(calibrated)
         if bytes(name).decode() != str(self.calibrator):  # else it may have parameters that its name does not tell
-            self.calibrator = get_calibrator(bytes(name).decode())
+            with suppress(ValueError):  # one of the user's own has no name to find it by: the one that is here stays
+                self.calibrator = get_calibrator(bytes(name).decode())
 
     def extra_repr(self) -> str:
         return f"{self.spec}, calibrator={self.calibrator}, state={self.state.name}"

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lq.calibration.comparison import CalibratorComparison, choose_calibrator
 from lq.calibration.error import CalibrationError
 from lq.calibration.recalibrate import recalibrate
-from lq.calibrators import Calibrator, default_calibrator, get_calibrator
+from lq.calibrators import CALIBRATORS, Calibrator, default_calibrator, get_calibrator
 from lq.modes import evaluating
 from lq.prepare import activation_quantizers, prepared_forward, quantizers, set_state, simulate
 from lq.progress import progress_bar
@@ -99,6 +99,10 @@ def calibrate_and_compare(
     run = forward or _default_forward(model)
     auto = calibrator == AUTO
     chosen = None if calibrator is None or auto else get_calibrator(calibrator)
+    candidates = [get_calibrator(name) for name in CALIBRATORS] if auto else [] if chosen is None else [chosen]
+    for quantizer in activation_quantizers(model).values():
+        for candidate in candidates:
+            candidate.check(quantizer.observer)
     held_out: list[Any] = []
     with observing(model):
         iterator = iter(batches)

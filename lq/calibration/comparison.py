@@ -131,8 +131,8 @@ def choose_calibrator(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> Ca
         references = [_float_leaves(run()) for run in runs]
     scores = {}
     with _keeping_ranges(model):
-        for name in CALIBRATORS:
-            recalibrate(model, name)
+        for calibrator in map(get_calibrator, CALIBRATORS):
+            recalibrate(model, calibrator)
             signal, noise = torch.zeros(2, dtype=torch.float64).unbind()
             for run, reference in zip(runs, references, strict=True):
                 for y, y_int8 in zip(reference, _float_leaves(run()), strict=True):
@@ -145,7 +145,7 @@ def choose_calibrator(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> Ca
                     "check the calibration data"
                 )
             # INT8 outputs can be infinite (-inf dB) or NaN (as such, and worse than any) where those in float are not.
-            scores[name] = {SQNR: math.inf if noise == 0 else float(10 * torch.log10(signal / noise))}
+            scores[str(calibrator)] = {SQNR: math.inf if noise == 0 else float(10 * torch.log10(signal / noise))}
     return CalibratorComparison(scores, {})
 
 

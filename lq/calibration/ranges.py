@@ -53,7 +53,7 @@ class QuantizerRange:
 
 @dataclass(frozen=True)
 class RangeTable:
-    """The ranges of all quantizers in the order of the graph; ``str(table)`` prints them."""
+    """The ranges of all quantizers, module by module; ``str(table)`` prints them."""
 
     rows: tuple[QuantizerRange, ...]
 

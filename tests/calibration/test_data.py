@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import lq
+from lq.calibrators import Calibrator
+from lq.observers import Observer
 from lq.quantizer import QuantizerState
 
 BATCHES = images(5)
@@ -235,3 +237,28 @@ def test_under_inference_mode_and_with_gradients_afterwards() -> None:
     lq.calibrate(model, BATCHES[:2])
     assert found_ranges(model) == expected(2)
     assert found_ranges(copy.deepcopy(model)) == expected(2)
+
+
+@pytest.mark.parametrize("calibrator", ["auto", "mse", "percentile:99.9", "moving_average"])
+def test_statistics_that_are_not_collected_are_missed_before_the_data_go_through(calibrator: str) -> None:
+    def batches() -> Iterator[Tensor]:
+        pytest.fail("the data went through")
+        yield
+
+    model = lq.prepare(network(), BATCHES[0], observer="minmax")
+    with pytest.raises(ValueError, match=r"needs a histogram, and a MinMaxObserver keeps none; prepare .*'histogram'"):
+        lq.calibrate(model, batches(), calibrator=calibrator)
+
+
+def test_state_dict_with_a_calibrator_of_ones_own() -> None:
+    class Half(Calibrator):
+        name = "half"
+
+        def __call__(self, observer: Observer, spec: lq.QuantSpec) -> tuple[Tensor, Tensor]:
+            low, high = observer.range()
+            return low / 2, high / 2
+
+    model = lq.calibrate(prepared(), BATCHES, calibrator=Half())
+    again = prepared()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(BATCHES[0]), model(BATCHES[0]))

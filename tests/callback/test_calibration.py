@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lq
 from lq import QuantizationCallback
-from lq.calibrators import CALIBRATORS
+from lq.calibrators import CALIBRATORS, get_calibrator
 
 
 class Recording(Wrapped):
@@ -78,7 +78,7 @@ def test_auto_is_the_default_and_says_what_it_chose(tmp_path: Path) -> None:
     fit(Wrapped(), tmp_path, callback, epochs=1)
     result = callback.result
     assert result is not None
-    assert list(result.calibrator_scores) == list(CALIBRATORS)
+    assert list(result.calibrator_scores) == [str(get_calibrator(name)) for name in CALIBRATORS]
     scores = {name: values["output_sqnr_db"] for name, values in result.calibrator_scores.items()}
     assert result.calibrator == max(scores, key=scores.__getitem__)
     written = json.loads((tmp_path / "int8" / "int8.json").read_text())
