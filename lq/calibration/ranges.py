@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lq.calibrators import Histogram
 from lq.graph.captured import WeightQuantizedForward
+from lq.histogram import Histogram
 from lq.observers import HistogramObserver
 from lq.prepare import quantizers
 from lq.quantizer import Quantizer, WeightQuantizer
