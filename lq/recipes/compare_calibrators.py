@@ -3,6 +3,10 @@
 python -m lq.recipes.compare_calibrators data.dir=PATH network=mobilenet_v2      trains the float network first
 python -m lq.recipes.compare_calibrators data.dir=PATH ckpt=float.ckpt           quantizes one that is trained
 python -m lq.recipes.compare_calibrators data.name=shapes10                      no files needed
+
+Top-1 on CIFAR-10 as JPEG images, 10,000 test images, target x86, mean of seed=0, 1, 2 (the float network is the same):
+resnet18      float 80.11  minmax 80.02  moving_average 80.01  percentile 80.06  mse 80.02  entropy 80.00  auto 79.96
+mobilenet_v2  float 77.34  minmax 77.39  moving_average 77.37  percentile 77.39  mse 77.48  entropy 77.39  auto 77.48
 """
 
 from __future__ import annotations
