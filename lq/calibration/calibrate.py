@@ -67,8 +67,8 @@ def calibrate(
 
     Raises:
         CalibrationError: where there is no data, or a NaN or an infinity in what the model makes of them. After this
-            or any other exception, Ctrl-C included, the quantizers are off and the model computes in float, as before.
-        ValueError: where ``model`` is not prepared, or an argument is none of its choices.
+            or any other exception on the way, Ctrl-C included, the quantizers are off and the model computes in float.
+        ValueError: where ``model`` is not prepared, or an argument is none of its choices; before anything changes.
     """
     calibrate_and_compare(
         model,
