@@ -1,6 +1,5 @@
 """Lightning Quantization: a float PyTorch Lightning image classifier to INT8, with one callback."""
 
-from lq.artifact import load, save
 from lq.calibration import (
     CalibrationError,
     CalibratorComparison,
@@ -14,11 +13,14 @@ from lq.calibration import (
 )
 from lq.callback import QuantizationCallback, QuantizationResult
 from lq.convert import FoldError, convert
+from lq.export import CompilerError, ExportMismatchError, ExportResult, Verification, export
 from lq.graph.tracing import CaptureError
 from lq.int8 import Int8Module
 from lq.prepare import NothingToQuantizeError, freeze, prepare, quantizers, unprepare
 from lq.quantizer import Quantizer, QuantizerState
 from lq.report import QuantizationReport, report
+from lq.runtime.inference import InferenceModel, MissingRuntimeError
+from lq.runtime.load import load
 from lq.spec import QuantSpec
 from lq.targets import TARGETS, Target
 
@@ -27,8 +29,13 @@ __all__ = [
     "CalibrationError",
     "CalibratorComparison",
     "CaptureError",
+    "CompilerError",
+    "ExportMismatchError",
+    "ExportResult",
     "FoldError",
+    "InferenceModel",
     "Int8Module",
+    "MissingRuntimeError",
     "NothingToQuantizeError",
     "QuantSpec",
     "QuantizationCallback",
@@ -38,9 +45,11 @@ __all__ = [
     "QuantizerState",
     "RangeTable",
     "Target",
+    "Verification",
     "calibrate",
     "compare_calibrators",
     "convert",
+    "export",
     "freeze",
     "load",
     "load_statistics",
@@ -49,7 +58,6 @@ __all__ = [
     "ranges",
     "recalibrate",
     "report",
-    "save",
     "save_statistics",
     "unprepare",
 ]

@@ -11,12 +11,14 @@ from lq.graph.analysis import GraphAnalysis
 from lq.graph.captured import without_quantizers
 from lq.graph.emission import EmittedGraph, emit
 from lq.graph.interpret import node_values
+from lq.graph.placement import site
 from lq.graph.signature import CallSignature
 from lq.int8 import Int8Module
 from lq.modes import evaluating
 from lq.prepare import PreparedForward, prepared_forward, quantizers, quantizers_off
-from lq.quantizer import WeightQuantizer
+from lq.quantizer import Quantizer, WeightQuantizer, weight_quantizer
 from lq.report import make_report
+from lq.targets import Target, get_target
 
 #: Largest difference that folding batch norm may make, relative to the layer's largest output.
 FOLD_TOLERANCE = 1e-3
@@ -26,7 +28,7 @@ class FoldError(ValueError):
     """Folding batch norm would change what the model computes."""
 
 
-def convert(model: nn.Module) -> Int8Module:
+def convert(model: nn.Module, target: str | Target | None = None) -> Int8Module:
     """The INT8 network of a prepared ``model``, which itself is left as it is.
 
     Batch norm is folded, and the fold is checked: the float model and the folded float model must agree on the
@@ -34,6 +36,8 @@ def convert(model: nn.Module) -> Int8Module:
 
     Args:
         model: prepared by :func:`lq.prepare`, and calibrated or trained.
+        target: the engine family to convert for; by default the one the model was prepared for. Any other gets its
+            own placement, with ranges from the same statistics: the same scales wherever both have the same grid.
 
     Returns:
         A module for inference. Its attribute ``report`` says what runs in INT8, and what does not and why.
@@ -44,36 +48,70 @@ def convert(model: nn.Module) -> Int8Module:
         FoldError: where folding batch norm changes a layer's output by more than 1e-3 of its largest value.
     """
     forward = prepared_forward(model)
-    found = quantizers(model)
-    missing = [n for n, q in found.items() if not q.calibrated and not isinstance(q, WeightQuantizer)]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(found)} quantizers have no range yet ({missing[0]!r} is the first): call "
-            f"lq.calibrate(model, batches), or train the model, before lq.convert(model)"
-        )
-    for name, quantizer in found.items():
-        if not isinstance(quantizer, WeightQuantizer) and not torch.isfinite(quantizer.scale).all():
-            raise CalibrationError(
-                f"the range of {name!r} is not finite (scale {quantizer.scale:g}): training met a NaN or an infinity "
-                f"there, or in front of it. Go back to a checkpoint from before that"
-            )
+    resolved = forward.target if target is None else get_target(target)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype is not torch.float32:
             raise ValueError(f"parameter {name!r} is {parameter.dtype}; call model.float() before lq.convert(model)")
-    analysis = forward.analyse()
-    for chain in analysis.placement.chains:
-        quantizer = found[chain.weight_key]
-        if isinstance(quantizer, WeightQuantizer):
-            layer = chain.op.module
-            quantizer.refresh(layer.weight if layer is not None else analysis.values[chain.op.weight])  # type: ignore
+    _check_calibrated(model)
+    analysis = forward.analyse(resolved)
+    found = _quantizers_for(resolved, model, analysis)
     with quantizers_off(model), without_quantizers(model), evaluating(model):
         difference = _check_fold(model, forward, analysis)
         emitted = emit(model, analysis, found)
     int8 = Int8Module(emitted.root, emitted.graph)
     int8.fix_call(CallSignature(type(model).forward), forward.settings)
-    int8.report = make_report(model, analysis, found, forward.target, difference)
+    int8.report = make_report(model, analysis, found, resolved, difference)
     int8.example_inputs = tree_map(lambda v: v.detach().cpu() if isinstance(v, Tensor) else v, forward.inputs)
     return int8
+
+
+def _check_calibrated(model: nn.Module) -> None:
+    found = quantizers(model)
+    missing = [n for n, q in found.items() if q.rounds and not q.calibrated and not isinstance(q, WeightQuantizer)]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(found)} quantizers have no range yet ({missing[0]!r} is the first): call "
+            f"lq.calibrate(model, batches), or train the model, before lq.convert(model)"
+        )
+
+
+def _quantizers_for(target: Target, model: nn.Module, analysis: GraphAnalysis) -> dict[str, Quantizer]:
+    """The quantizers of ``model`` that ``target`` needs, on its grids."""
+    found = quantizers(model)
+    chosen: dict[str, Quantizer] = {}
+    for node in analysis.placement.activations:
+        name = site(node)
+        chosen[name] = _on_grid_of(target, found[name], name)
+        if not torch.isfinite(chosen[name].scale).all():
+            raise CalibrationError(
+                f"the range of {name!r} is not finite (scale {chosen[name].scale:g}): training met a NaN or an "
+                f"infinity there, or in front of it. Go back to a checkpoint from before that"
+            )
+    for chain in analysis.placement.chains:
+        quantizer = found[chain.weight_key]
+        assert isinstance(quantizer, WeightQuantizer)
+        layer = chain.op.module
+        weight = layer.weight if layer is not None else analysis.values[chain.op.weight]  # type: ignore[index]
+        if quantizer.spec != target.weight:
+            quantizer = weight_quantizer(target.weight, weight)
+        quantizer.refresh(weight)
+        chosen[chain.weight_key] = quantizer
+    return chosen
+
+
+def _on_grid_of(target: Target, quantizer: Quantizer, name: str) -> Quantizer:
+    if quantizer.spec == target.activation and quantizer.calibrated:
+        return quantizer
+    low, high = quantizer.observer.range()
+    if low > high:
+        raise ValueError(
+            f"target={target.name!r} needs the range of {name!r}, whose quantizer holds no statistics: calibrate or "
+            f"train the model, or load its statistics (lq.load_statistics), before it is converted for another target"
+        )
+    # One of its own: what the prepared model rounds to is its own target's affair.
+    retargeted = Quantizer(target.activation, quantizer.observer, quantizer.calibrator)
+    retargeted.update_qparams()
+    return retargeted
 
 
 def _check_fold(model: nn.Module, forward: PreparedForward, analysis: GraphAnalysis) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -12,14 +13,22 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lq.graph.codegen import compile_graph
 from lq.graph.qdq import constant_qparams
 from lq.graph.signature import CallSignature
+from lq.metadata import Metadata, TensorSpec, dtype_name
 from lq.report import QuantizationReport
-from lq.runtime.cpu import has_onednn_int8
+from lq.runtime.cpu import has_onednn_int8, torch_threads
 from lq.runtime.onednn import LoweredGraph, lower
 
 Execution = Literal["auto", "kernels", "simulation"]
 
 
-def _as_float32(value: Any) -> Any:
+#: Attributes of an Int8Module that a submodule of the same name would hide.
+_ATTRIBUTES = ("graph", "report", "example_inputs", "settings", "metadata", "threads")
+
+
+def _as_tensor(value: Any) -> Any:
+    """numpy arrays as tensors, every floating-point value in float32."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
@@ -36,12 +45,21 @@ class Int8Module(nn.Module):
         root: the module that the graph reads from.
         graph: the quantize/dequantize graph.
         execution: ``"auto"``, ``"kernels"`` (an error where there are none) or ``"simulation"``.
+
+    Attributes:
+        report: what runs in INT8, and what does not and why.
+        example_inputs: inputs by name, as :func:`lq.prepare` was given them; zeros where it was loaded from a file.
+        metadata: of the file it was loaded from, else None.
+        threads: how many CPU threads the forward uses, or None for torch's setting.
+        runtime: ``"torch"``, as opposed to the engines that :func:`lq.load` knows.
     """
+
+    runtime = "torch"
 
     def __init__(self, root: nn.Module, graph: fx.Graph, execution: Execution = "auto") -> None:
         super().__init__()
         for name, child in root.named_children():
-            if hasattr(type(self), name) or name in ("graph", "report", "example_inputs", "settings"):
+            if hasattr(type(self), name) or name in _ATTRIBUTES:
                 raise ValueError(f"the model's submodule {name!r} is called like an attribute of Int8Module; rename it")
             self.add_module(name, child)
         for name, buffer in root.named_buffers(recurse=False):
@@ -53,6 +71,8 @@ class Int8Module(nn.Module):
                 setattr(self, name, value)
         self.graph = graph
         self.report: QuantizationReport | None = None
+        self.metadata: Metadata | None = None
+        self.threads: int | None = None
         self.example_inputs: dict[str, Any] = {}
         self._input_names = tuple(str(node.target) for node in graph.nodes if node.op == "placeholder")
         self._signature: CallSignature | None = None
@@ -83,8 +103,25 @@ class Int8Module(nn.Module):
         inputs = self._bind(args, kwargs)
         # Autocast would take float convolutions of the simulation to 16 bits, below the steps of the INT8 grids.
         device = next((leaf.device.type for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), "cpu")
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            return self._function(inputs)(*inputs)
+        with torch.no_grad(), torch.autocast(device, enabled=False), torch_threads(self.threads):
+            try:
+                return self._function(inputs)(*inputs)
+            except (RuntimeError, IndexError):
+                self._check_shapes(inputs)  # says it in terms of the network's inputs, where it is that
+                raise
+
+    def _check_shapes(self, inputs: list[Any]) -> None:
+        for name, value, example in zip(self._input_names, inputs, self.example_inputs.values(), strict=False):
+            if isinstance(value, Tensor) and isinstance(example, Tensor):
+                sizes = tuple(size if axis == 1 else None for axis, size in enumerate(example.shape))
+                TensorSpec(name, sizes, dtype_name(value.dtype)).check(value)
+
+    def _check_dtypes(self, inputs: list[Any]) -> None:
+        # An image of bytes would go through, scaled by 255 from what the ranges are for.
+        for name, value, example in zip(self._input_names, inputs, self.example_inputs.values(), strict=False):
+            if isinstance(value, Tensor) and isinstance(example, Tensor):
+                if example.is_floating_point() and not value.is_floating_point():
+                    raise TypeError(f"input {name!r} must be float32, got {dtype_name(value.dtype)}")
 
     def fix_call(self, signature: CallSignature, settings: dict[str, Any]) -> None:
         """Take calls in the form of the float model's forward, whose ``settings`` were fixed at conversion."""
@@ -111,7 +148,9 @@ class Int8Module(nn.Module):
             )
         else:
             values = [*args, *(kwargs[name] for name in names[len(args) :])]
-        return [tree_map(_as_float32, value) for value in values]
+        inputs = [tree_map(_as_tensor, value) for value in values]
+        self._check_dtypes(inputs)
+        return inputs
 
     def _function(self, inputs: list[Any]) -> Callable[..., Any]:
         on_cpu = all(leaf.device.type == "cpu" for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from lq.graph.analysis import GraphAnalysis, analyse
 from lq.graph.captured import QUANTIZERS, CapturedForward, QuantizerTree, WeightQuantizedForward, without_quantizers
-from lq.graph.placement import site
+from lq.graph.placement import place, site
 from lq.graph.signature import CallSignature
 from lq.graph.tracing import CaptureError
 from lq.quantizer import (
@@ -23,7 +23,7 @@ from lq.quantizer import (
     activation_quantizer,
     weight_quantizer,
 )
-from lq.targets import Target, get_target
+from lq.targets import Residual, Target, get_target
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -60,8 +60,12 @@ class PreparedForward(CapturedForward):
         self.inputs = dict(inputs)
         self.settings = dict(settings)
 
-    def analyse(self) -> GraphAnalysis:
-        """The float graph of the module as it is now, run on the example inputs with all quantizers off."""
+    def analyse(self, target: Target | None = None) -> GraphAnalysis:
+        """The float graph of the module as it is now, run on the example inputs with all quantizers off.
+
+        Args:
+            target: whose placement it is; by default that of the target the module was prepared for.
+        """
         # The module may have been moved, or cast (after training in half precision), since the example was given.
         like = next((p for p in self.module.parameters() if p.is_floating_point()), torch.empty(0))
 
@@ -72,7 +76,7 @@ class PreparedForward(CapturedForward):
 
         inputs = tree_map(move, self.inputs)
         with quantizers_off(self.module), without_quantizers(self.module):
-            return analyse(self.module, inputs, self.settings)
+            return analyse(self.module, inputs, self.settings, (target or self.target).residual)
 
 
 def example_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -167,7 +171,7 @@ def prepare(
 
     args, kwargs = example_arguments(example_inputs)
     inputs, settings = CallSignature(type(model).forward).bind(args, {**kwargs, **(example_kwargs or {})})
-    analysis = analyse(model, inputs, settings)
+    analysis = analyse(model, inputs, settings, resolved.residual)
     placement = analysis.placement
     if not placement.chains:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in placement.float_layers.items())
@@ -183,9 +187,16 @@ def prepare(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     tree = QuantizerTree()
     sites: dict[str, str] = {}
-    for node in placement.activations:
-        sites[site(node)] = site(node)
-        tree[site(node)] = activation_quantizer(resolved.activation, observer).to(device)
+    everywhere = {
+        node
+        for residual in get_args(Residual)
+        for node in place(analysis.traced, model, analysis.values, residual).activations
+    }
+    for node in analysis.graph.nodes:
+        if node in everywhere:
+            sites[site(node)] = site(node)
+            quantizer = activation_quantizer(resolved.activation, observer, rounds=node in placement.activations)
+            tree[site(node)] = quantizer.to(device)
     for chain in placement.chains:
         layer: Any = chain.op.module
         if chain.weight_key not in list(tree):

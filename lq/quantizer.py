@@ -34,14 +34,19 @@ class Quantizer(nn.Module):
         spec: the integer grid.
         observer: collects the statistics the range is computed from.
         calibrator: computes the range from them; by default the one that goes with the observer.
+        rounds: False for a tensor that only other targets than the model's own quantize: it is watched, so that the
+            model can be converted for them too, and never rounded.
     """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, spec: QuantSpec, observer: Observer, calibrator: Calibrator | None = None) -> None:
+    def __init__(
+        self, spec: QuantSpec, observer: Observer, calibrator: Calibrator | None = None, rounds: bool = True
+    ) -> None:
         super().__init__()
         self.spec = spec
+        self.rounds = rounds
         self.observer = observer
         self.calibrator = calibrator or default_calibrator(observer)
         self.state = QuantizerState.OFF
@@ -53,9 +58,9 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._observes(x):
             self.observer(x)
-            if self.state & QuantizerState.FAKE_QUANTIZE:
+            if self.state & QuantizerState.FAKE_QUANTIZE and self.rounds:
                 self.update_qparams()
-        if self.state & QuantizerState.FAKE_QUANTIZE and self.calibrated:
+        if self.state & QuantizerState.FAKE_QUANTIZE and self.calibrated and self.rounds:
             return fake_quantize(x, self.scale, self.zero_point, self.spec)
         return x
 
@@ -100,7 +105,8 @@ class Quantizer(nn.Module):
                 self.calibrator = get_calibrator(bytes(name).decode())
 
     def extra_repr(self) -> str:
-        return f"{self.spec}, calibrator={self.calibrator}, state={self.state.name}"
+        watched = "" if self.rounds else ", watched for other targets"
+        return f"{self.spec}, calibrator={self.calibrator}, state={self.state.name}{watched}"
 
 
 class WeightQuantizer(Quantizer):
@@ -127,9 +133,9 @@ class WeightQuantizer(Quantizer):
             self.update_qparams()
 
 
-def activation_quantizer(spec: QuantSpec, observer: str) -> Quantizer:
+def activation_quantizer(spec: QuantSpec, observer: str, rounds: bool = True) -> Quantizer:
     """A per-tensor quantizer with the observer called ``observer``, one of :data:`ACTIVATION_OBSERVERS`."""
-    return Quantizer(spec, ACTIVATION_OBSERVERS[observer]())
+    return Quantizer(spec, ACTIVATION_OBSERVERS[observer](), rounds=rounds)
 
 
 def weight_quantizer(spec: QuantSpec, weight: Tensor) -> WeightQuantizer:

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from lq.graph.analysis import GraphAnalysis
 from lq.graph.ops import OpKind, classify, module_of
-from lq.graph.placement import site, source_of
+from lq.graph.placement import Sum, site, source_of
 from lq.prepare import is_prepared, prepared_forward, quantizers
 from lq.quantizer import Quantizer
 from lq.targets import Target
@@ -120,6 +120,7 @@ def make_report(
     """The report of a prepared model, from its float graph."""
     placement = analysis.placement
     chain_of = placement.chain_of()
+    sums = {node: total for total in placement.sums for node in (total.add, total.end)}
     layers = []
     for node in analysis.graph.nodes:
         chain = chain_of.get(node)
@@ -137,6 +138,9 @@ def make_report(
                         input=f"{source}: {quantizers[source].spec}, {_range(quantizers[source])}",
                     )
                 )
+        elif node in sums:
+            if node is sums[node].add:
+                layers.append(_sum_row(sums[node], model, quantizers))
         elif _computes(node, model):
             kind = classify(node, model)
             name = site(node)
@@ -152,6 +156,16 @@ def make_report(
         if isinstance(module, nn.Conv2d | nn.Linear) and not owner_reached and name not in chain_names:
             layers.append(LayerReport(name, type(module).__name__, "float", reason="the forward does not reach it"))
     return QuantizationReport(type(model).__name__, target.name, tuple(layers), fold_difference)
+
+
+def _sum_row(total: Sum, model: nn.Module, quantizers: Mapping[str, Quantizer]) -> LayerReport:
+    sources = [site(source_of(operand, model)) for operand in total.add.all_input_nodes]
+    return LayerReport(
+        name=site(total.add),
+        kind="add + relu" if total.clamp is not None else "add",
+        precision="int8",
+        input="; ".join(f"{name}: {quantizers[name].spec}, {_range(quantizers[name])}" for name in sources),
+    )
 
 
 def _function_name(node: fx.Node) -> str:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from lq.spec import QuantSpec
+
+
+#: How a residual add ``conv(x) + y`` is computed. ``"fused"``: by the convolution's kernel on its way out, so that only
+#: ``y`` is quantized. ``"operands"``: by a kernel of its own, so that both operands and the sum are.
+Residual = Literal["fused", "operands"]
 
 
 @dataclass(frozen=True)
@@ -18,16 +24,21 @@ class Target:
         description: one line for reports and error messages.
         activation: grid of the activations (per tensor).
         weight: grid of the weights; ``ch_axis`` 0 is the output channel of ``(O, I, kH, kW)`` and ``(O, I)``.
+        residual: how residual adds are computed.
     """
 
     name: str
     description: str
     activation: QuantSpec
     weight: QuantSpec
+    residual: Residual = "fused"
 
     def __str__(self) -> str:
         return self.name
 
+
+#: TensorRT takes no zero point but 0, and the whole range of int8 for activations.
+_INT8_SYMMETRIC = QuantSpec(torch.int8, -128, 127, symmetric=True)
 
 _UINT8_AFFINE = QuantSpec(torch.uint8, 0, 255, symmetric=False)
 
@@ -51,7 +62,22 @@ X86_AVX2 = Target(
     weight=_INT7_PER_CHANNEL,
 )
 
-TARGETS: dict[str, Target] = {target.name: target for target in (X86, X86_AVX2)}
+ONNXRUNTIME = Target(
+    name="onnxruntime",
+    description="ONNX Runtime on CPUs: as x86, with both operands of a residual add quantized (QLinearAdd)",
+    activation=_UINT8_AFFINE,
+    weight=_INT8_PER_CHANNEL,
+    residual="operands",
+)
+
+TENSORRT = Target(
+    name="tensorrt",
+    description="NVIDIA TensorRT (explicit quantization): int8 symmetric activations, 8-bit weights per channel",
+    activation=_INT8_SYMMETRIC,
+    weight=_INT8_PER_CHANNEL,
+)
+
+TARGETS: dict[str, Target] = {target.name: target for target in (X86, X86_AVX2, ONNXRUNTIME, TENSORRT)}
 
 
 def get_target(target: str | Target) -> Target:

@@ -30,6 +30,7 @@ class QuantizerRange:
         low: smallest real value on the grid, one or one per channel; empty before calibration.
         high: largest one, likewise.
         calibrator: where the range comes from.
+        rounds: False for a tensor that only other targets quantize, which is watched and not rounded.
         clipped: share of the observed values outside the grid, in [0, 1], or None where that is not known.
     """
 
@@ -39,6 +40,7 @@ class QuantizerRange:
     low: tuple[float, ...]
     high: tuple[float, ...]
     calibrator: str
+    rounds: bool
     clipped: float | None
 
     @property
@@ -63,7 +65,8 @@ class RangeTable:
             table.add_column(header, justify="right" if header in ("bits", "clipped") else "left", overflow="fold")
         for row in self.rows:
             clipped = "" if row.clipped is None else f"{row.clipped:.4%}"
-            table.add_row(row.name, str(row.bits), row.scheme, row.range, row.calibrator, clipped)
+            scheme = row.scheme if row.rounds else f"{row.scheme}; watched for other targets, not rounded"
+            table.add_row(row.name, str(row.bits), scheme, row.range, row.calibrator, clipped)
         return table
 
     def __str__(self) -> str:
@@ -118,6 +121,7 @@ def _row(name: str, quantizer: Quantizer) -> QuantizerRange:
         low=tuple(low.reshape(-1).tolist()),
         high=tuple(high.reshape(-1).tolist()),
         calibrator=str(quantizer.calibrator),
+        rounds=quantizer.rounds,
         # A weight's range is its own at any time: nothing of it is clipped.
         clipped=0.0 if isinstance(quantizer, WeightQuantizer) and quantizer.calibrated else clipped_share(quantizer),
     )

@@ -16,8 +16,6 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lq.artifact import save
-from lq.benchmark import measure
 from lq.calibration.calibrate import AUTO, calibrate_and_compare
 from lq.calibration.comparison import CalibratorComparison
 from lq.calibration.error import CalibrationError
@@ -27,12 +25,14 @@ from lq.callback.evaluation import evaluate
 from lq.callback.result import QuantizationResult, Side
 from lq.callback.unit import find_unit, replace_unit, run_unit, unit_arguments
 from lq.convert import convert
+from lq.export import export
 from lq.files import ensure_writable_dir
 from lq.graph.ops import WEIGHTED_MODULES
 from lq.int8 import Int8Module
 from lq.modes import evaluating
 from lq.prepare import Mode, NothingToQuantizeError, freeze, is_prepared, prepare, quantizers_off, unprepare
 from lq.runtime.cpu import has_onednn_int8, has_vnni
+from lq.runtime.timing import measure
 from lq.targets import get_target
 
 #: Samples in the batch that throughput is measured with.
@@ -216,7 +216,7 @@ class QuantizationCallback(Callback):
             unit.cpu()
             int8 = convert(unit)
             if reports:
-                save(int8, artifact)
+                export(int8, artifact)
         finally:
             if self.mode == "ptq":
                 unprepare(unit)

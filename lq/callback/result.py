@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from lq.benchmark import Timing
+from lq.runtime.timing import Timing
 from lq.report import QuantizationReport
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lq.graph.analysis import GraphAnalysis
 from lq.graph.folding import fold
 from lq.graph.ops import OpKind, WeightedOp, argument, clamp_bounds, classify, module_of
-from lq.graph.placement import Chain, site, source_of
+from lq.graph.placement import Chain, Sum, site, source_of
 from lq.graph.qdq import DEQUANTIZE_BUFFER, DEQUANTIZE_WEIGHT, QUANTIZE_BUFFER, lookup
 from lq.quantizer import Quantizer
 
@@ -48,6 +48,8 @@ class _Emitter:
         self.integers: dict[fx.Node, tuple[fx.Node, str]] = {}  # ... as integers, with the name of their quantizer
         self.quantized = {node: site(node) for node in analysis.placement.activations} if quantizers else {}
         self.chain_of = analysis.placement.chain_of()
+        self.sums = {total.end: total for total in analysis.placement.sums} if quantizers else {}
+        self.inside_sums = {total.add for total in self.sums.values() if total.add is not total.end}
         self.carried = self._same_scale_nodes_in_int8()
 
     def emit(self) -> EmittedGraph:
@@ -71,6 +73,7 @@ class _Emitter:
         """The operators that move or select values between a quantized tensor and an INT8 kernel that reads it."""
         reads = [chain.op.input for chain in self.analysis.placement.chains]
         reads += [chain.residual for chain in self.analysis.placement.chains if chain.residual is not None]
+        reads += [operand for total in self.analysis.placement.sums for operand in total.add.all_input_nodes]
         carried = set()
         for node in reads:
             if source_of(node, self.module) not in self.quantized:
@@ -85,7 +88,7 @@ class _Emitter:
         if node.op == "get_attr" and node not in self.quantized:
             return  # held where something reads it: a kernel's weight is read as integers, under the same name
         chain = self.chain_of.get(node)
-        if chain is not None and node is not chain.end:
+        if (chain is not None and node is not chain.end) or node in self.inside_sums:
             return
         if classify(node, self.module) is OpKind.IDENTITY:
             source = node.args[0]
@@ -98,6 +101,8 @@ class _Emitter:
         if chain is not None:
             value = self._emit_chain(chain)
             self.emitted.ends[chain.name] = (node, value)
+        elif node in self.sums:
+            value = self._emit_sum(self.sums[node])
         else:
             value = self._copy(node)
         self.values[node] = value
@@ -183,13 +188,19 @@ class _Emitter:
         value = self._conv(op, x, weight, bias) if op.kind is OpKind.CONV else self._linear(x, weight, bias)
         if chain.residual is not None:
             value = self.graph.call_function(aten.add.Tensor, (value, self._read(chain.residual)))
-        if chain.clamp is not None:
-            low, high = clamp_bounds(chain.clamp, self.module)
-            if high is None:
-                value = self.graph.call_function(aten.relu.default, (value,))
-            else:
-                value = self.graph.call_function(aten.hardtanh.default, (value, low, high))
-        return value
+        return self._emit_clamp(value, chain.clamp)
+
+    def _emit_sum(self, total: Sum) -> fx.Node:
+        left, right = (self._read(operand) for operand in total.add.args)  # type: ignore[arg-type]
+        return self._emit_clamp(self.graph.call_function(aten.add.Tensor, (left, right)), total.clamp)
+
+    def _emit_clamp(self, value: fx.Node, clamp: fx.Node | None) -> fx.Node:
+        if clamp is None:
+            return value
+        low, high = clamp_bounds(clamp, self.module)
+        if high is None:
+            return self.graph.call_function(aten.relu.default, (value,))
+        return self.graph.call_function(aten.hardtanh.default, (value, low, high))
 
     def _weight_and_bias(self, chain: Chain) -> tuple[fx.Node, fx.Node | None]:
         layer: Any = chain.op.module

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from lq.graph.ops import OpKind, WeightedOp, classify, module_of, weighted_op
 from lq.graph.tracing import TracedGraph
+from lq.targets import Residual
 
 
 @dataclass
@@ -49,16 +50,35 @@ class Chain:
 
 
 @dataclass
+class Sum:
+    """A residual add that is a kernel of its own, with the clamp behind it.
+
+    Args:
+        add: the add of two quantized tensors.
+        clamp: the ReLU (or a relative) behind it.
+    """
+
+    add: fx.Node
+    clamp: fx.Node | None = None
+
+    @property
+    def end(self) -> fx.Node:
+        return self.clamp or self.add
+
+
+@dataclass
 class Placement:
-    """The chains that run in INT8, the tensors that get a quantizer, and what stays float with the reason.
+    """What runs in INT8, the tensors that get a quantizer, and what stays float with the reason.
 
     Args:
         chains: in the order of the graph.
+        sums: residual adds that no chain takes in, in the order of the graph.
         activations: the nodes whose output gets a quantizer; the quantizer's name is the node's ``meta["site"]``.
         float_layers: reason why a layer stays float, by its path.
     """
 
     chains: list[Chain] = field(default_factory=list)
+    sums: list[Sum] = field(default_factory=list)
     activations: list[fx.Node] = field(default_factory=list)
     float_layers: dict[str, str] = field(default_factory=dict)
 
@@ -114,7 +134,10 @@ def _layer_name(op: WeightedOp) -> str:
 
 
 class _Placer:
-    def __init__(self, traced: TracedGraph, root: nn.Module, values: Mapping[fx.Node, Any]) -> None:
+    def __init__(
+        self, traced: TracedGraph, root: nn.Module, values: Mapping[fx.Node, Any], residual: Residual
+    ) -> None:
+        self.residual = residual
         self.graph = traced.graph
         self.root = root
         self.values = values
@@ -124,11 +147,11 @@ class _Placer:
     def place(self) -> Placement:
         self._find_chains()
         self._attach_batch_norms()
-        self._attach_residuals()
-        for chain in self.placement.chains:
-            follower = _next(chain.end, self.root)
-            if chain.clamp is None and follower is not None and classify(follower, self.root) is OpKind.CLAMP:
-                chain.clamp = follower
+        self._place_residuals()
+        for kernel in (*self.placement.chains, *self.placement.sums):
+            follower = _next(kernel.end, self.root)
+            if kernel.clamp is None and follower is not None and classify(follower, self.root) is OpKind.CLAMP:
+                kernel.clamp = follower
         self._place_activations()
         return self.placement
 
@@ -175,7 +198,7 @@ class _Placer:
             return None
         return node
 
-    def _attach_residuals(self) -> None:
+    def _place_residuals(self) -> None:
         ends = {chain.end: chain for chain in self.placement.chains}
         for node in self.graph.nodes:
             if classify(node, self.root) is not OpKind.ADD or node.args[0] is node.args[1]:
@@ -189,7 +212,9 @@ class _Placer:
                 end = self._through_identity(operand)
                 if end in ends and _next(end, self.root) is node and ends[end].op.kind is OpKind.CONV:
                     candidates.append((self.order[end], ends[end], other))
-            if candidates:
+            if candidates and self.residual == "operands":
+                self.placement.sums.append(Sum(node))
+            elif candidates:
                 # The kernel adds what is there already, so the convolution that runs last is the one that adds.
                 _, chain, residual = max(candidates, key=lambda candidate: candidate[0])
                 chain.add, chain.residual = node, residual
@@ -200,8 +225,11 @@ class _Placer:
         return node
 
     def _place_activations(self) -> None:
-        ends = {chain.end for chain in self.placement.chains}
+        ends = {kernel.end for kernel in (*self.placement.chains, *self.placement.sums)}
         wanted = set()
+        for total in self.placement.sums:
+            wanted.add(total.end)
+            wanted.update(source_of(operand, self.root) for operand in total.add.all_input_nodes)
         for chain in self.placement.chains:
             wanted.add(source_of(chain.op.input, self.root))
             if chain.residual is not None:
@@ -215,18 +243,21 @@ class _Placer:
         self.placement.activations = sorted(wanted, key=self.order.__getitem__)
 
 
-def place(traced: TracedGraph, root: nn.Module, values: Mapping[fx.Node, Any]) -> Placement:
+def place(
+    traced: TracedGraph, root: nn.Module, values: Mapping[fx.Node, Any], residual: Residual = "fused"
+) -> Placement:
     """Decide what runs in INT8 and which tensors get a quantizer.
 
-    The rules are those of oneDNN's and OpenVINO's INT8 kernels: conv → batch norm → add → ReLU is one kernel; of a
-    residual add only the operand that is *not* the kernel's own convolution is quantized; operators that move or select
-    values share the grid of their input; each distinct tensor has one quantizer at most; the classifier's output,
-    which no INT8 kernel reads, stays float.
+    conv → batch norm → ReLU is one kernel. Where the kernel does a residual add as well (oneDNN, OpenVINO, TensorRT),
+    only the operand that is *not* its own convolution is quantized; where the add is a kernel of its own (ONNX
+    Runtime), both operands and the sum are. Operators that move or select values share the grid of their input; each
+    distinct tensor has one quantizer at most; the classifier's output, which no INT8 kernel reads, stays float.
 
     Args:
         traced: the graph of evaluation mode.
         root: the module it was traced from.
         values: an example value for each node.
+        residual: how residual adds are computed, see :class:`lq.Target`.
     """
     with torch.no_grad():
-        return _Placer(traced, root, values).place()
+        return _Placer(traced, root, values, residual).place()

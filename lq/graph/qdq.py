@@ -37,6 +37,13 @@ class Grid:
         """The grid of a :data:`QUANTIZE` or :data:`DEQUANTIZE` node."""
         return cls(*node.args[1:6])  # type: ignore[arg-type]
 
+    def unsigned(self) -> Grid:
+        """The same real values as uint8: an int8 grid with every integer 128 higher."""
+        if self.dtype is torch.uint8:
+            return self
+        shifted = (self.zero_point + 128, self.quant_min + 128, self.quant_max + 128)
+        return Grid(self.scale, *shifted, torch.uint8)
+
 
 def lookup(root: nn.Module, target: str) -> Any:
     """The attribute of ``root`` that a ``get_attr`` node reads."""

@@ -52,7 +52,7 @@ def subsample(q: Tensor, stride: list[int]) -> Tensor:
     return q[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=torch.channels_last)
 
 
-def _int8_weight_for_this_cpu(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def weight_for_this_cpu(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The weight as the kernels of this CPU can take it without overflow: as it is, or rounded to 7 bits."""
     if has_vnni() or weight.abs().max() <= 64:
         return weight, scale
@@ -93,6 +93,11 @@ class LoweredGraph:
         forward = compile_graph(self.graph, "lowered INT8 graph")
         state = SimpleNamespace(module=module, **self.constants)
         return lambda *inputs: forward(state, *inputs)
+
+
+def _grid(node: fx.Node) -> Grid:
+    """The grid that the kernels, which take uint8 alone, compute a quantize or dequantize node on."""
+    return Grid.of(node).unsigned()
 
 
 def _only_user(node: fx.Node) -> Any:
@@ -148,8 +153,6 @@ class _Lowering:
         bias = node.args[2] if len(node.args) > 2 else None
         if not (_is(x, DEQUANTIZE) and _is(weight, DEQUANTIZE_WEIGHT)) or (bias is not None and bias.op != "get_attr"):
             return None
-        if Grid.of(x).dtype is not torch.uint8:
-            return None
         chain = _Chain(node)
         user = _only_user(chain.end)
         if node.target is aten.conv2d.default and _is(user, aten.add.Tensor) and len(user.args) == 2:
@@ -161,7 +164,7 @@ class _Lowering:
         if _is(user, aten.relu.default, aten.hardtanh.default) and self._clamps(node, user):
             chain.clamp = user
             user = _only_user(chain.end)
-        if _is(user, QUANTIZE) and Grid.of(user).dtype is torch.uint8:
+        if _is(user, QUANTIZE):
             chain.quantize = user
         return chain
 
@@ -172,7 +175,7 @@ class _Lowering:
             quantize = _only_user(clamp)
             if clamp.target is not aten.relu.default or not _is(quantize, QUANTIZE):
                 return False
-            return Grid.of(quantize).zero_point == Grid.of(quantize).quant_min
+            return _grid(quantize).zero_point == _grid(quantize).quant_min
         return op.target is aten.conv2d.default or clamp.target is aten.relu.default
 
     def _quantize_behind(self, add: fx.Node) -> bool:
@@ -196,7 +199,7 @@ class _Lowering:
 
     def _read(self, node: Any) -> fx.Node:
         if _is(node, DEQUANTIZE):
-            grid = Grid.of(node)
+            grid = _grid(node)
             integers = self.values[node.args[0]]
             return self.graph.call_function(dequantize_activation, (integers, grid.scale, grid.zero_point))
         return self.values[node]
@@ -211,13 +214,11 @@ class _Lowering:
         return self.graph.call_function(_contiguous, (self._read(node),))
 
     def _emit_quantize(self, node: Any) -> fx.Node:
-        grid = Grid.of(node)
+        grid = _grid(node)
         x = node.args[0]
         moved = self._moves_integers(x, grid)
         if moved is not None:
             return moved
-        if grid.dtype is not torch.uint8:
-            return self._copy(node, self._read)
         args = (self._read(x), grid.scale, grid.zero_point, grid.quant_min, grid.quant_max)
         return self.graph.call_function(quantize_activation, args)
 
@@ -226,7 +227,7 @@ class _Lowering:
         source: Any = x.args[0] if x.args else None
         if classify(x, self.root) is not OpKind.SAME_SCALE or not _is(source, DEQUANTIZE):
             return None
-        if Grid.of(source) != grid:
+        if _grid(source) != grid:
             return None
         integers = self.values[source.args[0]]
         if _is(x, aten.max_pool2d.default):
@@ -244,11 +245,11 @@ class _Lowering:
 
     def _emit_chain(self, chain: _Chain) -> fx.Node:
         op = chain.op
-        x_grid = Grid.of(op.args[0])
+        x_grid = _grid(op.args[0])
         x = self.values[op.args[0].args[0]]
         name = f"op{len(self.lowered.constants)}"
         weight_attr, scale_attr = op.args[1].args[:2]
-        weight, scale = _int8_weight_for_this_cpu(
+        weight, scale = weight_for_this_cpu(
             lookup(self.root, weight_attr.target),
             lookup(self.root, scale_attr.target),
         )
@@ -259,7 +260,7 @@ class _Lowering:
         if bias is not None:
             bias_node = self._constant(f"{name}_bias", lookup(self.root, bias.target).detach())
         if chain.quantize is not None:
-            out = Grid.of(chain.quantize)
+            out = _grid(chain.quantize)
             output = (out.scale, out.zero_point, torch.uint8)
         else:
             output = (1.0, 0, torch.float32)
@@ -284,7 +285,7 @@ class _Lowering:
         if chain.residual is None:
             kernel = getattr(onednn, _CONVOLUTIONS[op.target]).default
             return self.graph.call_function(kernel, (*common, bias_node, *settings, *output, unary, unary_args, ""))
-        r_grid = Grid.of(chain.residual)
+        r_grid = _grid(chain.residual)
         accumulator = self.values[chain.residual.args[0]]
         if self._is_still_read(chain.residual.args[0], chain):
             # The kernel writes its sum over the operand.

@@ -36,7 +36,7 @@ def test_float_checkpoint_to_int8_in_a_new_process_is_bit_identical(tmp_path: Pa
         F.cross_entropy(model.train()(X), torch.arange(8)).backward()
         optimizer.step()
     int8 = lq.convert(model.eval())
-    lq.save(int8, tmp_path / "int8.pt2")
+    lq.export(int8, tmp_path / "int8.pt2")
     torch.save(int8.state_dict(), tmp_path / "int8.pt")
     torch.save({"x": X, "y": int8(X), "one": int8(X[:1])}, tmp_path / "io.pt")
     check = """
@@ -61,7 +61,7 @@ print("identical")
 
 def test_batch_and_image_size_may_differ_from_the_example(tmp_path: Path) -> None:
     int8 = quantized()
-    lq.save(int8, tmp_path / "int8.pt2")
+    lq.export(int8, tmp_path / "int8.pt2")
     loaded = lq.load(tmp_path / "int8.pt2")
     for shape in ((1, 3, 16, 16), (5, 3, 24, 20)):
         x = torch.randn(shape)
@@ -88,7 +88,7 @@ def test_structured_inputs_and_outputs(tmp_path: Path) -> None:
     model = Structured().eval()
     lq.calibrate(lq.prepare(model, arguments, target="x86_avx2"), [arguments])
     int8 = lq.convert(model)
-    lq.save(int8, tmp_path / "int8.pt2")
+    lq.export(int8, tmp_path / "int8.pt2")
     loaded = lq.load(tmp_path / "int8.pt2")
     for size in (8, 1, 3):
         part = {"image": X[:size], "index": torch.arange(size)}
@@ -104,7 +104,7 @@ def test_structured_inputs_and_outputs(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     int8, path = quantized(), tmp_path / "int8.pt2"
-    lq.save(int8, path)
+    lq.export(int8, path)
     before = path.read_bytes()
 
     def full_disk(program: Any, file: Path, **kwargs: Any) -> None:
@@ -113,29 +113,29 @@ def test_a_failed_write_leaves_the_file_that_was_there(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(torch.export, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        lq.save(int8, path)
+        lq.export(int8, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_training_images_are_not_in_the_file(tmp_path: Path) -> None:
     int8 = quantized()
-    lq.save(int8, tmp_path / "int8.pt2")
+    lq.export(int8, tmp_path / "int8.pt2")
     assert not any(value.any() for value in lq.load(tmp_path / "int8.pt2").example_inputs.values())
 
 
 def test_bad_paths_and_files(tmp_path: Path) -> None:
     int8 = quantized()
     with pytest.raises(ValueError, match=r"path='.*model\.pt' must end in \.pt2"):
-        lq.save(int8, tmp_path / "model.pt")
+        lq.export(int8, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="model is a Residual, not an INT8 module"):
-        lq.save(Residual(), tmp_path / "model.pt2")  # type: ignore[arg-type]
+        lq.export(Residual(), tmp_path / "model.pt2")  # type: ignore[arg-type]
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="path='.*file' cannot be written to"):
-        lq.save(int8, tmp_path / "file" / "model.pt2")
+        lq.export(int8, tmp_path / "file" / "model.pt2")
     with pytest.raises(FileNotFoundError, match=r"path='.*nowhere\.pt2': no such file"):
         lq.load(tmp_path / "nowhere.pt2")
-    lq.save(int8, tmp_path / "model.pt2")
+    lq.export(int8, tmp_path / "model.pt2")
     whole = (tmp_path / "model.pt2").read_bytes()
     (tmp_path / "half.pt2").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.pt2").write_text("hello")
@@ -150,5 +150,5 @@ def test_a_network_that_cannot_be_exported_leaves_no_file(tmp_path: Path) -> Non
     model = WithDataDependent().eval()
     lq.calibrate(lq.prepare(model, X), [X])
     with pytest.raises(ValueError, match="the network cannot be exported"):
-        lq.save(lq.convert(model), tmp_path / "int8.pt2")
+        lq.export(lq.convert(model), tmp_path / "int8.pt2")
     assert list(tmp_path.iterdir()) == []

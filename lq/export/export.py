@@ -1,0 +1,307 @@
+"""Export: choose the network that an engine wants, write it in its format, and check what was written."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lq.convert import convert
+from lq.export.aoti import for_this_cpu, write_package
+from lq.export.onnx import OPSET, import_onnx, to_onnx, write_onnx
+from lq.export.program import example, export_program, write_program
+from lq.export.verify import (
+    OUTPUT_TOLERANCE,
+    ExportMismatchError,
+    Verification,
+    check_onnx,
+    compare,
+    simulated,
+)
+from lq.files import ensure_writable_dir, write_atomically
+from lq.graph.qdq import QUANTIZE, QUANTIZE_BUFFER
+from lq.int8 import Int8Module
+from lq.metadata import Metadata, TensorSpec, dtype_name, package_version
+from lq.modes import evaluating
+from lq.prepare import example_arguments, is_prepared, prepared_forward
+from lq.runtime.cpu import has_onednn_int8, has_vnni
+from lq.runtime.load import installed_runtimes, load
+from lq.runtime.onnxruntime import import_onnxruntime
+from lq.targets import Target, get_target
+
+Format = Literal["pt2", "aoti", "onnx"]
+
+#: Formats of exported files, with the ending of their names.
+FORMATS: dict[str, str] = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written.
+
+    Args:
+        path: the file.
+        format: ``"pt2"``, ``"aoti"`` or ``"onnx"``.
+        target: the target whose placement the file has.
+        size_bytes: the file's size.
+        verifications: for each engine that ran the file, how far its outputs are from the simulation's.
+    """
+
+    path: Path
+    format: Format
+    target: str
+    size_bytes: int
+    verifications: tuple[Verification, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.path} ({self.format} for {self.target}, {self.size_bytes / 1e6:.2f} MB)"]
+        return "\n".join([*lines, *(f"  {verification}" for verification in self.verifications)])
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    format: Format | None = None,
+    target: str | Target | None = None,
+    labels: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    samples: Any = None,
+    opset: int = OPSET,
+    verify: bool = True,
+) -> ExportResult:
+    """Write an INT8 network to a file that runs without its training code.
+
+    * ``"pt2"``: a ``torch.export`` program. ``lq.load`` runs it on INT8 kernels; ``torch.export.load`` reads it too.
+    * ``"aoti"``: an AOTInductor package, compiled for this machine's CPU (which takes a C++ compiler and some ten
+      seconds); it runs without Python model code.
+    * ``"onnx"``: an ONNX file for ONNX Runtime, OpenVINO and TensorRT, its batch size free.
+
+    A residual add is computed by a kernel of its own on ONNX Runtime and by the convolution's kernel elsewhere, so an
+    ONNX file has quantizers on both operands (OpenVINO runs that as fast) unless ``target`` says otherwise or is
+    ``"tensorrt"``. All scales are those of ``model``.
+
+    The file is written beside its final name and renamed once it was verified: whatever goes wrong, nothing
+    half-written and nothing wrong stands under that name.
+
+    Args:
+        model: prepared by :func:`lq.prepare` and calibrated or trained; or from :func:`lq.convert`, which has the
+            placement of its own target and no other.
+        path: the file, ending in ``.pt2`` or ``.onnx``.
+        format: ``"pt2"``, ``"aoti"`` or ``"onnx"``; by default what the path ends in, ``"pt2"`` for ``.pt2``.
+        target: whose placement and grids the file has; by default the model's own, but for the residual adds.
+        labels: names of the classes, for the file's metadata.
+        preprocessing: what has to be done to an image before the network sees it, for the file's metadata: a mapping
+            of JSON values, such as ``{"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}``.
+        samples: inputs to verify the file with, in the form of ``example_inputs`` of :func:`lq.prepare`; by default
+            those example inputs.
+        opset: version of the ONNX operator set.
+        verify: whether to run the file on the engines that are installed, and to compare.
+
+    Raises:
+        ValueError: where an argument is none of its choices, the model is not converted or calibrated, or the network
+            cannot be expressed in the format.
+        OSError: where the path cannot be written.
+        MissingRuntimeError: where a package that the format needs is not installed; the message names the extra.
+        CompilerError: where the format is ``"aoti"`` and the network cannot be compiled.
+        ExportMismatchError: where the file does not compute what the network does; with the first layer that differs.
+    """
+    path = Path(path)
+    chosen = _format(path, format)
+    check_dependencies(chosen, verify=verify)
+    if preprocessing is not None:
+        _check_json(preprocessing)
+    int8 = _network(model, chosen, target)
+    ensure_writable_dir(path.parent, "path")
+    inputs = _samples(int8, samples)
+    metadata = _metadata(int8, inputs, labels, preprocessing, sizes_are_free=chosen == "pt2")
+    with torch.no_grad():
+        return _write(int8, path, chosen, metadata, inputs, opset, verify)
+
+
+def check_dependencies(format: Format, *, verify: bool = True) -> None:
+    """Check that what an export needs is installed, before hours of training rather than after.
+
+    Raises:
+        MissingRuntimeError: where it is not; the message names the extra.
+    """
+    if format == "onnx":
+        import_onnx()
+        if verify:
+            import_onnxruntime()
+
+
+def _format(path: Path, format: Format | None) -> Format:
+    if format is None:
+        suffixes: dict[str, Format] = {".pt2": "pt2", ".onnx": "onnx"}
+        if path.suffix not in suffixes:
+            raise ValueError(f"path={str(path)!r} must end in .pt2 or .onnx")
+        return suffixes[path.suffix]
+    if format not in get_args(Format):
+        raise ValueError(f"format={format!r} is unknown; choose one of {', '.join(map(repr, get_args(Format)))}")
+    if path.suffix != FORMATS[format]:
+        raise ValueError(f"path={str(path)!r} must end in {FORMATS[format]} for format={format!r}")
+    return format
+
+
+def _network(model: nn.Module, format: Format, target: str | Target | None) -> Int8Module:
+    """The network for the file: as its target wants it."""
+    resolved = None if target is None else get_target(target)
+    if isinstance(model, Int8Module):
+        own = "" if model.report is None else model.report.target
+        if resolved is not None and resolved.name != own:
+            raise ValueError(
+                f"target={resolved.name!r}: this INT8 module was converted for {own!r} and holds no other ranges; "
+                f"export the prepared model, from before lq.convert, instead"
+            )
+        return model
+    if not is_prepared(model):
+        raise ValueError(
+            f"model is a {type(model).__name__}, neither converted nor prepared; call lq.prepare(model, ...) and "
+            f"lq.calibrate(model, ...) first"
+        )
+    if resolved is None:
+        resolved = prepared_forward(model).target
+        if format == "onnx" and not resolved.activation.symmetric:
+            resolved = replace(resolved, residual="operands")
+    with evaluating(model):
+        return convert(model, resolved)
+
+
+def _samples(int8: Int8Module, samples: Any) -> dict[str, Any]:
+    """Inputs by name, on the CPU, to verify with."""
+    if samples is not None:
+        args, kwargs = example_arguments(samples)
+        names = list(int8.example_inputs)
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if list(inputs) != names:
+            raise ValueError(f"samples must be inputs of the network, {', '.join(names)}; got {', '.join(inputs)}")
+    else:
+        inputs = int8.example_inputs
+    generator = torch.Generator().manual_seed(0)
+
+    def prepare(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach().cpu()
+        if not value.is_floating_point():
+            return value
+        if not value.any():  # a network that was loaded from a file has no samples
+            return torch.randn(value.shape, generator=generator)
+        return value.float()
+
+    return {name: pytree.tree_map(prepare, value) for name, value in inputs.items()}
+
+
+def _metadata(
+    int8: Int8Module,
+    inputs: Mapping[str, Any],
+    labels: Sequence[str] | None,
+    preprocessing: Mapping[str, Any] | None,
+    *,
+    sizes_are_free: bool,
+) -> Metadata:
+    examples = {name: pytree.tree_map(example, value) for name, value in int8.example_inputs.items()}
+    paths, _ = pytree.tree_flatten_with_path(examples)
+    _, in_spec = pytree.tree_flatten(tuple(examples.values()))
+    tensors = []
+    for path, value in paths:
+        name = "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+        shape = [None if axis == 0 or (sizes_are_free and axis != 1) else n for axis, n in enumerate(value.shape)]
+        tensors.append(TensorSpec(name, tuple(shape), dtype_name(value.dtype)))
+    expected, _ = simulated(int8, inputs)
+    _, out_spec = pytree.tree_flatten(expected)
+    earlier = int8.metadata
+    return Metadata(
+        lq=package_version(),
+        target="" if int8.report is None else int8.report.target,
+        inputs=tuple(examples),
+        tensors=tuple(tensors),
+        in_spec=pytree.treespec_dumps(in_spec),
+        out_spec=pytree.treespec_dumps(out_spec),
+        labels=tuple(labels) if labels is not None else None if earlier is None else earlier.labels,
+        preprocessing=preprocessing if preprocessing is not None else None if earlier is None else earlier.preprocessing,
+        report=None if int8.report is None else int8.report.to_dict(),
+    )
+
+
+def _check_json(preprocessing: Mapping[str, Any]) -> None:
+    try:
+        json.dumps(dict(preprocessing))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"preprocessing={preprocessing!r} must be a mapping of JSON values: {error}") from error
+
+
+def _write(
+    int8: Int8Module,
+    path: Path,
+    format: Format,
+    metadata: Metadata,
+    inputs: dict[str, Any],
+    opset: int,
+    verify: bool,
+) -> ExportResult:
+    verifications: list[Verification] = []
+    network = for_this_cpu(int8) if format == "aoti" else int8
+    expected, integers = simulated(network, inputs)
+    program = export_program(network, free_sizes=format == "pt2")
+
+    def write(beside: Path) -> None:
+        if format == "pt2":
+            write_program(program, metadata, beside)
+        elif format == "aoti":
+            write_package(program, metadata, beside)
+        else:
+            sites = _sites(int8)
+            # TensorRT refuses to dequantize 32-bit integers, and quantizes the biases itself.
+            model = to_onnx(program, sites, metadata, opset=opset, int32_bias=metadata.target != "tensorrt")
+            if verify:
+                check_onnx(model, sites, integers, metadata.flatten((), inputs))
+            write_onnx(model, beside)
+        if verify:
+            for runtime in ("torch",) if format == "pt2" else installed_runtimes(format):
+                loaded = load(beside, runtime)
+                found = compare(runtime, loaded(**inputs), expected)
+                _judge(found, int8)
+                verifications.append(found)
+
+    write_atomically(path, write)
+    return ExportResult(path, format, metadata.target, path.stat().st_size, tuple(verifications))
+
+
+def _judge(found: Verification, int8: Int8Module) -> None:
+    if found.relative_difference <= OUTPUT_TOLERANCE:
+        return
+    if found.runtime in ("onnxruntime", "openvino") and has_onednn_int8() and not has_vnni():
+        # The file as it is written was checked already: what differs are the kernels of this CPU.
+        warnings.warn(
+            f"lq: {found}. This CPU has no VNNI instructions, and the engine's INT8 kernels sum in 16 bits, which "
+            f"8-bit weights overflow. The file is right; to deploy it on such CPUs, calibrate or train for "
+            f"target='x86_avx2'",
+            stacklevel=2,
+        )
+        return
+    raise ExportMismatchError(f"the exported file does not compute what the INT8 network does: {found}")
+
+
+def _sites(int8: Int8Module) -> list[str]:
+    """A name for the output of each quantize node: of the tensor, once for each time it is quantized."""
+    names: list[str] = []
+    for node in int8.graph.nodes:
+        if node.op != "call_function" or node.target not in (QUANTIZE, QUANTIZE_BUFFER):
+            continue
+        name = f"tensor_{len(names)}"  # a network that was loaded from a file has its scales as numbers
+        if node.target is QUANTIZE_BUFFER:
+            name = str(node.args[1].target).removesuffix(".scale").removesuffix("_quantizer")
+        made_by = node.args[0]
+        if name in names:
+            name = f"{name}.{made_by.name}"
+        names.append(name)
+    return names

@@ -1,0 +1,78 @@
+"""An INT8 network as a `torch.export` program with its quantize/dequantize pairs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_map
+
+from lq.graph.qdq import constant_qparams
+from lq.int8 import Int8Module
+from lq.metadata import KEY, Metadata
+
+
+def example(value: Any) -> Any:
+    """Zeros of the example's shape: the file keeps its example inputs, and a training image is nobody else's."""
+    if not isinstance(value, Tensor):
+        return value
+    # An export of a batch of one would be for a batch of one.
+    return value.new_zeros((2, *value.shape[1:]) if value.dim() else ())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # torch.export tells of every size that it found to be fixed; that is for the network to decide.
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx.experimental")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def export_program(model: Int8Module, *, free_sizes: bool) -> ExportedProgram:
+    """The network as a program, its batch size free where the network allows that.
+
+    Args:
+        model: the INT8 network.
+        free_sizes: whether the sizes of the other axes, but for the channels, are free as well. Engines that compile
+            ahead of time make better kernels for sizes that they know.
+
+    Raises:
+        ValueError: where the network cannot be exported (a submodule with control flow that depends on data stays
+            Python code); the message has torch's reason.
+    """
+
+    def free(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return None
+        axes = [axis for axis in range(value.dim()) if axis != 1] if free_sizes else range(min(value.dim(), 1))
+        return {axis: Dim.AUTO for axis in axes}
+
+    inputs = {name: tree_map(example, value) for name, value in model.example_inputs.items()}
+    module = fx.GraphModule(model, constant_qparams(model.graph, model))
+    try:
+        with torch.no_grad(), _quiet():
+            return torch.export.export(
+                module,
+                tuple(inputs.values()),
+                dynamic_shapes=tuple(tree_map(free, value) for value in inputs.values()),
+                strict=False,
+            )
+    except Exception as error:
+        raise ValueError(f"the network cannot be exported: {error}") from error
+
+
+def write_program(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
+    """Write a ``.pt2`` file that loads without lq and without the training code."""
+    torch.export.save(program, path, extra_files={KEY: metadata.to_json()})

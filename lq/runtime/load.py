@@ -1,0 +1,91 @@
+"""Load: a file in, a callable out, whatever the engine."""
+
+from __future__ import annotations
+
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from lq.int8 import Int8Module
+from lq.runtime.aoti import AotiModel
+from lq.runtime.inference import InferenceModel, MissingRuntimeError
+from lq.runtime.onnxruntime import OnnxRuntimeModel
+from lq.runtime.openvino import OpenVinoModel
+from lq.runtime.program import load_program
+
+#: The runtimes of each file format, the one that "auto" prefers first.
+RUNTIMES = {"pt2": ("torch",), "aoti": ("aoti",), "onnx": ("openvino", "onnxruntime")}
+
+_FORMATS = {"pt2": "a torch.export program", "aoti": "an AOTInductor package", "onnx": "an ONNX model"}
+
+
+def file_format(path: Path) -> str:
+    """``"pt2"``, ``"aoti"`` or ``"onnx"``, from the file's name and content.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where it is none of these.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"path={str(path)!r}: no such file")
+    if path.suffix == ".onnx":
+        return "onnx"
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"path={str(path)!r} is no INT8 network written by lq, or is damaged: it is no .onnx file and no zip "
+            f"archive, which a .pt2 file is"
+        )
+    with zipfile.ZipFile(path) as archive:
+        return "aoti" if any("/aotinductor/" in name for name in archive.namelist()) else "pt2"
+
+
+def installed_runtimes(format: str) -> tuple[str, ...]:
+    """The runtimes for a file format that can be used here, the preferred one first."""
+    packages = {"openvino": "openvino", "onnxruntime": "onnxruntime"}
+    return tuple(name for name in RUNTIMES[format] if find_spec(packages.get(name, "torch")) is not None)
+
+
+def load(path: str | Path, runtime: str = "auto", *, threads: int | None = None) -> InferenceModel | Int8Module:
+    """Load an exported network to run it.
+
+    Args:
+        path: written by :func:`lq.export`: a ``.pt2`` or an ``.onnx`` file (one from elsewhere will do as well).
+        runtime: ``"torch"`` (a ``.pt2`` program, in process: an :class:`lq.Int8Module`), ``"aoti"`` (a ``.pt2``
+            AOTInductor package), ``"openvino"`` or ``"onnxruntime"`` (an ``.onnx`` file); ``"auto"`` takes the one
+            that reads the file, for ``.onnx`` OpenVINO where it is installed, else ONNX Runtime.
+        threads: how many CPU threads run it, or None for the engine's own choice.
+
+    Returns:
+        A callable: numpy arrays or tensors in, tensors out, in the form of the float model's forward.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where an argument is none of its choices, the runtime does not read such a file, or the file is
+            damaged or foreign.
+        MissingRuntimeError: where the runtime's package is not installed; the message names the extra.
+    """
+    choices = [name for names in RUNTIMES.values() for name in names]
+    if runtime != "auto" and runtime not in choices:
+        raise ValueError(f"runtime={runtime!r} is unknown; choose one of 'auto', {', '.join(map(repr, choices))}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads} must be at least 1, or None for the engine's own choice")
+    path = Path(path)
+    format = file_format(path)
+    if runtime == "auto":
+        installed = installed_runtimes(format)
+        if not installed:
+            raise MissingRuntimeError(
+                f"path={str(path)!r}: no runtime for ONNX files is installed; install one with: "
+                f"pip install 'lq[openvino]' or pip install 'lq[onnx]'"
+            )
+        runtime = installed[0]
+    if runtime not in RUNTIMES[format]:
+        raise ValueError(
+            f"runtime={runtime!r} does not read path={str(path)!r}, which is {_FORMATS[format]}; choose "
+            f"{' or '.join(map(repr, RUNTIMES[format]))}, or export the network for {runtime!r} with lq.export"
+        )
+    if runtime == "torch":
+        int8 = load_program(path)
+        int8.threads = threads
+        return int8
+    return {"aoti": AotiModel, "openvino": OpenVinoModel, "onnxruntime": OnnxRuntimeModel}[runtime](path, threads)
