@@ -19,6 +19,7 @@ from lq.int8 import Int8Module
 from lq.prepare import NothingToQuantizeError, freeze, prepare, quantizers, unprepare
 from lq.quantizer import Quantizer, QuantizerState
 from lq.report import QuantizationReport, report
+from lq.runtime.benchmark import Benchmark, benchmark
 from lq.runtime.inference import InferenceModel, MissingRuntimeError
 from lq.runtime.load import load
 from lq.spec import QuantSpec
@@ -26,6 +27,7 @@ from lq.targets import TARGETS, Target
 
 __all__ = [
     "TARGETS",
+    "Benchmark",
     "CalibrationError",
     "CalibratorComparison",
     "CaptureError",
@@ -46,6 +48,7 @@ __all__ = [
     "RangeTable",
     "Target",
     "Verification",
+    "benchmark",
     "calibrate",
     "compare_calibrators",
     "convert",

@@ -263,7 +263,7 @@ def _write(
             # TensorRT refuses to dequantize 32-bit integers, and quantizes the biases itself.
             model = to_onnx(program, sites, metadata, opset=opset, int32_bias=metadata.target != "tensorrt")
             if verify:
-                check_onnx(model, sites, integers, metadata.flatten((), inputs))
+                check_onnx(model, sites, integers, expected, metadata.flatten((), inputs))
             write_onnx(model, beside)
         if verify:
             for runtime in ("torch",) if format == "pt2" else installed_runtimes(format):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -18,6 +20,20 @@ def has_onednn_int8() -> bool:
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.onednn, "qconv2d_pointwise")
     )
+
+
+@cache
+def cpu_name() -> str:
+    """The CPU as a person would call it, with the number of cores that this process may use."""
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    instructions = "VNNI" if has_vnni() else "no VNNI"
+    return f"{name}, {cores} cores, {instructions}"
 
 
 @cache
