@@ -45,13 +45,14 @@ class Parsed(Generic[T]):
     dry_run: bool
 
 
-def field(default: Any = dataclasses.MISSING, *, help: str, choices: Sequence[Any] = ()) -> Any:
+def field(default: Any = dataclasses.MISSING, *, help: str, choices: Sequence[Any] = (), positional: bool = False) -> Any:
     """A dataclass field with a meaning, for ``--help``, and optionally with the values that it may take.
 
     Args:
         default: copied for every instance, so lists and groups are fine. Without one the user must give a value.
         help: what the key means, in one sentence.
         choices: the allowed values, where the type (a ``Literal``, an ``Enum``) does not name them.
+        positional: whether arguments without a ``key=`` are this key's, a list.
 
     Example:
         >>> @dataclass
@@ -61,7 +62,7 @@ def field(default: Any = dataclasses.MISSING, *, help: str, choices: Sequence[An
         >>> parse(Config, ["lr=1e-2"]).config
         Config(lr=0.01, optimizer='sgd')
     """
-    metadata = {"help": help, "choices": tuple(choices)}
+    metadata = {"help": help, "choices": tuple(choices), "positional": positional}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
@@ -79,15 +80,20 @@ def parse(config_cls: type[T], argv: Sequence[str]) -> Parsed[T]:
     Raises:
         ConfigError: for what is misspelt, of the wrong type, not among the choices, or missing.
     """
-    files, overrides, dry_run = _split_argv(argv)
+    files, overrides, words, dry_run = _split_argv(argv)
     schema = _schema(config_cls)
+    if words:
+        taker = next((key for key in schema.values() if key.positional), None)
+        if taker is None:
+            raise ConfigError(f"expected key=value, got {words[0]!r}")
+        overrides.append((taker.name, words))
     conf = OmegaConf.structured(config_cls)
     for file in files:
         for name, value in _flatten(_load_yaml(file), schema):
             _assign(conf, _find(name, schema, f"{file}: "), value, f"{file}: ")
     for name, text in overrides:
         key = _find(name, schema)
-        _assign(conf, key, _value(key, text))
+        _assign(conf, key, _value(key, text) if isinstance(text, str) else text)
     return Parsed(_finish(conf, schema), dry_run)
 
 
@@ -149,7 +155,8 @@ def print_help(config_cls: type[Any], description: str = "") -> None:
         cells = (name, "", "", key.help) if key.group else (name, key.type_name, key.default, key.meaning)
         # Text, as rich would take the brackets of list[int] for markup.
         table.add_row(*map(Text, cells), style="bold" if key.group else "")
-    console.print(Text(f"usage: {_program()} {_USAGE}\n"), soft_wrap=True)
+    words = "".join(f"{name.upper().removesuffix('S')}... " for name, key in keys.items() if key.positional)
+    console.print(Text(f"usage: {_program()} {words}{_USAGE}\n"), soft_wrap=True)
     if description:
         console.print(Text(description.strip() + "\n"))
     console.print(table)
@@ -165,6 +172,7 @@ class _Key:
     choices: tuple[Any, ...]
     group: bool
     default: str
+    positional: bool = False
 
     @property
     def type_name(self) -> str:
@@ -197,14 +205,16 @@ def _walk(config_cls: type[Any], defaults: Mapping[str, Any], prefix: str) -> It
         name, hint, default = prefix + item.name, hints[item.name], defaults[item.name]
         group = isinstance(hint, type) and dataclasses.is_dataclass(hint)
         help, choices = item.metadata.get("help", ""), item.metadata.get("choices", ())
-        yield name, _Key(name, hint, help, choices, group, "" if group else _text(default))
+        positional = item.metadata.get("positional", False)
+        yield name, _Key(name, hint, help, choices, group, "" if group else _text(default), positional)
         if group:
             yield from _walk(hint, default, name + ".")
 
 
-def _split_argv(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]], bool]:
+def _split_argv(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str | list[str]]], list[str], bool]:
     files: list[str] = []
-    overrides: list[tuple[str, str]] = []
+    overrides: list[tuple[str, str | list[str]]] = []
+    words: list[str] = []
     dry_run = False
     arguments = iter(argv)
     for argument in arguments:
@@ -220,10 +230,10 @@ def _split_argv(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]], 
             hint = f"; keys have no dashes: {argument.lstrip('-')}" if equals else ""
             raise ConfigError(f"unknown option {argument!r}; options are --config FILE, --dry-run and --help{hint}")
         elif not equals:
-            raise ConfigError(f"expected key=value, got {argument!r}")
+            words.append(argument)
         else:
             overrides.append((name, text))
-    return files, overrides, dry_run
+    return files, overrides, words, dry_run
 
 
 def _load_yaml(file: str) -> Mapping[Any, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -123,22 +124,29 @@ class Metadata:
                 f"{' and ' + ', '.join(kwargs) if kwargs else ''}"
             )
         values = (*args, *(kwargs[name] for name in self.inputs[len(args) :]))
+        if len(values) == 1 and isinstance(values[0], Tensor) and len(self.tensors) == 1:
+            return [self.tensors[0].check(values[0])]  # the rest would be a tenth of a small network's time
         leaves, spec = pytree.tree_flatten(values)
         if len(leaves) != len(self.tensors):
             raise TypeError(
                 f"this network takes the tensors {', '.join(spec.name for spec in self.tensors)}; got {len(leaves)} "
                 f"values in its arguments"
             )
-        if len(values) > 1 or not isinstance(values[0], Tensor):
-            if pytree.treespec_dumps(spec) != self.in_spec:
-                raise TypeError(f"the arguments are nested as {spec}; the network was exported for {self.in_spec}")
+        if spec != self._specs[0]:
+            raise TypeError(f"the arguments are nested as {spec}; the network was exported for {self._specs[0]}")
         return [tensor.check(torch.as_tensor(leaf)) for tensor, leaf in zip(self.tensors, leaves, strict=True)]
 
     def unflatten(self, outputs: Sequence[Tensor]) -> Any:
         """The outputs as the network's forward returned them."""
-        if self.out_spec is None:
+        spec = self._specs[1]
+        if spec is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
-        return pytree.tree_unflatten(list(outputs), pytree.treespec_loads(self.out_spec))
+        return outputs[0] if spec.is_leaf() else pytree.tree_unflatten(list(outputs), spec)
+
+    @cached_property
+    def _specs(self) -> tuple[pytree.TreeSpec, pytree.TreeSpec | None]:
+        out_spec = None if self.out_spec is None else pytree.treespec_loads(self.out_spec)
+        return pytree.treespec_loads(self.in_spec), out_spec
 
 
 def package_version() -> str:

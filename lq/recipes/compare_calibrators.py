@@ -11,7 +11,6 @@ mobilenet_v2  float 77.34  minmax 77.39  moving_average 77.37  percentile 77.39 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +22,7 @@ import lq
 from lq.calibration.calibrate import AUTO, calibrate_and_compare
 from lq.calibrators import CALIBRATORS
 from lq.config import field, main
-from lq.models import Classifier, build_resnet, build_small_mobilenet_v2
+from lq.models import Classifier
 from lq.recipes.blocks import (
     DataConfig,
     RunConfig,
@@ -34,13 +33,8 @@ from lq.recipes.blocks import (
     load_float_weights,
     make_trainer,
 )
+from lq.recipes.networks import NETWORKS
 from lq.targets import TARGETS
-
-NETWORKS: dict[str, Callable[[int], nn.Module]] = {
-    "resnet18": lambda num_classes: build_resnet("resnet18", num_classes=num_classes),
-    "mobilenet_v2": build_small_mobilenet_v2,
-}
-
 
 @dataclass
 class Config(RunConfig):

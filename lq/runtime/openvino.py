@@ -54,16 +54,16 @@ class OpenVinoModel(InferenceModel):
         self._settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             self._settings["INFERENCE_NUM_THREADS"] = threads
-        self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
+        self._requests: dict[tuple[torch.Size, ...], Any] = {}
         super().__init__(metadata, threads)
 
     def _run(self, inputs: list[Tensor]) -> Sequence[Tensor]:
-        request = self._request(tuple(tuple(value.shape) for value in inputs))
+        request = self._request(tuple(value.shape for value in inputs))
         # The request's output buffers are written over by its next call.
         results = request.infer([value.numpy(force=True) for value in inputs], share_inputs=True, share_outputs=False)
         return [torch.from_numpy(output) for output in results.to_tuple()]
 
-    def _request(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
+    def _request(self, shapes: tuple[torch.Size, ...]) -> Any:
         if shapes not in self._requests:
             self._model.reshape({index: list(shape) for index, shape in enumerate(shapes)})
             compiled = self._core.compile_model(self._model, "CPU", self._settings)

@@ -1,0 +1,299 @@
+"""INT8 latency against the peers: torch.ao, torchao PT2E, ONNX Runtime's and OpenVINO's own quantizers, in one run.
+
+python -m lq.recipes.bench_peers                                          every row: about half an hour
+python -m lq.recipes.bench_peers rows=[resnet18_32_b1] peers=[ort_static,nncf]
+
+The networks have random weights and are calibrated on random images: speed does not depend on what they know. Every
+contender lives in a process of its own, and the processes take turns. Peers need their packages
+(pip install 'lq[peers]'); those that are not installed are left out, and named.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import lq
+from lq.config import ConfigError, field, main
+from lq.export.aoti import CompilerError
+from lq.runtime.cpu import cpu_name, has_vnni
+from lq.runtime.race import ContenderError, Measurement, race
+
+#: Network, image size and batch size of each row.
+ROWS = {
+    "resnet18_32_b1": ("resnet18", 32, 1),
+    "resnet18_32_b128": ("resnet18", 32, 128),
+    "resnet18_224_b1": ("resnet18", 224, 1),
+    "resnet50_224_b1": ("resnet50", 224, 1),
+    "resnet50_224_b32": ("resnet50", 224, 32),
+}
+
+Model = Callable[[Tensor], Any]
+
+
+def float_network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    network: nn.Module = torchvision.models.get_model(name, num_classes=10)
+    return network.eval()
+
+
+def images(size: int, count: int) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+# Peers, each made from scratch in its process
+
+
+def torch_ao_fx(name: str, size: int, engine: str, script: bool) -> Model:
+    """torch.ao's FX mode, run as an FX graph or as TorchScript."""
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    warnings.simplefilter("ignore")
+    torch.backends.quantized.engine = engine
+    x = images(size, 8)
+    prepared = prepare_fx(float_network(name), get_default_qconfig_mapping(engine), example_inputs=(x,))
+    prepared(x)
+    return _scripted(convert_fx(prepared), x) if script else convert_fx(prepared)  # type: ignore[no-any-return]
+
+
+def torch_ao_eager(name: str, size: int, engine: str, script: bool) -> Model:
+    """torch.ao's eager mode, on torchvision's networks written for it."""
+    import torch.ao.quantization as ao
+
+    warnings.simplefilter("ignore")
+    torch.backends.quantized.engine = engine
+    x = images(size, 8)
+    network = getattr(torchvision.models.quantization, name)(num_classes=10).eval()
+    network.fuse_model()
+    network.qconfig = ao.get_default_qconfig(engine)
+    ao.prepare(network, inplace=True)
+    network(x)
+    ao.convert(network, inplace=True)
+    return _scripted(network, x) if script else network  # type: ignore[no-any-return]
+
+
+def _scripted(network: nn.Module, x: Tensor) -> Model:
+    with torch.no_grad():
+        scripted = torch.jit.trace(network, x[:1])
+        return torch.jit.freeze(scripted.eval())  # type: ignore[no-any-return]
+
+
+def torchao_pt2e(name: str, size: int, batch_size: int, ahead_of_time: bool) -> Model:
+    """torchao's PT2E flow with X86InductorQuantizer, compiled by Inductor, in time or ahead of it."""
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+    from torch._inductor import config as inductor_config
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    x = images(size, batch_size)
+    with torch.no_grad():
+        # Not strict, this quantizer fails on torchvision's residual networks.
+        exported = torch.export.export(float_network(name), (x,), strict=True).module()
+        quantizer = x86.X86InductorQuantizer()
+        quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+        prepared = prepare_pt2e(exported, quantizer)
+        prepared(x)
+        converted = convert_pt2e(prepared)
+        inductor_config.freezing = True
+        if not ahead_of_time:
+            return torch.compile(converted)
+        folder = tempfile.mkdtemp()
+        path = aoti_compile_and_package(torch.export.export(converted, (x,)), package_path=f"{folder}/model.pt2")
+        return aoti_load_package(path)
+
+
+def ort_static(name: str, size: int, threads: int) -> Model:
+    """ONNX Runtime's ``quantize_static`` on a float ONNX export, Q/DQ format, weights per channel."""
+    from onnxruntime import quantization as ortq
+
+    class Reader(ortq.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._batches = iter([{"x": images(size, 8).numpy()}])
+
+        def get_next(self) -> Any:
+            return next(self._batches, None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        _float_onnx(name, size, f"{folder}/float.onnx")
+        ortq.quant_pre_process(f"{folder}/float.onnx", f"{folder}/prepared.onnx", skip_symbolic_shape=True)
+        ortq.quantize_static(
+            f"{folder}/prepared.onnx",
+            f"{folder}/int8.onnx",
+            Reader(),
+            quant_format=ortq.QuantFormat.QDQ,
+            per_channel=True,
+            reduce_range=not has_vnni(),
+            activation_type=ortq.QuantType.QUInt8,
+            weight_type=ortq.QuantType.QInt8,
+        )
+        return lq.load(f"{folder}/int8.onnx", "onnxruntime", threads=threads)
+
+
+def nncf(name: str, size: int, threads: int) -> Model:
+    """OpenVINO's quantizer NNCF on a float ONNX export, run by OpenVINO."""
+    import nncf
+    import openvino as ov
+
+    with tempfile.TemporaryDirectory() as folder:
+        _float_onnx(name, size, f"{folder}/float.onnx")
+        core = ov.Core()
+        x = images(size, 8)
+        quantized = nncf.quantize(core.read_model(f"{folder}/float.onnx"), nncf.Dataset([x.numpy()]))
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    requests: dict[tuple[int, ...], Any] = {}
+
+    def infer(x: Tensor) -> Tensor:
+        if tuple(x.shape) not in requests:
+            quantized.reshape(list(x.shape))
+            requests[tuple(x.shape)] = core.compile_model(quantized, "CPU", settings).create_infer_request()
+        return torch.from_numpy(requests[tuple(x.shape)].infer([x.numpy()], share_inputs=True).to_tuple()[0])
+
+    return infer
+
+
+def _float_onnx(name: str, size: int, path: str) -> None:
+    warnings.simplefilter("ignore")
+    batch = torch.export.Dim("batch")
+    torch.onnx.export(
+        float_network(name),
+        (images(size, 2),),
+        path,
+        dynamo=True,
+        input_names=["x"],
+        dynamic_shapes=({0: batch},),
+        verbose=False,
+        external_data=False,
+    )
+
+
+PEERS = (
+    "torch_ao_eager",
+    "torch_ao_fx",
+    "torch_ao_eager_script",
+    "torch_ao_fx_script",
+    "pt2e_inductor",
+    "pt2e_aoti",
+    "ort_static",
+    "nncf",
+)
+
+
+@dataclass
+class Config:
+    """lq against its peers."""
+
+    rows: list[str] = field(list(ROWS), help=f"of {', '.join(ROWS)}")
+    peers: list[str] = field(list(PEERS), help=f"of {', '.join(PEERS)}")
+    threads: int = field(2, help="CPU threads")
+    seconds: float = field(4.0, help="about how long to time each contender")
+
+
+def run(config: Config) -> None:
+    for argument, values, choices in (("rows", config.rows, tuple(ROWS)), ("peers", config.peers, PEERS)):
+        for value in values:
+            if value not in choices:
+                raise ConfigError(f"{argument}={value!r} is unknown; choose from {', '.join(choices)}")
+    with tempfile.TemporaryDirectory() as folder:
+        for row in config.rows:
+            _run_row(row, config, Path(folder))
+
+
+def _run_row(row: str, config: Config, folder: Path) -> None:
+    name, size, batch_size = ROWS[row]
+    contenders: dict[str, Callable[[], Model]] = {"float eager": partial(float_network, name)}
+    contenders |= _ours(name, size, config.threads, folder)
+    contenders |= _theirs(name, size, batch_size, config)
+    found = race(
+        contenders, [images(size, batch_size)], threads=config.threads, seconds=config.seconds
+    )
+    Console(width=120).print(_table(row, found, config.threads))
+    for contender, result in found.items():
+        if isinstance(result, ContenderError):
+            print(f"{contender} did not run: {str(result).strip().splitlines()[-1]}")
+
+
+def _ours(name: str, size: int, threads: int, folder: Path) -> dict[str, Callable[[], Model]]:
+    """One network with one set of scales, on every runtime of lq that is installed."""
+    network = float_network(name)
+    x = images(size, 8)
+    lq.prepare(network, x[:2], target="x86" if has_vnni() else "x86_avx2")
+    lq.calibrate(network, [x])
+    files = {"torch": "int8.pt2", "aoti": "aoti.pt2", "onnxruntime": "int8.onnx", "openvino": "int8.onnx"}
+    formats: dict[str, Any] = {"torch": "pt2", "aoti": "aoti", "onnxruntime": "onnx", "openvino": "onnx"}
+    contenders: dict[str, Callable[[], Model]] = {}
+    for runtime, file in files.items():
+        path = folder / f"{name}_{size}_{file}"
+        try:
+            if not path.exists():
+                lq.export(network, path, format=formats[runtime], verify=False)
+            lq.load(path, runtime)
+        except (lq.MissingRuntimeError, CompilerError) as error:
+            print(f"lq, {runtime} is left out: {error}")
+            continue
+        contenders[f"lq, {runtime}"] = partial(lq.load, path, runtime, threads=threads)
+    return contenders
+
+
+def _theirs(name: str, size: int, batch_size: int, config: Config) -> dict[str, Callable[[], Model]]:
+    makers: dict[str, dict[str, Callable[[], Model]]] = {
+        "torch_ao_eager": {"torch.ao eager mode": partial(torch_ao_eager, name, size, "x86", False)},
+        "torch_ao_fx": {"torch.ao FX": partial(torch_ao_fx, name, size, "x86", False)},
+        "torch_ao_eager_script": {
+            "torch.ao eager mode, TorchScript": partial(torch_ao_eager, name, size, "fbgemm", True)
+        },
+        "torch_ao_fx_script": {
+            f"torch.ao FX, TorchScript, {engine}": partial(torch_ao_fx, name, size, engine, True)
+            for engine in ("x86", "fbgemm")
+        },
+        "pt2e_inductor": {"torchao PT2E, Inductor": partial(torchao_pt2e, name, size, batch_size, False)},
+        "pt2e_aoti": {"torchao PT2E, AOTInductor": partial(torchao_pt2e, name, size, batch_size, True)},
+        "ort_static": {"ONNX Runtime, quantize_static": partial(ort_static, name, size, config.threads)},
+        "nncf": {"OpenVINO, NNCF": partial(nncf, name, size, config.threads)},
+    }
+    return {label: make for peer in config.peers for label, make in makers[peer].items()}
+
+
+def _table(row: str, found: dict[str, Measurement | ContenderError], threads: int) -> Table:
+    name, size, batch_size = ROWS[row]
+    measured = {label: result for label, result in found.items() if isinstance(result, Measurement)}
+    base = measured["float eager"].timing.p50_ms
+    peers = [m.timing.p50_ms for label, m in measured.items() if label != "float eager" and not label.startswith("lq,")]
+    title = f"{name}, {size}x{size}, batch {batch_size}, {threads} threads, {cpu_name()}"
+    table = Table(title=title)
+    for header in ("contender", "p50 ms", "p95 ms", "against float", "against the best peer", "memory MB"):
+        table.add_column(header, justify="left" if header == "contender" else "right")
+    for label, result in sorted(measured.items(), key=lambda item: item[1].timing.p50_ms):
+        timing = result.timing
+        table.add_row(
+            label,
+            f"{timing.p50_ms:.3g}",
+            f"{timing.p95_ms:.3g}",
+            f"{base / timing.p50_ms:.2f}×",
+            f"{min(peers) / timing.p50_ms:.2f}×" if peers else "",
+            f"{result.memory_bytes / 1e6:.0f}",
+            style="bold" if label.startswith("lq,") else "",
+        )
+    return table
+
+
+def plan(config: Config) -> str:
+    return f"time {', '.join(config.rows)} on {config.threads} threads with lq and {', '.join(config.peers) or 'no peers'}"
+
+
+if __name__ == "__main__":
+    main(Config, run, plan, description=__doc__ or "")
