@@ -45,7 +45,9 @@ class Parsed(Generic[T]):
     dry_run: bool
 
 
-def field(default: Any = dataclasses.MISSING, *, help: str, choices: Sequence[Any] = (), positional: bool = False) -> Any:
+def field(
+    default: Any = dataclasses.MISSING, *, help: str, choices: Sequence[Any] = (), positional: bool = False
+) -> Any:
     """A dataclass field with a meaning, for ``--help``, and optionally with the values that it may take.
 
     Args:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -90,8 +92,8 @@ def _quantizers_for(target: Target, model: nn.Module, analysis: GraphAnalysis) -
     for chain in analysis.placement.chains:
         quantizer = found[chain.weight_key]
         assert isinstance(quantizer, WeightQuantizer)
-        layer = chain.op.module
-        weight = layer.weight if layer is not None else analysis.values[chain.op.weight]  # type: ignore[index]
+        layer: Any = chain.op.module
+        weight: Tensor = layer.weight if layer is not None else analysis.values[chain.op.weight]  # type: ignore[index]
         if quantizer.spec != target.weight:
             quantizer = weight_quantizer(target.weight, weight)
         quantizer.refresh(weight)

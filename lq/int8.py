@@ -119,9 +119,9 @@ class Int8Module(nn.Module):
     def _check_dtypes(self, inputs: list[Any]) -> None:
         # An image of bytes would go through, scaled by 255 from what the ranges are for.
         for name, value, example in zip(self._input_names, inputs, self.example_inputs.values(), strict=False):
-            if isinstance(value, Tensor) and isinstance(example, Tensor):
-                if example.is_floating_point() and not value.is_floating_point():
-                    raise TypeError(f"input {name!r} must be float32, got {dtype_name(value.dtype)}")
+            both = isinstance(value, Tensor) and isinstance(example, Tensor)
+            if both and example.is_floating_point() and not value.is_floating_point():
+                raise TypeError(f"input {name!r} must be float32, got {dtype_name(value.dtype)}")
 
     def fix_call(self, signature: CallSignature, settings: dict[str, Any]) -> None:
         """Take calls in the form of the float model's forward, whose ``settings`` were fixed at conversion."""
@@ -148,9 +148,9 @@ class Int8Module(nn.Module):
             )
         else:
             values = [*args, *(kwargs[name] for name in names[len(args) :])]
-        inputs = [tree_map(_as_tensor, value) for value in values]
-        self._check_dtypes(inputs)
-        return inputs
+        tensors = [tree_map(_as_tensor, value) for value in values]
+        self._check_dtypes(tensors)
+        return tensors
 
     def _function(self, inputs: list[Any]) -> Callable[..., Any]:
         on_cpu = all(leaf.device.type == "cpu" for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))

@@ -16,17 +16,13 @@ from torch.utils import _pytree as pytree
 #: Where it lies: an entry of a `.pt2` archive, a metadata property of an ONNX model.
 KEY = "lq"
 
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``"float32"`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
 
 
 _DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.int64, torch.int32, torch.bool)}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``"float32"`` for ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -102,9 +98,7 @@ class Metadata:
         """
         try:
             values = json.loads(text)
-            tensors = tuple(
-                TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in values.pop("tensors")
-            )
+            tensors = tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in values.pop("tensors"))
             labels = values.pop("labels")
             inputs = tuple(values.pop("inputs"))
             return cls(**values, inputs=inputs, tensors=tensors, labels=None if labels is None else tuple(labels))

@@ -9,7 +9,6 @@ import torch
 
 from lq.spec import QuantSpec
 
-
 #: How a residual add ``conv(x) + y`` is computed. ``"fused"``: by the convolution's kernel on its way out, so that only
 #: ``y`` is quantized. ``"operands"``: by a kernel of its own, so that both operands and the sum are.
 Residual = Literal["fused", "operands"]

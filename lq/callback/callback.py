@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,11 +22,12 @@ from lq.calibration.comparison import CalibratorComparison
 from lq.calibration.error import CalibrationError
 from lq.calibrators import get_calibrator
 from lq.callback.batches import calibration_batches, first_samples, repeat_samples, train_batches
+from lq.callback.description import class_names, normalization
 from lq.callback.evaluation import evaluate
 from lq.callback.result import QuantizationResult, Side
 from lq.callback.unit import find_unit, replace_unit, run_unit, unit_arguments
 from lq.convert import convert
-from lq.export import export
+from lq.export import FORMATS, ExportResult, Format, check_dependencies, export
 from lq.files import ensure_writable_dir
 from lq.graph.ops import WEIGHTED_MODULES
 from lq.int8 import Int8Module
@@ -37,6 +39,9 @@ from lq.targets import get_target
 
 #: Samples in the batch that throughput is measured with.
 _BATCH_SIZE = 32
+
+#: Formats that are written on request, with the endings of their files.
+_OTHER_FORMATS: dict[Format, str] = {"onnx": ".onnx", "aoti": ".aoti.pt2"}
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -65,6 +70,10 @@ class QuantizationCallback(Callback):
         batch_norm_freeze: share of QAT's steps after which batch norm statistics stay fixed, or None for never.
         convert: whether to convert at the end; without it QAT leaves the prepared model, PTQ does nothing.
         evaluate: whether to run the validation data through the float and the INT8 model, and to time both.
+        export: formats to write beside ``int8.pt2``, which is always written: ``"onnx"`` (``int8.onnx``, for ONNX
+            Runtime, OpenVINO and TensorRT) and ``"aoti"`` (``int8.aoti.pt2``, compiled for this machine's CPU); see
+            :func:`lq.export`. Class names and mean and standard deviation of the images go into the files where the
+            datamodule has attributes ``classes``, ``mean`` and ``std``.
         output_dir: folder for ``int8.pt2`` and ``int8.json``; by default ``int8`` below the Trainer's log directory.
 
     Attributes:
@@ -92,6 +101,7 @@ class QuantizationCallback(Callback):
         batch_norm_freeze: float | None = 0.8,
         convert: bool = True,
         evaluate: bool = True,
+        export: Sequence[Format] = ("pt2",),
         output_dir: str | None = None,
     ) -> None:
         if mode not in get_args(Mode):
@@ -110,6 +120,8 @@ class QuantizationCallback(Callback):
         for name, share in (("observer_freeze", observer_freeze), ("batch_norm_freeze", batch_norm_freeze)):
             if share is not None and not 0.0 <= share <= 1.0:
                 raise ValueError(f"{name}={share} must be a share of the training steps in [0, 1], or None for never")
+        if isinstance(export, str) or not set(export) <= set(FORMATS):
+            raise ValueError(f"export={export!r} must be a list, with elements of {', '.join(map(repr, FORMATS))}")
         self.mode: Mode = mode
         self.target = get_target(target)
         self.module = module
@@ -121,6 +133,7 @@ class QuantizationCallback(Callback):
         self.batch_norm_freeze = batch_norm_freeze
         self.convert = convert
         self.evaluate = evaluate
+        self.export: tuple[Format, ...] = tuple(export)
         self.output_dir = output_dir
         self.result: QuantizationResult | None = None
 
@@ -131,6 +144,8 @@ class QuantizationCallback(Callback):
         _refuse_converted(pl_module)
         if self.convert:
             ensure_writable_dir(self._output_dir(trainer), "output_dir")
+            for format in self.export:
+                check_dependencies(format)
         if not _has_layers(pl_module):
             return  # layers built in LightningModule.setup or configure_model come later: see on_fit_start
         self._check_unit(pl_module)
@@ -212,11 +227,21 @@ class QuantizationCallback(Callback):
                 with quantizers_off(unit):
                     float_metrics = evaluate(trainer, pl_module) if evaluates else {}
         artifact = self._output_dir(trainer) / "int8.pt2"
+        exports: list[ExportResult] = []
+        failure: Exception | None = None
         try:
             unit.cpu()
             int8 = convert(unit)
             if reports:
-                export(int8, artifact)
+                write = partial(export, labels=class_names(trainer), preprocessing=normalization(trainer))
+                exports.append(write(int8, artifact))
+                try:
+                    for format, ending in _OTHER_FORMATS.items():
+                        if format in self.export:
+                            network = int8 if format == "aoti" else unit
+                            exports.append(write(network, artifact.with_suffix(ending), format=format))
+                except Exception as error:  # the INT8 model is there: what is left to do with it is done first
+                    failure = error
         finally:
             if self.mode == "ptq":
                 unprepare(unit)
@@ -245,12 +270,16 @@ class QuantizationCallback(Callback):
             report=int8.report,
             batch_size=_BATCH_SIZE,
             artifact=str(artifact),
+            exports=tuple(str(result.path) for result in exports),
         )
         (artifact.with_suffix(".json")).write_text(self.result.to_json())
         for logger in trainer.loggers:
             logger.log_metrics(self.result.scalars(), step=trainer.global_step)
             logger.save()
-        rank_zero_info(f"lq: INT8 model written to {artifact}")
+        for result in exports:
+            rank_zero_info(f"lq: INT8 model written to {result}")
+        if failure is not None:
+            raise failure
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule, unit: nn.Module) -> CalibratorComparison | None:
         """Observe batches on the device that trained; the float model is as before if that fails."""

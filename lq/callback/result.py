@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from lq.runtime.timing import Timing
 from lq.report import QuantizationReport
+from lq.runtime.timing import Timing
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class QuantizationResult:
         int8_side: the INT8 model.
         report: layer by layer.
         batch_size: samples in the batch that throughput was measured with.
-        artifact: path of the INT8 file.
+        artifact: path of the INT8 file that ``lq.load`` runs in process.
+        exports: paths of all files that were written.
     """
 
     mode: str
@@ -55,6 +56,7 @@ class QuantizationResult:
     report: QuantizationReport
     batch_size: int
     artifact: str
+    exports: tuple[str, ...] = ()
 
     def scalars(self) -> dict[str, float]:
         """Everything as flat numbers for loggers: ``float/…``, ``int8/…``, ``drop/…`` (float − INT8), ``speedup/…``."""

@@ -25,7 +25,9 @@ class CompilerError(RuntimeError):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("torch.utils._pytree", "torch.utils.cpp_extension", "torch._inductor")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch.utils._pytree", "torch.utils.cpp_extension", "torch._inductor")
+    ]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -227,7 +227,11 @@ def _metadata(
         in_spec=pytree.treespec_dumps(in_spec),
         out_spec=pytree.treespec_dumps(out_spec),
         labels=tuple(labels) if labels is not None else None if earlier is None else earlier.labels,
-        preprocessing=preprocessing if preprocessing is not None else None if earlier is None else earlier.preprocessing,
+        preprocessing=preprocessing
+        if preprocessing is not None
+        else None
+        if earlier is None
+        else earlier.preprocessing,
         report=None if int8.report is None else int8.report.to_dict(),
     )
 

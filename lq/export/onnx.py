@@ -144,8 +144,8 @@ def _quantize_biases(onnx: Any, model: Any) -> None:
     for node in graph.node:
         if node.op_type not in ("Conv", "Gemm") or len(node.input) < 3 or node.input[2] not in initializers:
             continue
-        x, weight = made_by.get(node.input[0]), made_by.get(node.input[1])
-        if any(source is None or source.op_type != "DequantizeLinear" for source in (x, weight)):
+        x, weight = (made_by.get(name) for name in node.input[:2])
+        if x is None or weight is None or {x.op_type, weight.op_type} != {"DequantizeLinear"}:
             continue
         if weight.input[0] not in initializers or readers[node.input[1]] > 1 or readers[node.input[2]] > 1:
             continue

@@ -57,7 +57,7 @@ def export_program(model: Int8Module, *, free_sizes: bool) -> ExportedProgram:
         if not isinstance(value, Tensor):
             return None
         axes = [axis for axis in range(value.dim()) if axis != 1] if free_sizes else range(min(value.dim(), 1))
-        return {axis: Dim.AUTO for axis in axes}
+        return dict.fromkeys(axes, Dim.AUTO)
 
     inputs = {name: tree_map(example, value) for name, value in model.example_inputs.items()}
     module = fx.GraphModule(model, constant_qparams(model.graph, model))

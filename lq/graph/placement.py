@@ -82,6 +82,10 @@ class Placement:
     activations: list[fx.Node] = field(default_factory=list)
     float_layers: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def kernels(self) -> list[Chain | Sum]:
+        return [*self.chains, *self.sums]
+
     def chain_of(self) -> dict[fx.Node, Chain]:
         """The chain each node belongs to."""
         return {node: chain for chain in self.chains for node in chain.nodes}
@@ -134,9 +138,7 @@ def _layer_name(op: WeightedOp) -> str:
 
 
 class _Placer:
-    def __init__(
-        self, traced: TracedGraph, root: nn.Module, values: Mapping[fx.Node, Any], residual: Residual
-    ) -> None:
+    def __init__(self, traced: TracedGraph, root: nn.Module, values: Mapping[fx.Node, Any], residual: Residual) -> None:
         self.residual = residual
         self.graph = traced.graph
         self.root = root
@@ -148,7 +150,7 @@ class _Placer:
         self._find_chains()
         self._attach_batch_norms()
         self._place_residuals()
-        for kernel in (*self.placement.chains, *self.placement.sums):
+        for kernel in self.placement.kernels:
             follower = _next(kernel.end, self.root)
             if kernel.clamp is None and follower is not None and classify(follower, self.root) is OpKind.CLAMP:
                 kernel.clamp = follower
@@ -225,7 +227,7 @@ class _Placer:
         return node
 
     def _place_activations(self) -> None:
-        ends = {kernel.end for kernel in (*self.placement.chains, *self.placement.sums)}
+        ends = {kernel.end for kernel in self.placement.kernels}
         wanted = set()
         for total in self.placement.sums:
             wanted.add(total.end)

@@ -218,9 +218,7 @@ def _run_row(row: str, config: Config, folder: Path) -> None:
     contenders: dict[str, Callable[[], Model]] = {"float eager": partial(float_network, name)}
     contenders |= _ours(name, size, config.threads, folder)
     contenders |= _theirs(name, size, batch_size, config)
-    found = race(
-        contenders, [images(size, batch_size)], threads=config.threads, seconds=config.seconds
-    )
+    found = race(contenders, [images(size, batch_size)], threads=config.threads, seconds=config.seconds)
     Console(width=120).print(_table(row, found, config.threads))
     for contender, result in found.items():
         if isinstance(result, ContenderError):
@@ -292,7 +290,9 @@ def _table(row: str, found: dict[str, Measurement | ContenderError], threads: in
 
 
 def plan(config: Config) -> str:
-    return f"time {', '.join(config.rows)} on {config.threads} threads with lq and {', '.join(config.peers) or 'no peers'}"
+    return (
+        f"time {', '.join(config.rows)} on {config.threads} threads with lq and {', '.join(config.peers) or 'no peers'}"
+    )
 
 
 if __name__ == "__main__":

@@ -81,7 +81,9 @@ def _float_model(config: Config) -> tuple[nn.Module, Tensor]:
 
 def plan(config: Config) -> str:
     against = f" against {config.network} from {config.ckpt}" if config.ckpt else ""
-    return f"time {', '.join(config.models)}{against} with batches of {config.batch_sizes}; write to {config.output_dir}"
+    return (
+        f"time {', '.join(config.models)}{against} with batches of {config.batch_sizes}; write to {config.output_dir}"
+    )
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ class QuantConfig:
     calibrator: str | None = field(
         None, help="minmax, moving_average, percentile, percentile:99.9, mse, entropy; by default the best one for PTQ"
     )
+    export: list[str] = field([], help="formats to write beside int8.pt2: onnx, aoti")
     epochs: int = field(1, help="QAT: passes over the data with fake-quantizers")
     lr: float = field(0.002, help="QAT: peak learning rate, one cycle")
 
@@ -142,6 +143,7 @@ def callback(config: QuantConfig, mode: Literal["ptq", "qat"], output_dir: str) 
         target=config.target,
         calibration_batches=config.calibration_batches,
         calibrator=config.calibrator,
+        export=config.export,  # type: ignore[arg-type]
         output_dir=output_dir,
     )
 

@@ -79,7 +79,7 @@ def run(config: Config) -> None:
         trainer(config.quant.epochs, quantize).fit(tuned, data)
 
     assert quantize.result is not None
-    notes["INT8 model"] = quantize.result.artifact
+    notes["INT8 model"] = ", ".join(quantize.result.exports)
     notes["TensorBoard"] = f"tensorboard --logdir {logger.log_dir}"
     print_result(quantize.result, data.name, notes)
 

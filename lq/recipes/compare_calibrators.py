@@ -36,6 +36,7 @@ from lq.recipes.blocks import (
 from lq.recipes.networks import NETWORKS
 from lq.targets import TARGETS
 
+
 @dataclass
 class Config(RunConfig):
     """Calibrators side by side."""

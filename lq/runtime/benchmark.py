@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -194,9 +194,7 @@ def benchmark(
             for path, runtime in pairs:
                 contenders[f"{names[path]}, {runtime}"] = partial(load, path, runtime, threads=count)
             inputs = samples.repeat(-(-batch_size // len(samples)), *[1] * (samples.dim() - 1))[:batch_size]
-            found = race(
-                contenders, [inputs], threads=count, seconds=seconds, samples=list(samples.split(batch_size))
-            )
+            found = race(contenders, [inputs], threads=count, seconds=seconds, samples=list(samples.split(batch_size)))
             reference = found.get(FLOAT)
             sizes = {f"{names[path]}, {runtime}": path.stat().st_size for path, runtime in pairs}
             for name, result in found.items():
@@ -243,9 +241,7 @@ def _state_bytes(model: nn.Module) -> int:
     return sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
 
-def _row(
-    name: str, found: Measurement, reference: Any, batch_size: int, threads: int, size_bytes: int
-) -> BenchmarkRow:
+def _row(name: str, found: Measurement, reference: Any, batch_size: int, threads: int, size_bytes: int) -> BenchmarkRow:
     model, _, runtime = name.rpartition(", ")
     compares = isinstance(reference, Measurement)
     return BenchmarkRow(

@@ -88,4 +88,6 @@ def load(path: str | Path, runtime: str = "auto", *, threads: int | None = None)
         int8 = load_program(path)
         int8.threads = threads
         return int8
-    return {"aoti": AotiModel, "openvino": OpenVinoModel, "onnxruntime": OnnxRuntimeModel}[runtime](path, threads)
+    if runtime == "aoti":
+        return AotiModel(path, threads)
+    return OpenVinoModel(path, threads) if runtime == "openvino" else OnnxRuntimeModel(path, threads)

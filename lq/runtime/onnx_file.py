@@ -39,7 +39,9 @@ def metadata_of(path: Path, properties: dict[str, str], inputs: list[tuple[str, 
             raise ValueError(f"path={str(path)!r} is damaged: {error}") from error
     for name, dtype, _ in inputs:
         if dtype not in _DTYPES:
-            raise ValueError(f"path={str(path)!r}: its input {name!r} is a {dtype}; only {', '.join(_DTYPES)} are supported")
+            raise ValueError(
+                f"path={str(path)!r}: its input {name!r} is a {dtype}; only {', '.join(_DTYPES)} are supported"
+            )
     tensors = tuple(
         TensorSpec(name, tuple(n if isinstance(n, int) and n > 0 else None for n in shape), _DTYPES[dtype])
         for name, dtype, shape in inputs
