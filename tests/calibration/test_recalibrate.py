@@ -82,11 +82,11 @@ def test_nothing_but_the_ranges_changes(calibrated: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
-        (["layer1"], {"layer1.relu", "layer1.relu_1"}),
-        ("layer1", {"layer1.relu", "layer1.relu_1"}),
+        (["layer1"], {"layer1.relu", "layer1.bn2", "layer1.relu_1"}),
+        ("layer1", {"layer1.relu", "layer1.bn2", "layer1.relu_1"}),
         (["layer1.relu_1"], {"layer1.relu_1"}),
-        (["input", "layer2", "stem"], {"input", "stem.1", "layer2.relu", "layer2.relu_1"}),
-        (["layer2", "layer2.relu"], {"layer2.relu", "layer2.relu_1"}),
+        (["input", "layer2", "stem"], {"input", "stem.1", "layer2.relu", "layer2.bn2", "layer2.relu_1"}),
+        (["layer2", "layer2.relu"], {"layer2.relu", "layer2.bn2", "layer2.relu_1"}),
         ((name for name in ("pool", "pool")), {"pool"}),
         ([], set()),
     ],

@@ -27,6 +27,8 @@ from lq import QuantizationCallback
         ({"calibrator": "percentile:high"}, r"'high' is no number"),
         ({"calibrator": "percentile:101"}, r"percentile=101.0 must be in"),
         ({"mode": "qat", "calibrator": "mse"}, r"calibrator='mse' is not for mode='qat'"),
+        ({"export": "onnx"}, r"export='onnx' must be a list, with elements of 'pt2', 'aoti', 'onnx'"),
+        ({"export": ["tflite"]}, r"export=\['tflite'\] must be a list"),
         ({"calibration_samples": 0}, r"calibration_samples=0 must be at least 1"),
         ({"calibration_batches": 0}, r"calibration_batches=0 must be at least 1"),
         ({"observer_freeze": 1.5}, r"observer_freeze=1\.5 must be a share"),

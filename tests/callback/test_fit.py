@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from callback.classifiers import Configured, DictBatches, Direct, TwoParts, Wrapped, dict_loader, images, loader
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -249,3 +249,57 @@ def test_pytorch_lightning_trainer(tmp_path: Path) -> None:
     trainer.fit(Module(), loader(), loader())
     assert callback.result is not None
     assert "val_acc" in callback.result.int8_side.metrics
+
+
+class _Described(LightningDataModule):
+    """What the files say of the data comes from here."""
+
+    classes = ("ant", "bee", "cat", "dog")
+    mean = (0.5, 0.5, 0.5)
+    std = torch.tensor([0.25, 0.25, 0.25])
+
+    def train_dataloader(self) -> Any:
+        return loader()
+
+    def val_dataloader(self) -> Any:
+        return loader()
+
+
+@pytest.mark.parametrize("mode", ["ptq", "qat"])
+def test_export_on_request(mode: str, tmp_path: Path) -> None:
+    callback = quantization(tmp_path, mode=mode, export=["onnx", "pt2"])
+    model = Wrapped()
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(model, datamodule=_Described())
+    assert callback.result is not None
+    assert [Path(path).name for path in callback.result.exports] == ["int8.pt2", "int8.onnx"]
+    x, _ = images(8, seed=1)
+    expected = model(x)
+    for path in callback.result.exports:
+        loaded = lq.load(path)
+        assert loaded.metadata is not None
+        assert loaded.metadata.labels == _Described.classes
+        assert loaded.metadata.preprocessing == {"mean": [0.5] * 3, "std": [0.25] * 3}
+        assert ((loaded(x) - expected).abs() < 0.1 * expected.abs().max()).float().mean() > 0.9
+
+
+def test_an_export_that_fails_comes_after_everything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise lq.ExportMismatchError("the ONNX file differs")
+
+    monkeypatch.setattr("lq.export.export.to_onnx", fail)
+    callback, model = quantization(tmp_path, export=["onnx"]), Wrapped()
+    with pytest.raises(lq.ExportMismatchError, match="the ONNX file differs"):
+        fit(model, tmp_path, callback)
+    assert isinstance(model.model, Int8Module)
+    assert callback.result is not None
+    assert [Path(path).name for path in callback.result.exports] == ["int8.pt2"]
+    assert lq.load(callback.result.artifact)(images(2)[0]).shape == (2, 4)

@@ -83,16 +83,25 @@ def test_resnet18_unmodified_and_in_eager_style(add_relu: bool) -> None:
     assert len(report.int8_layers) == 21
     assert [layer.name for layer in report.float_layers] == ["avgpool"]
     assert [layer.name for layer in converted[1].report.int8_layers] == [layer.name for layer in report.int8_layers]
-    assert len(lq.quantizers(ours)) == len(lq.quantizers(eager)) == 22 + 21
+    for model in (ours, eager):
+        found = lq.quantizers(model).values()
+        assert sum(quantizer.rounds for quantizer in found) == 22 + 21
+        assert len(found) == 22 + 21 + 8  # the convolutions in front of the eight sums are watched
     assert torch.equal(converted[0](x), converted[1](x))
 
 
 def test_names_and_places_of_quantizers() -> None:
-    names = lq.quantizers(lq.prepare(Residual(), X)).keys()
+    quantizers = lq.quantizers(lq.prepare(Residual(), X))
     weights = {f"{layer}.weight" for layer in ("stem", "conv1", "conv2", "down.0", "fc")}
     # Not: what the max-pool and flatten pass on, the sum's own convolution, the classifier's output.
     activations = {"x", "relu", "relu_1", "bn2", "relu_2", "avgpool"}
-    assert names == weights | activations
+    assert {name for name, quantizer in quantizers.items() if quantizer.rounds} == weights | activations
+    # The sum's own convolution, which other targets quantize, is watched.
+    assert quantizers.keys() - weights - activations == {"down.1"}
+    # They do quantize it, and everything else as well.
+    everywhere = lq.quantizers(lq.prepare(Residual(), X, target="onnxruntime"))
+    assert everywhere.keys() == quantizers.keys()
+    assert all(quantizer.rounds for quantizer in everywhere.values())
 
 
 def test_copies_are_independent() -> None:
