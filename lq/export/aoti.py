@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._inductor import aoti_compile_and_package
@@ -16,7 +17,7 @@ from torch.export import ExportedProgram
 from lq.graph.qdq import DEQUANTIZE_WEIGHT, lookup
 from lq.int8 import Int8Module
 from lq.metadata import KEY, Metadata
-from lq.runtime.onednn import weight_for_this_cpu
+from lq.runtime.onednn import conv_settings, is_racy, weight_for_this_cpu
 
 
 class CompilerError(RuntimeError):
@@ -41,7 +42,8 @@ def _quiet() -> Iterator[None]:
 
 
 def for_this_cpu(model: Int8Module) -> Int8Module:
-    """``model`` with weights that this CPU's kernels can take without overflow; itself where it has them already."""
+    """``model`` as this CPU's kernels compute it right: with weights that their sums cannot overflow with, and without
+    the convolutions that :func:`lq.runtime.onednn.is_racy` knows; itself where it is like that already."""
     adjusted = copy.deepcopy(model)
     changed = False
     for node in adjusted.graph.nodes:
@@ -51,7 +53,25 @@ def for_this_cpu(model: Int8Module) -> Int8Module:
             for old, new in zip(before, weight_for_this_cpu(*before), strict=True):
                 changed |= old is not new
                 old.copy_(new)
+        elif node.op == "call_function" and node.target is torch.ops.aten.conv2d.default:
+            changed |= _subsample_first(adjusted, node)
     return adjusted if changed else model
+
+
+def _subsample_first(model: Int8Module, node: Any) -> bool:
+    """Let a convolution that is not to be trusted with its stride read every so manieth pixel instead."""
+    stride, padding, *settings = conv_settings(node)
+    dequantize, weight = node.args[:2]
+    if DEQUANTIZE_WEIGHT is not weight.target or not is_racy(lookup(model, weight.args[0].target), stride, padding):
+        return False
+    slice_tensor = torch.ops.aten.slice.Tensor
+    with model.graph.inserting_before(node):
+        integers = dequantize.args[0]
+        for axis, step in zip((2, 3), stride, strict=True):
+            integers = model.graph.call_function(slice_tensor, (integers, axis, 0, torch.iinfo(torch.int64).max, step))
+        sampled = model.graph.call_function(dequantize.target, (integers, *dequantize.args[1:]))
+    node.args = (sampled, *node.args[1:3], [1, 1], padding, *settings)
+    return True
 
 
 def write_package(program: ExportedProgram, metadata: Metadata, path: Path) -> None:

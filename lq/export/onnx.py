@@ -54,7 +54,7 @@ def to_onnx(
         int32_bias: whether biases are INT32.
 
     Raises:
-        ValueError: where torch's exporter cannot express the network in that opset.
+        ValueError: where torch's exporter cannot express the network, or does not know that opset.
     """
     onnx = import_onnx()
     names = [spec.name for spec in metadata.tensors]
@@ -68,6 +68,9 @@ def to_onnx(
         raise ValueError(f"the network cannot be exported to ONNX opset {opset}: {error}") from error
     assert exported is not None
     model = exported.model_proto
+    written = next(entry.version for entry in model.opset_import if entry.domain == "")
+    if written != opset:
+        raise ValueError(f"opset={opset} is none that torch's exporter writes here; it made opset {written} of it")
     _drop_debugging_information(model)
     _name_free_sizes(model)
     _rename_quantized(model, sites)

@@ -273,8 +273,8 @@ class _Lowering:
             common = (x, x_grid.scale, x_grid.zero_point, packed, scales, zeros)
             args = (*common, bias_node, *output, unary, unary_args, "")
             return self.graph.call_function(onednn.qlinear_pointwise.default, args)
-        stride, padding, dilation, groups = _conv_settings(op)
-        if op.target is aten.conv2d.default and _is_racy(weight, stride, padding):
+        stride, padding, dilation, groups = conv_settings(op)
+        if op.target is aten.conv2d.default and is_racy(weight, stride, padding):
             x, stride = self.graph.call_function(subsample, (x, stride)), [1, 1]
         packed_weight = onednn.qconv_prepack(
             weight, scale, x_grid.scale, x_grid.zero_point, stride, padding, dilation, groups, None
@@ -323,7 +323,7 @@ class _Lowering:
         return node
 
 
-def _is_racy(weight: Tensor, stride: list[int], padding: list[int]) -> bool:
+def is_racy(weight: Tensor, stride: list[int], padding: list[int]) -> bool:
     """Whether oneDNN's strided 1x1 kernel is not to be trusted with this convolution.
 
     Its AVX2 form gives different, wrong sums from call to call where several threads run it and the input channels are
@@ -332,7 +332,7 @@ def _is_racy(weight: Tensor, stride: list[int], padding: list[int]) -> bool:
     return tuple(weight.shape[2:]) == (1, 1) and max(stride) > 1 and not any(padding) and weight.shape[1] % 16 != 0
 
 
-def _conv_settings(op: Any) -> tuple[list[int], list[int], list[int], int]:
+def conv_settings(op: Any) -> tuple[list[int], list[int], list[int], int]:
     dims = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}[op.target]
     defaults: tuple[Any, ...] = ([1] * dims, [0] * dims, [1] * dims, 1)
     given = tuple(op.args[3:])

@@ -51,6 +51,16 @@ class Residual(nn.Module):
         return self.fc(torch.flatten(self.avgpool(out), 1))
 
 
+class WideResidual(Residual):
+    """The same with 16 channels: oneDNN's strided 1x1 convolution is not to be trusted with less, in any engine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv1 = nn.Conv2d(16, 16, 3, stride=2, padding=1, bias=False)
+        self.down = nn.Sequential(nn.Conv2d(16, 16, 1, stride=2, bias=False), nn.BatchNorm2d(16))
+
+
 class SharedResidual(nn.Module):
     """The sum's operand is read again behind the sum: a kernel that adds in place must not destroy it."""
 

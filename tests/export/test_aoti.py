@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,6 @@ def test_it_computes_what_the_network_does(network: lq.Int8Module, package: Path
 
 
 def test_int8_kernels_are_in_it(package: Path) -> None:
-    import zipfile
-
     with zipfile.ZipFile(package) as archive:
         code = b"".join(archive.read(name) for name in archive.namelist() if name.endswith((".cpp", ".so")))
     assert code.count(b"qconv") > 0

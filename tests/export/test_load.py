@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 from callback.classifiers import Wrapped, loader
-from core.networks import Residual, randomize_batch_norm
+from core.networks import WideResidual, randomize_batch_norm
 from lightning.pytorch import Trainer
 from onnx import TensorProto, helper
 
@@ -26,7 +26,7 @@ RUNTIMES = {"torch": "int8.pt2", "onnxruntime": "int8.onnx", "openvino": "int8.o
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    model = randomize_batch_norm(Residual()).eval()
+    model = randomize_batch_norm(WideResidual()).eval()
     lq.calibrate(lq.prepare(model, X, target="x86_avx2"), [X])
     folder = tmp_path_factory.mktemp("files")
     for name in ("int8.pt2", "int8.onnx"):
@@ -113,9 +113,9 @@ def test_exporting_without_the_extra(tmp_path: Path, folder: Path, monkeypatch: 
     with pytest.raises(lq.MissingRuntimeError, match=r"needs onnx and onnxscript .*pip install 'lq\[onnx\]'"):
         lq.export(int8, tmp_path / "int8.onnx")
     callback = lq.QuantizationCallback(export=["onnx"], output_dir=str(tmp_path))
-    trainer = Trainer(accelerator="cpu", callbacks=[callback], logger=False, enable_checkpointing=False)
+    trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=[callback], logger=False, enable_checkpointing=False)
     with pytest.raises(lq.MissingRuntimeError, match="needs onnx and onnxscript"):  # and not after hours of training
-        trainer.fit(Wrapped(), loader())
+        trainer.fit(Wrapped(), loader(), loader())
     assert list(tmp_path.iterdir()) == []
 
 
