@@ -1,5 +1,7 @@
 """Lightning Quantization: a float PyTorch Lightning image classifier to INT8, with one callback."""
 
+from typing import TYPE_CHECKING, Any
+
 from lq.calibration import (
     CalibrationError,
     CalibratorComparison,
@@ -11,7 +13,6 @@ from lq.calibration import (
     recalibrate,
     save_statistics,
 )
-from lq.callback import QuantizationCallback, QuantizationResult
 from lq.convert import FoldError, convert
 from lq.export import CompilerError, ExportMismatchError, ExportResult, Verification, export
 from lq.graph.tracing import CaptureError
@@ -24,6 +25,9 @@ from lq.runtime.inference import InferenceModel, MissingRuntimeError
 from lq.runtime.load import load
 from lq.spec import QuantSpec
 from lq.targets import TARGETS, Target
+
+if TYPE_CHECKING:
+    from lq.callback import QuantizationCallback, QuantizationResult
 
 __all__ = [
     "TARGETS",
@@ -64,3 +68,12 @@ __all__ = [
     "save_statistics",
     "unprepare",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs Lightning is imported when it is asked for: a process that only runs a model need not wait for it."""
+    if name in ("QuantizationCallback", "QuantizationResult"):
+        from lq import callback
+
+        return getattr(callback, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor import aoti_compile_and_package
 from torch.export import ExportedProgram
 
 from lq.graph.qdq import DEQUANTIZE_WEIGHT, lookup
@@ -81,8 +80,10 @@ def write_package(program: ExportedProgram, metadata: Metadata, path: Path) -> N
         CompilerError: where that fails; mostly for want of a C++ compiler.
     """
     with _quiet():
+        # Imported here because they take seconds, and only this needs them.
         # Registers Inductor's INT8 passes: without them nothing fuses, and INT8 is slower than float by far.
         import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
+        from torch._inductor import aoti_compile_and_package
 
         settings = {
             "freezing": True,  # weights are packed for the kernels now and not in each process

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torchvision
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -96,7 +95,6 @@ _FUNCTIONS: dict[Callable[..., Any], OpKind] = {
     F.avg_pool2d: OpKind.AVG_POOL,
     F.adaptive_avg_pool2d: OpKind.AVG_POOL,
     torch.mean: OpKind.AVG_POOL,
-    torchvision.ops.stochastic_depth: OpKind.IDENTITY,  # the graph that is analysed is the one of eval mode
     F.dropout: OpKind.IDENTITY,
     F.dropout2d: OpKind.IDENTITY,
 }
@@ -134,6 +132,9 @@ _METHODS: dict[str, OpKind] = {
 }
 
 
+#: By name: torchvision takes seconds to import, and where this function is in a graph it was imported.
+_STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth.stochastic_depth"
+
 _INPLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
@@ -161,6 +162,8 @@ def classify(node: fx.Node, root: nn.Module) -> OpKind:
         return OpKind.OTHER
     if node.op == "call_function":
         kind = _FUNCTIONS.get(node.target, OpKind.OTHER)  # type: ignore[arg-type]
+        if _qualified_name(node.target) == _STOCHASTIC_DEPTH:
+            kind = OpKind.IDENTITY  # the graph that is analysed is the one of eval mode
     elif node.op == "call_method":
         kind = _METHODS.get(str(node.target), OpKind.OTHER)
     else:
@@ -170,6 +173,10 @@ def classify(node: fx.Node, root: nn.Module) -> OpKind:
     if kind is OpKind.IDENTITY and argument(node, 3 if "stochastic" in str(node.target) else 2, "training", True):
         return OpKind.OTHER
     return kind
+
+
+def _qualified_name(function: Any) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__name__', '')}"
 
 
 def _is_plain_add(node: fx.Node) -> bool:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._inductor import aoti_load_package
 
 from lq.metadata import KEY, Metadata
 from lq.runtime.cpu import torch_threads
@@ -20,6 +19,8 @@ class AotiModel(InferenceModel):
     runtime = "aoti"
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
+        from torch._inductor import aoti_load_package  # takes a second, which other runtimes need not wait for
+
         try:
             self._package = aoti_load_package(str(path))
             metadata = Metadata.from_json(self._package.loader.get_metadata()[KEY])  # type: ignore[attr-defined]

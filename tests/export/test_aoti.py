@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor
 from core.networks import Residual, randomize_batch_norm
 
 import lq
-from lq.export import aoti
 
 X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -89,7 +89,7 @@ def test_a_compiler_that_fails(network: lq.Int8Module, tmp_path: Path, monkeypat
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("g++: command not found")
 
-    monkeypatch.setattr(aoti, "aoti_compile_and_package", fail)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
     with pytest.raises(lq.CompilerError, match=r"g\+\+: command not found\nIt needs a C\+\+ compiler"):
         lq.export(network, tmp_path / "int8.pt2", format="aoti")
     assert list(tmp_path.iterdir()) == []
