@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from lq.graph.analysis import GraphAnalysis
-from lq.graph.folding import fold
+from lq.graph.folding import fold, round_bias
 from lq.graph.ops import OpKind, WeightedOp, argument, clamp_bounds, classify, module_of
 from lq.graph.placement import Chain, Sum, site, source_of
 from lq.graph.qdq import DEQUANTIZE_BUFFER, DEQUANTIZE_WEIGHT, QUANTIZE_BUFFER, lookup
@@ -212,7 +212,12 @@ class _Emitter:
         norm = None if chain.batch_norm is None else module_of(chain.batch_norm, self.module)
         quantizer = None if self.quantizers is None else self.quantizers[chain.weight_key]
         folded = fold(weight, bias, norm, quantizer)
-        bias_node = None if folded.bias is None else self._buffer(f"{chain.name}.bias", folded.bias)
+        folded_bias = folded.bias
+        if folded_bias is not None and folded.weight_scale is not None and chain.op.input in self.integers:
+            assert self.quantizers is not None
+            input_scale = self.quantizers[self.integers[chain.op.input][1]].scale
+            folded_bias = round_bias(folded_bias, input_scale, folded.weight_scale)
+        bias_node = None if folded_bias is None else self._buffer(f"{chain.name}.bias", folded_bias)
         if quantizer is None or folded.weight_int is None or folded.weight_scale is None:
             return self._buffer(f"{chain.name}.weight", folded.weight.contiguous()), bias_node
         spec = quantizer.spec

@@ -71,3 +71,16 @@ def fold(weight: Tensor, bias: Tensor | None, norm: nn.Module | None, quantizer:
     scale = (quantizer.scale.double() * factor.abs()).to(dtype)
     scale = torch.where(scale > 0, scale, torch.full_like(scale, SCALE_EPS))
     return FoldedLayer(folded_weight, out_bias, weight_int, scale)
+
+
+def round_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """``bias`` rounded to multiples of ``input_scale * weight_scale``, as the engines that add it to their sums of
+    integers do (Jacob et al. 2018, section 2.4): every engine then has the same bias, in float or as int32.
+
+    Args:
+        bias: float32, shape ``(O,)``.
+        input_scale: shape ``()``.
+        weight_scale: shape ``(O,)``.
+    """
+    step = input_scale.double() * weight_scale.double()
+    return (torch.round(bias.double() / step) * step).to(bias.dtype)
