@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from lq.callback.batches import validation_dataloaders
+from lq.quiet import quiet
 
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No lines about GPUs and worker counts: the user has read them when training began."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+#: Lines about GPUs and worker counts, which the user has read when training began.
+_REPEATED = ("lightning.pytorch", "pytorch_lightning", "lightning.fabric")
 
 
 def _trainer_class(trainer: Any) -> type[Any]:
@@ -47,8 +31,8 @@ def evaluate(trainer: Any, pl_module: Any) -> dict[str, float]:
     dataloaders = validation_dataloaders(trainer)
     if dataloaders is None or not _is_overridden("validation_step", pl_module):
         return {}
-    with _quiet():
-        quiet = _trainer_class(trainer)(
+    with quiet(*_REPEATED):
+        judge = _trainer_class(trainer)(
             accelerator=type(trainer.accelerator).__name__.removesuffix("Accelerator").lower(),
             devices=1,
             logger=False,
@@ -58,7 +42,7 @@ def evaluate(trainer: Any, pl_module: Any) -> dict[str, float]:
             limit_val_batches=trainer.limit_val_batches,
         )
         try:
-            results = quiet.validate(pl_module, dataloaders=dataloaders, verbose=False)
+            results = judge.validate(pl_module, dataloaders=dataloaders, verbose=False)
         finally:
             pl_module.trainer = trainer
     return {name: float(value) for result in results for name, value in result.items()}

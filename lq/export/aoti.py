@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +12,12 @@ from torch.export import ExportedProgram
 from lq.graph.qdq import DEQUANTIZE_WEIGHT, lookup
 from lq.int8 import Int8Module
 from lq.metadata import KEY, Metadata
+from lq.quiet import quiet
 from lq.runtime.onednn import conv_settings, is_racy, weight_for_this_cpu
 
 
 class CompilerError(RuntimeError):
     """AOTInductor could not compile the network."""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    loggers = [
-        logging.getLogger(name) for name in ("torch.utils._pytree", "torch.utils.cpp_extension", "torch._inductor")
-    ]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def for_this_cpu(model: Int8Module) -> Int8Module:
@@ -79,7 +59,7 @@ def write_package(program: ExportedProgram, metadata: Metadata, path: Path) -> N
     Raises:
         CompilerError: where that fails; mostly for want of a C++ compiler.
     """
-    with _quiet():
+    with quiet("torch.utils._pytree", "torch.utils.cpp_extension", "torch._inductor"):
         # Imported here because they take seconds, and only this needs them.
         # Registers Inductor's INT8 passes: without them nothing fuses, and INT8 is slower than float by far.
         import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from torch.utils._pytree import tree_map
 from lq.graph.qdq import constant_qparams
 from lq.int8 import Int8Module
 from lq.metadata import KEY, Metadata
+from lq.quiet import quiet
 
 
 def example(value: Any) -> Any:
@@ -26,18 +24,8 @@ def example(value: Any) -> Any:
     return value.new_zeros((2, *value.shape[1:]) if value.dim() else ())
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # torch.export tells of every size that it found to be fixed; that is for the network to decide.
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx.experimental")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+#: They tell of every size that turned out to be fixed; that is for the network to decide.
+_TALKATIVE = ("torch.export", "torch._export", "torch.fx.experimental")
 
 
 def export_program(model: Int8Module, *, free_sizes: bool) -> ExportedProgram:
@@ -62,7 +50,7 @@ def export_program(model: Int8Module, *, free_sizes: bool) -> ExportedProgram:
     inputs = {name: tree_map(example, value) for name, value in model.example_inputs.items()}
     module = fx.GraphModule(model, constant_qparams(model.graph, model))
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet(*_TALKATIVE):
             return torch.export.export(
                 module,
                 tuple(inputs.values()),
