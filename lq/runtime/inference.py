@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -13,6 +14,18 @@ from lq.metadata import Metadata
 
 class MissingRuntimeError(ImportError):
     """The package of an optional runtime is not installed; the message names the extra."""
+
+
+def import_optional(package: str, title: str, extra: str) -> Any:
+    """A package that comes with an extra.
+
+    Raises:
+        MissingRuntimeError: where it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingRuntimeError(f"{title} is not installed; install it with: pip install 'lq[{extra}]'") from error
 
 
 class InferenceModel(ABC):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lq.runtime.inference import InferenceModel, MissingRuntimeError
+from lq.runtime.inference import InferenceModel, import_optional
 from lq.runtime.onnx_file import metadata_of, unreadable
 
 
@@ -19,11 +19,7 @@ def import_onnxruntime() -> Any:
     Raises:
         MissingRuntimeError: where it is not installed.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingRuntimeError("ONNX Runtime is not installed; install it with: pip install 'lq[onnx]'") from error
-    return onnxruntime
+    return import_optional("onnxruntime", "ONNX Runtime", "onnx")
 
 
 class OnnxRuntimeModel(InferenceModel):

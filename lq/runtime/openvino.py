@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lq.runtime.inference import InferenceModel, MissingRuntimeError
+from lq.runtime.inference import InferenceModel, import_optional
 from lq.runtime.onnx_file import metadata_of, unreadable
 
 _ONNX_TYPES = {"f32": "tensor(float)", "i64": "tensor(int64)", "i32": "tensor(int32)", "boolean": "tensor(bool)"}
@@ -24,11 +24,7 @@ def import_openvino() -> Any:
     Raises:
         MissingRuntimeError: where it is not installed.
     """
-    try:
-        import openvino
-    except ImportError as error:
-        raise MissingRuntimeError("OpenVINO is not installed; install it with: pip install 'lq[openvino]'") from error
-    return openvino
+    return import_optional("openvino", "OpenVINO", "openvino")
 
 
 class OpenVinoModel(InferenceModel):
