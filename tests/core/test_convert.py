@@ -41,7 +41,10 @@ def assert_on_the_same_grids(actual: Tensor, expected: Tensor) -> None:
 def test_simulation_is_the_prepared_model(name: str) -> None:
     model, int8 = quantized(networks()[name])
     int8.execution = "simulation"
-    assert_on_the_same_grids(int8(X), model(X))
+    off = (int8(X) - model(X)).abs() / model(X).abs().max()
+    # Biases lie on the grid of the sums: less than a step of 255 in the mean.
+    assert off.max() < 0.03
+    assert off.mean() < 1 / 255
     assert int8.report.fold_difference < 1e-4
 
 
@@ -173,7 +176,11 @@ def test_folding_keeps_the_integers(bias: bool) -> None:
     dequantized = state["0.weight"].float() * state["0.weight_scale"][:, None, None, None]
     step = state["0.weight_scale"].max()
     torch.testing.assert_close(dequantized, folded, atol=0.51 * step.item(), rtol=0)
-    torch.testing.assert_close(state["0.bias"], folded_bias)
+    # The bias lies on the grid of the sums of products, where an engine adds it as an integer.
+    step = state["input.scale"] * state["0.weight_scale"]
+    assert ((state["0.bias"] - folded_bias).abs() <= 0.51 * step + 1e-6).all()
+    multiples = state["0.bias"].double() / step.double()
+    torch.testing.assert_close(multiples, multiples.round(), atol=1e-2, rtol=1e-6)
 
 
 def test_a_fold_that_changes_the_model_is_refused() -> None:
