@@ -13,6 +13,7 @@ from lq.graph.qdq import DEQUANTIZE_WEIGHT, lookup
 from lq.int8 import Int8Module
 from lq.metadata import KEY, Metadata
 from lq.quiet import quiet
+from lq.runtime.cpu import has_onednn_int8
 from lq.runtime.onednn import conv_settings, is_racy, weight_for_this_cpu
 
 
@@ -23,6 +24,8 @@ class CompilerError(RuntimeError):
 def for_this_cpu(model: Int8Module) -> Int8Module:
     """``model`` as this CPU's kernels compute it right: with weights that their sums cannot overflow with, and without
     the convolutions that :func:`lq.runtime.onednn.is_racy` knows; itself where it is like that already."""
+    if not has_onednn_int8():
+        return model
     adjusted = copy.deepcopy(model)
     changed = False
     for node in adjusted.graph.nodes:

@@ -31,7 +31,6 @@ from lq.int8 import Int8Module
 from lq.metadata import Metadata, TensorSpec, dtype_name, package_version
 from lq.modes import evaluating
 from lq.prepare import example_arguments, is_prepared, prepared_forward
-from lq.runtime.cpu import has_onednn_int8, has_vnni
 from lq.runtime.load import installed_runtimes, load
 from lq.runtime.onnxruntime import import_onnxruntime
 from lq.targets import Target, get_target
@@ -283,12 +282,12 @@ def _write(
 def _judge(found: Verification, int8: Int8Module) -> None:
     if found.relative_difference <= OUTPUT_TOLERANCE:
         return
-    if found.runtime in ("onnxruntime", "openvino") and has_onednn_int8() and not has_vnni():
+    if found.runtime in ("onnxruntime", "openvino") and for_this_cpu(int8) is not int8:
         # The file as it is written was checked already: what differs are the kernels of this CPU.
         warnings.warn(
-            f"lq: {found}. This CPU has no VNNI instructions, and the engine's INT8 kernels sum in 16 bits, which "
-            f"8-bit weights overflow. The file is right; to deploy it on such CPUs, calibrate or train for "
-            f"target='x86_avx2'",
+            f"lq: {found}. The file is right, but INT8 kernels of this CPU are not with it: without VNNI they sum in "
+            f"16 bits, which 8-bit weights overflow, or they take a strided 1x1 convolution with a number of input "
+            f"channels that is no multiple of 16. Against the first, calibrate or train for target='x86_avx2'",
             stacklevel=2,
         )
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
+from lq.runtime.cpu import has_vnni
 
 export_module = importlib.import_module("lq.export.export")
 
@@ -340,3 +342,17 @@ def test_bad_arguments(files: Files, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="have no range yet"):
         lq.export(lq.prepare(WideResidual(), X), tmp_path / "int8.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(has_vnni(), reason="this CPU's kernels do not overflow")
+def test_8_bit_weights_on_a_cpu_without_vnni(tmp_path: Path) -> None:
+    """The file is right and stays; that this machine's engines overflow with it is said."""
+    model = randomize_batch_norm(WideResidual()).eval()
+    x = X + 5  # one sign: nothing cancels in the sums
+    lq.calibrate(lq.prepare(model, x, target="onnxruntime"), [x])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = lq.export(model, tmp_path / "int8.onnx")
+    off = [found for found in result.verifications if found.relative_difference > 0.1]
+    assert len([w for w in caught if "16 bits, which 8-bit weights overflow" in str(w.message)]) == len(off)
+    assert result.path.exists()
