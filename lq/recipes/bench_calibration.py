@@ -4,8 +4,8 @@ python -m lq.recipes.bench_calibration              both networks, 25 rounds
 python -m lq.recipes.bench_calibration rounds=5 networks=[resnet18]
 
 Two cores of an AMD EPYC (Zen 3), PyTorch 2.15, against the float forward, smallest and largest median of the runs:
-resnet18, 128 images of 32x32, 3 runs: min/max 1.03 to 1.05, histogram 1.09 to 1.11, torch.ao 1.56 to 1.67;
-resnet50, 16 images of 224x224, 2 runs: min/max 1.00 to 1.10, histogram 0.98 to 1.14, torch.ao 2.2 to 2.4.
+resnet18, 128 images of 32x32, 5 runs: min/max 1.02 to 1.09, histogram 1.09 to 1.15, torch.ao 1.55 to 1.67;
+resnet50, 16 images of 224x224, 3 runs: min/max 1.00 to 1.10, histogram 0.98 to 1.14, torch.ao 2.0 to 2.4.
 """
 
 from __future__ import annotations
