@@ -63,8 +63,8 @@ def write_package(program: ExportedProgram, metadata: Metadata, path: Path) -> N
         CompilerError: where that fails; mostly for want of a C++ compiler.
     """
     with quiet("torch.utils._pytree", "torch.utils.cpp_extension", "torch._inductor"):
-        # Imported here because they take seconds, and only this needs them.
-        # Registers Inductor's INT8 passes: without them nothing fuses, and INT8 is slower than float by far.
+        # Both take seconds to import, and only this needs them. The first registers Inductor's INT8 passes: without
+        # them nothing fuses, and INT8 is slower than float by far.
         import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
         from torch._inductor import aoti_compile_and_package
 

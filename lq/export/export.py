@@ -22,6 +22,7 @@ from lq.export.verify import (
     ExportMismatchError,
     Verification,
     check_onnx,
+    check_program,
     compare,
     simulated,
 )
@@ -33,6 +34,7 @@ from lq.modes import evaluating
 from lq.prepare import example_arguments, is_prepared, prepared_forward
 from lq.runtime.load import installed_runtimes, load
 from lq.runtime.onnxruntime import import_onnxruntime
+from lq.runtime.program import load_program
 from lq.targets import Target, get_target
 
 Format = Literal["pt2", "aoti", "onnx"]
@@ -119,10 +121,13 @@ def export(
         _check_json(preprocessing)
     int8 = _network(model, chosen, target)
     ensure_writable_dir(path.parent, "path")
+    if chosen == "aoti":
+        int8 = for_this_cpu(int8)
     inputs = _samples(int8, samples)
-    metadata = _metadata(int8, inputs, labels, preprocessing, sizes_are_free=chosen == "pt2")
     with torch.no_grad():
-        return _write(int8, path, chosen, metadata, inputs, opset, verify)
+        simulation = simulated(int8, inputs)
+        metadata = _metadata(int8, simulation[0], labels, preprocessing, sizes_are_free=chosen == "pt2")
+        return _write(int8, path, chosen, metadata, inputs, simulation, opset, verify)
 
 
 def check_dependencies(format: Format, *, verify: bool = True) -> None:
@@ -201,7 +206,7 @@ def _samples(int8: Int8Module, samples: Any) -> dict[str, Any]:
 
 def _metadata(
     int8: Int8Module,
-    inputs: Mapping[str, Any],
+    outputs: Any,
     labels: Sequence[str] | None,
     preprocessing: Mapping[str, Any] | None,
     *,
@@ -215,9 +220,10 @@ def _metadata(
         name = "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
         shape = [None if axis == 0 or (sizes_are_free and axis != 1) else n for axis, n in enumerate(value.shape)]
         tensors.append(TensorSpec(name, tuple(shape), dtype_name(value.dtype)))
-    expected, _ = simulated(int8, inputs)
-    _, out_spec = pytree.tree_flatten(expected)
-    earlier = int8.metadata
+    _, out_spec = pytree.tree_flatten(outputs)
+    if int8.metadata is not None:  # it comes from a file, which says what the caller does not
+        labels = int8.metadata.labels if labels is None else labels
+        preprocessing = int8.metadata.preprocessing if preprocessing is None else preprocessing
     return Metadata(
         lq=package_version(),
         target="" if int8.report is None else int8.report.target,
@@ -225,12 +231,8 @@ def _metadata(
         tensors=tuple(tensors),
         in_spec=pytree.treespec_dumps(in_spec),
         out_spec=pytree.treespec_dumps(out_spec),
-        labels=tuple(labels) if labels is not None else None if earlier is None else earlier.labels,
-        preprocessing=preprocessing
-        if preprocessing is not None
-        else None
-        if earlier is None
-        else earlier.preprocessing,
+        labels=None if labels is None else tuple(labels),
+        preprocessing=preprocessing,
         report=None if int8.report is None else int8.report.to_dict(),
     )
 
@@ -248,13 +250,13 @@ def _write(
     format: Format,
     metadata: Metadata,
     inputs: dict[str, Any],
+    simulation: tuple[Any, list[Tensor]],
     opset: int,
     verify: bool,
 ) -> ExportResult:
     verifications: list[Verification] = []
-    network = for_this_cpu(int8) if format == "aoti" else int8
-    expected, integers = simulated(network, inputs)
-    program = export_program(network, free_sizes=format == "pt2")
+    expected, integers = simulation
+    program = export_program(int8, free_sizes=format == "pt2")
 
     def write(beside: Path) -> None:
         if format == "pt2":
@@ -269,7 +271,9 @@ def _write(
                 check_onnx(model, sites, integers, expected, metadata.flatten((), inputs))
             write_onnx(model, beside)
         if verify:
-            for runtime in ("torch",) if format == "pt2" else installed_runtimes(format):
+            if format == "pt2":
+                check_program(load_program(beside), inputs, expected)
+            for runtime in installed_runtimes(format):
                 loaded = load(beside, runtime)
                 found = compare(runtime, loaded(**inputs), expected)
                 _judge(found, int8)
@@ -282,7 +286,7 @@ def _write(
 def _judge(found: Verification, int8: Int8Module) -> None:
     if found.relative_difference <= OUTPUT_TOLERANCE:
         return
-    if found.runtime in ("onnxruntime", "openvino") and for_this_cpu(int8) is not int8:
+    if found.runtime != "aoti" and for_this_cpu(int8) is not int8:
         # The file as it is written was checked already: what differs are the kernels of this CPU.
         warnings.warn(
             f"lq: {found}. The file is right, but INT8 kernels of this CPU are not with it: without VNNI they sum in "

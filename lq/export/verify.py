@@ -24,7 +24,8 @@ OUTPUT_TOLERANCE = 0.1
 #: lie next to the middle between two may round to either.
 LAYER_TOLERANCE = 0.05
 
-#: The same of the outputs, where the last layer reads the same integers, as a share of the outputs.
+#: Largest difference of the outputs, root mean square, as a share of the outputs', where the same operators compute
+#: them from the same inputs.
 FLOAT_TOLERANCE = 1e-3
 
 
@@ -88,6 +89,18 @@ def simulated(model: Int8Module, inputs: Mapping[str, Any]) -> tuple[Any, list[T
     integers = [values[node] for node in graph.nodes if node.target is QUANTIZE]
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     return values[output], integers
+
+
+def check_program(loaded: Int8Module, inputs: Mapping[str, Any], outputs: Any) -> None:
+    """Compare what a ``.pt2`` program computes as it is written, which takes no kernels, with what the simulation does.
+
+    Raises:
+        ExportMismatchError: where they differ.
+    """
+    loaded.execution = "simulation"
+    found = compare("the .pt2 file", loaded(**inputs), outputs)
+    if found.relative_difference > FLOAT_TOLERANCE:
+        raise ExportMismatchError(f"the .pt2 file differs from the INT8 network: {found}")
 
 
 def check_onnx(model: Any, names: list[str], expected: list[Tensor], outputs: Any, inputs: list[Tensor]) -> None:

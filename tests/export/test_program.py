@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import zipfile
@@ -151,4 +152,14 @@ def test_a_network_that_cannot_be_exported_leaves_no_file(tmp_path: Path) -> Non
     lq.calibrate(lq.prepare(model, X), [X])
     with pytest.raises(ValueError, match="the network cannot be exported"):
         lq.export(lq.convert(model), tmp_path / "int8.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("lq.export.export")
+    right, other = module.export_program, quantized()
+    other.get_buffer("conv2.bias").add_(1.0)
+    monkeypatch.setattr(module, "export_program", lambda model, **kwargs: right(other, **kwargs))
+    with pytest.raises(lq.ExportMismatchError, match=r"the \.pt2 file differs from the INT8 network: .*RMS"):
+        lq.export(quantized(), tmp_path / "int8.pt2")
     assert list(tmp_path.iterdir()) == []
