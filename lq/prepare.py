@@ -42,6 +42,8 @@ class PreparedForward(CapturedForward):
         analysis: the float module's graph.
         sites: see :class:`~lq.graph.captured.CapturedForward`.
         target: the engine family the quantizers were placed for.
+        mode: ``"ptq"`` or ``"qat"``.
+        observer: statistics of the activations.
         inputs: example inputs by name; conversion runs the folded model on them.
         settings: the forward's other arguments.
     """
@@ -52,11 +54,15 @@ class PreparedForward(CapturedForward):
         analysis: GraphAnalysis,
         sites: Mapping[str, str],
         target: Target,
+        mode: Mode,
+        observer: str,
         inputs: Mapping[str, Any],
         settings: Mapping[str, Any],
     ) -> None:
         super().__init__(module, analysis.traced, sites)
         self.target = target
+        self.mode: Mode = mode
+        self.observer = observer
         self.inputs = dict(inputs)
         self.settings = dict(settings)
 
@@ -212,7 +218,7 @@ def prepare(
             quantizer = tree[chain.weight_key]
             assert isinstance(quantizer, WeightQuantizer)
             chain.op.module.forward = WeightQuantizedForward(chain.op.module, quantizer)
-    model.forward = PreparedForward(model, analysis, sites, resolved, inputs, settings)
+    model.forward = PreparedForward(model, analysis, sites, resolved, mode, observer, inputs, settings)
     if mode == "qat":
         set_state(model, QuantizerState.OBSERVE | QuantizerState.FAKE_QUANTIZE)
     return model

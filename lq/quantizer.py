@@ -52,7 +52,8 @@ class Quantizer(nn.Module):
         self.state = QuantizerState.OFF
         self.calibrated = False
         low, _ = observer.range()
-        self.register_buffer("scale", torch.ones_like(low))
+        # 0, which no range gives, until there is one: averages of models (EMA) carry buffers and no flags.
+        self.register_buffer("scale", torch.zeros_like(low))
         self.register_buffer("zero_point", torch.zeros_like(low, dtype=torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,13 +94,22 @@ class Quantizer(nn.Module):
         high = (self.spec.quant_max - self.zero_point) * self.scale
         return low, high
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        # A model in 16 bits (``.half()``, "true" half precision) has ranges in float32 all the same.
+        def without_cast(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(without_cast, recurse)
+        return self
+
     def get_extra_state(self) -> Tensor:
         return torch.tensor([int(self.state), int(self.calibrated), *str(self.calibrator).encode()], dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         flags, calibrated, *name = state.tolist()
         self.state = QuantizerState(flags)
-        self.calibrated = bool(calibrated)
+        self.calibrated = bool(calibrated) or bool((self.scale > 0).any())
         if bytes(name).decode() != str(self.calibrator):  # else it may have parameters that its name does not tell
             with suppress(ValueError):  # one of the user's own has no name to find it by: the one that is here stays
                 self.calibrator = get_calibrator(bytes(name).decode())

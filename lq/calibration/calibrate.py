@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lq.calibration.comparison import CalibratorComparison, choose_calibrator
 from lq.calibration.error import CalibrationError
 from lq.calibration.recalibrate import recalibrate
 from lq.calibrators import CALIBRATORS, Calibrator, default_calibrator, get_calibrator
+from lq.distributed import agreed, world_size
 from lq.modes import evaluating
 from lq.prepare import activation_quantizers, prepared_forward, quantizers, set_state, simulate
 from lq.progress import progress_bar
@@ -105,17 +105,18 @@ def calibrate_and_compare(
             candidate.check(quantizer.observer)
     held_out: list[Any] = []
     with observing(model):
-        iterator = iter(batches)
-        first = next(iterator, None)
-        all_batches = itertools.chain([] if first is None else [first], iterator)
-        total = _expected_batches(batches, first, num_batches, num_samples)
-        limited = _limit(all_batches, num_batches, num_samples)
-        for index, batch in enumerate(progress_bar(limited, total, enabled=progress)):
-            if auto and index % _HELD_OUT_EVERY == 1 and len(held_out) < _MOST_HELD_OUT:
-                held_out.append(batch)
-            else:
-                run(batch)
-        if _world_size() > 1:
+        with agreed("calibrating"):
+            iterator = iter(batches)
+            first = next(iterator, None)
+            all_batches = itertools.chain([] if first is None else [first], iterator)
+            total = _expected_batches(batches, first, num_batches, num_samples)
+            limited = _limit(all_batches, num_batches, num_samples)
+            for index, batch in enumerate(progress_bar(limited, total, enabled=progress)):
+                if auto and index % _HELD_OUT_EVERY == 1 and len(held_out) < _MOST_HELD_OUT:
+                    held_out.append(batch)
+                else:
+                    run(batch)
+        if world_size() > 1:
             for quantizer in activation_quantizers(model).values():
                 quantizer.observer.all_reduce()
         _check_ranges(model)
@@ -216,7 +217,3 @@ def _default_forward(model: nn.Module) -> Callable[[Any], Any]:
         return model(batch)
 
     return run
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from lq.calibration.error import CalibrationError
 from lq.calibration.recalibrate import recalibrate
 from lq.calibrators import CALIBRATORS, Calibrator, get_calibrator
+from lq.distributed import agreed, world_size
 from lq.modes import evaluating
 from lq.prepare import activation_quantizers, quantizers, quantizers_off, simulate
 
@@ -127,25 +128,26 @@ def choose_calibrator(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> Ca
     Raises:
         CalibrationError: where the float outputs are not finite.
     """
-    with quantizers_off(model):
-        references = [_float_leaves(run()) for run in runs]
+    calibrators = [get_calibrator(name) for name in CALIBRATORS]
+    energies = torch.zeros(len(calibrators), 2, dtype=torch.float64)  # of the outputs, and of their errors
+    with agreed("comparing calibrators"):
+        with quantizers_off(model):
+            references = [_float_leaves(run()) for run in runs]
+        with _keeping_ranges(model):
+            for calibrator, energy in zip(calibrators, energies, strict=True):
+                recalibrate(model, calibrator)
+                for run, reference in zip(runs, references, strict=True):
+                    for y, y_int8 in zip(reference, _float_leaves(run()), strict=True):
+                        energy += torch.stack([y.square().sum(), (y - y_int8).square().sum()])
     scores = {}
-    with _keeping_ranges(model):
-        for calibrator in map(get_calibrator, CALIBRATORS):
-            recalibrate(model, calibrator)
-            signal, noise = torch.zeros(2, dtype=torch.float64).unbind()
-            for run, reference in zip(runs, references, strict=True):
-                for y, y_int8 in zip(reference, _float_leaves(run()), strict=True):
-                    signal += y.square().sum()
-                    noise += (y - y_int8).square().sum()
-            signal, noise = _sum_over_processes(torch.stack([signal, noise]), model)
-            if not torch.isfinite(signal):
-                raise CalibrationError(
-                    "the float model's outputs on held-out calibration batches have a NaN or an infinity in them; "
-                    "check the calibration data"
-                )
-            # INT8 outputs can be infinite (-inf dB) or NaN (as such, and worse than any) where those in float are not.
-            scores[str(calibrator)] = {SQNR: math.inf if noise == 0 else float(10 * torch.log10(signal / noise))}
+    for calibrator, (signal, noise) in zip(calibrators, _sum_over_processes(energies, model), strict=True):
+        if not torch.isfinite(signal):
+            raise CalibrationError(
+                "the float model's outputs on held-out calibration batches have a NaN or an infinity in them; "
+                "check the calibration data"
+            )
+        # INT8 outputs can be infinite (-inf dB) or NaN (as such, and worse than any) where those in float are not.
+        scores[str(calibrator)] = {SQNR: math.inf if noise == 0 else float(10 * torch.log10(signal / noise))}
     return CalibratorComparison(scores, {})
 
 
@@ -160,7 +162,7 @@ def _float_leaves(outputs: Any) -> list[Tensor]:
 
 
 def _sum_over_processes(values: Tensor, model: nn.Module) -> Tensor:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         # NCCL knows the GPU's tensors only.
         device = next((p.device for p in model.parameters()), values.device)
         values = values.float().to(device)

@@ -42,6 +42,12 @@ class QuantizerTree(nn.Module):
         assert isinstance(quantizer, Quantizer)
         return quantizer
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # The state of the float model says nothing of quantizers: they stay as they are, and nothing is missing.
+        if not any(key.startswith(prefix) for key in state_dict):
+            state_dict.update(self.state_dict(prefix=prefix))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
 
 class CapturedForward:
     """Stands in for the forward of a prepared module: runs the graph, with quantizers, of the mode it is in.

@@ -1,0 +1,56 @@
+"""Several processes: what they agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from torch import distributed as dist
+
+#: Longer than any conversion or evaluation that the others wait for; where a process dies its connections break.
+_PATIENCE = timedelta(days=7)
+
+
+def world_size() -> int:
+    """How many processes take part; 1 where ``torch.distributed`` is not in use."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextmanager
+def agreed(what: str) -> Iterator[None]:
+    """Leave the body together: every process waits for the others, and where one fails, all do.
+
+    Without this, a process that raises lets the others wait in their next collective operation until it times out.
+    All processes have to enter it, and the body must hold no collective operation that a failure would skip.
+
+    Args:
+        what: what the body does, for the message: ``"calibrating"``.
+
+    Raises:
+        RuntimeError: where the body went well here and failed in another process, with that one's error.
+    """
+    if world_size() == 1:
+        yield
+        return
+    # Waiting takes as long as the work of the slowest, which a GPU's collectives would give up on after minutes.
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    failure: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        said = None if failure is None else f"{type(failure).__name__}: {failure}"
+        everybody: list[str | None] = [None] * world_size()
+        try:
+            dist.all_gather_object(everybody, said, group=group)
+            dist.destroy_process_group(group)
+        except Exception:
+            if failure is None:
+                raise
+        failed = [(rank, error) for rank, error in enumerate(everybody) if error is not None]
+        if failure is None and failed:
+            rank, error = failed[0]
+            raise RuntimeError(f"{what} failed in process {rank}: {error}")
