@@ -27,7 +27,7 @@ from lq.spec import QuantSpec
 from lq.targets import TARGETS, Target
 
 if TYPE_CHECKING:
-    from lq.callback import QuantizationCallback, QuantizationResult
+    from lq.callback import QuantizationCallback, QuantizationResult, quantize_checkpoint
 
 __all__ = [
     "TARGETS",
@@ -61,6 +61,7 @@ __all__ = [
     "load",
     "load_statistics",
     "prepare",
+    "quantize_checkpoint",
     "quantizers",
     "ranges",
     "recalibrate",
@@ -72,7 +73,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """What needs Lightning is imported when it is asked for: a process that only runs a model need not wait for it."""
-    if name in ("QuantizationCallback", "QuantizationResult"):
+    if name in ("QuantizationCallback", "QuantizationResult", "quantize_checkpoint"):
         from lq import callback
 
         return getattr(callback, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 from torch import distributed as dist
 
@@ -34,7 +35,7 @@ def agreed(what: str) -> Iterator[None]:
         yield
         return
     # Waiting takes as long as the work of the slowest, which a GPU's collectives would give up on after minutes.
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
     failure: BaseException | None = None
     try:
         yield
@@ -50,7 +51,6 @@ def agreed(what: str) -> Iterator[None]:
         except Exception:
             if failure is None:
                 raise
-        failed = [(rank, error) for rank, error in enumerate(everybody) if error is not None]
-        if failure is None and failed:
-            rank, error = failed[0]
-            raise RuntimeError(f"{what} failed in process {rank}: {error}")
+        if failure is None and any(everybody):
+            rank, reason = next((rank, reason) for rank, reason in enumerate(everybody) if reason)
+            raise RuntimeError(f"{what} failed in process {rank}: {reason}")

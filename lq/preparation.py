@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lq.metadata import dtype_name
-from lq.prepare import M, prepare, prepared_forward
+from lq.prepare import M, PreparedForward, prepare
 from lq.spec import QuantSpec
 from lq.targets import Target
 
@@ -20,14 +20,15 @@ _PRIMITIVES = (bool, int, float, str, type(None))
 _TENSOR = "tensor"
 
 
-def describe_preparation(model: nn.Module) -> dict[str, Any]:
+def describe_preparation(forward: PreparedForward) -> dict[str, Any]:
     """What :func:`prepare_like` needs, as dicts, lists and primitives: no data, only their shapes.
 
+    Args:
+        forward: of a prepared module, see :func:`~lq.prepare.prepared_forward`.
+
     Raises:
-        ValueError: where ``model`` is not prepared.
-        TypeError: where its forward was given an argument that plain values cannot stand for.
+        TypeError: where the module was prepared with an argument that plain values cannot stand for.
     """
-    forward = prepared_forward(model)
     target = asdict(forward.target)
     for name in ("activation", "weight"):
         target[name] = {**target[name], "dtype": dtype_name(target[name]["dtype"])}

@@ -239,11 +239,34 @@ def unprepare(model: M) -> M:
         ValueError: where ``model`` is not prepared.
     """
     prepared_forward(model)
-    for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), (CapturedForward, WeightQuantizedForward)):
-            del module.forward
+    for module in _replaced_forwards(model):
+        del module.forward
     del model._modules[QUANTIZERS]
     return model
+
+
+@contextmanager
+def unprepared(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` is the float module, at a float module's speed; afterwards prepared as before.
+
+    Raises:
+        ValueError: where ``model`` is not prepared.
+    """
+    prepared_forward(model)
+    forwards = _replaced_forwards(model)
+    for module in forwards:
+        del module.forward
+    try:
+        with without_quantizers(model):
+            yield
+    finally:
+        for module, forward in forwards.items():
+            module.forward = forward
+
+
+def _replaced_forwards(model: nn.Module) -> dict[nn.Module, Any]:
+    forwards = {module: module.__dict__.get("forward") for module in model.modules()}
+    return {m: f for m, f in forwards.items() if isinstance(f, (CapturedForward, WeightQuantizedForward))}
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:

@@ -10,15 +10,16 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 #: Samples kept as example inputs: enough to see that the batch size may vary, few enough to keep with the model.
 EXAMPLE_SAMPLES = 4
 
 
 def validation_dataloaders(trainer: Any) -> Any:
-    """The Trainer's validation data, also where its loop never ran (``max_epochs=0``); None where there are none."""
-    if trainer.val_dataloaders is not None:
+    """The Trainer's validation data, whole; also where its loop never ran (``max_epochs=0``). None without any."""
+    # With several processes the loop has dataloaders that give this one its share.
+    if trainer.val_dataloaders is not None and trainer.world_size == 1:
         return trainer.val_dataloaders
     source = trainer.fit_loop.epoch_loop.val_loop._data_source
     return source.dataloader() if source.is_defined() else None
@@ -37,7 +38,11 @@ def calibration_batches(trainer: Any, pl_module: Any, dataloader: Iterable[Any] 
 
     As in :func:`train_batches`, on the device of ``pl_module``.
     """
-    loader = _shuffled(_train_dataloader(trainer)) if dataloader is None else dataloader
+    loader = dataloader
+    if loader is None:
+        # Those of the loop are dealt out already, in order where training was not shuffled: the user's own are not.
+        original = trainer.world_size > 1 and isinstance(_original(trainer), DataLoader)
+        loader = _shuffled(_original(trainer) if original else _train_dataloader(trainer), anew=original)
     batches: Iterable[Any] = loader
     if not isinstance(getattr(loader, "sampler", None), DistributedSampler):
         batches = itertools.islice(loader, trainer.global_rank, None, trainer.world_size)
@@ -47,10 +52,15 @@ def calibration_batches(trainer: Any, pl_module: Any, dataloader: Iterable[Any] 
 def _train_dataloader(trainer: Any) -> Any:
     loader = trainer.train_dataloader
     if loader is None:
-        loader = trainer.fit_loop._data_source.dataloader()
+        loader = _original(trainer)
     if isinstance(loader, (Mapping, list, tuple)):
         loader = (batch for batch, *_ in CombinedLoader(loader, "max_size_cycle"))
     return loader
+
+
+def _original(trainer: Any) -> Any:
+    """The user's own train dataloader, before Lightning's sampler for several processes was put in."""
+    return trainer.fit_loop._data_source.dataloader()
 
 
 def _transferred(batches: Iterable[Any], pl_module: Any) -> Iterator[Any]:
@@ -58,12 +68,18 @@ def _transferred(batches: Iterable[Any], pl_module: Any) -> Iterator[Any]:
         yield pl_module._apply_batch_transfer_handler(batch, device=pl_module.device, dataloader_idx=0)
 
 
-def _shuffled(loader: Any) -> Any:
+def _shuffled(loader: Any, anew: bool = False) -> Any:
     """``loader`` with its samples in random order, where it is a plain DataLoader that takes them one after another.
 
     The first batches of files sorted by class show one class, and ranges fit for no other.
+
+    Args:
+        loader: of any kind.
+        anew: whether to shuffle one that is shuffled already, so that every process has the same order.
     """
-    if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, SequentialSampler):
+    if not isinstance(loader, DataLoader):
+        return loader
+    if not isinstance(loader.sampler, (SequentialSampler, RandomSampler) if anew else SequentialSampler):
         return loader
     if type(loader) is not DataLoader or type(loader.batch_sampler) is not BatchSampler:
         return loader

@@ -2,48 +2,39 @@
 
 from __future__ import annotations
 
-import io
-import itertools
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
-from lq.calibration.calibrate import AUTO, calibrate_and_compare
-from lq.calibration.comparison import CalibratorComparison
+from lq.calibration.calibrate import AUTO
 from lq.calibration.error import CalibrationError
 from lq.calibrators import get_calibrator
-from lq.callback.batches import calibration_batches, first_samples, repeat_samples, train_batches
-from lq.callback.description import class_names, normalization
-from lq.callback.evaluation import evaluate
-from lq.callback.result import QuantizationResult, Side
-from lq.callback.unit import find_unit, replace_unit, run_unit, unit_arguments
-from lq.convert import convert
-from lq.export import FORMATS, ExportResult, Format, check_dependencies, export
+from lq.callback.batches import train_batches
+from lq.callback.checkpoints import attach_hooks
+from lq.callback.fit_end import quantize_at_fit_end, refresh_averaged_ranges
+from lq.callback.preparation import prepare_for_batch
+from lq.callback.rescue import tell_how_to_finish
+from lq.callback.result import QuantizationResult
+from lq.callback.stages import StagedUnit, attach, staged_unit
+from lq.callback.support import averages_at_the_end, averages_buffers, check_averaging, check_trainer
+from lq.callback.training import all_reduce_ranges, training_share
+from lq.callback.unit import has_weighted_layers
+from lq.callback.weights import Weights
+from lq.export import FORMATS, Format, check_dependencies
 from lq.files import ensure_writable_dir
-from lq.graph.ops import WEIGHTED_MODULES
-from lq.int8 import Int8Module
-from lq.modes import evaluating
-from lq.prepare import Mode, NothingToQuantizeError, freeze, is_prepared, prepare, quantizers_off, unprepare
-from lq.runtime.cpu import has_onednn_int8, has_vnni
-from lq.runtime.timing import measure
-from lq.targets import get_target
-
-#: Samples in the batch that throughput is measured with.
-_BATCH_SIZE = 32
-
-#: Formats that are written on request, with the endings of their files.
-_OTHER_FORMATS: dict[Format, str] = {"onnx": ".onnx", "aoti": ".aoti.pt2"}
+from lq.prepare import Mode, NothingToQuantizeError, freeze, is_prepared, set_state
+from lq.quantizer import QuantizerState
+from lq.targets import Target, get_target
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+_TRAINING = QuantizerState.OBSERVE | QuantizerState.FAKE_QUANTIZE
 
 
 class QuantizationCallback(Callback):
@@ -54,9 +45,15 @@ class QuantizationCallback(Callback):
     Afterwards ``trainer.validate``, ``test`` and ``predict`` use the INT8 model, and every logger of the Trainer has
     the float and the INT8 metrics of the user's own validation step, size, latency and throughput.
 
+    Checkpoints of a run hold the float model's weights under ``state_dict``, whatever stage the model is in, and load
+    into the plain LightningModule; ranges lie beside them. ``fit(ckpt_path=...)`` resumes either kind of run exactly.
+    With a ``ckpt_path``, ``validate``, ``test`` and ``predict`` bring the model to what the checkpoint holds; an INT8
+    model stays one wherever the checkpoint says how. If anything fails at the end of ``fit``, the module and the
+    checkpoints are as training left them, and the message says how to convert them by hand.
+
     Args:
         mode: ``"ptq"`` or ``"qat"``.
-        target: the engine family, one of ``lq.TARGETS``.
+        target: the engine family: one of ``lq.TARGETS``, by name, or a :class:`~lq.Target`.
         module: path of the submodule to quantize; found automatically where it is not given.
         calibration_batches: how many batches PTQ calibrates on, of all processes together; None for no limit.
         calibration_samples: no further batch once so many samples were seen, of all processes together; None for no
@@ -69,6 +66,9 @@ class QuantizationCallback(Callback):
         observer_freeze: share of QAT's steps after which the activations' ranges stay fixed, or None for never.
         batch_norm_freeze: share of QAT's steps after which batch norm statistics stay fixed, or None for never.
         convert: whether to convert at the end; without it QAT leaves the prepared model, PTQ does nothing.
+        weights: ``"best"`` converts the weights of the best checkpoint, by the metric of the first ModelCheckpoint that
+            monitors one; ``"last"`` those that training ended with. By default the best ones where there are such,
+            except with StochasticWeightAveraging, whose average is there only at the end; the log says which.
         evaluate: whether to run the validation data through the float and the INT8 model, and to time both.
         export: formats to write beside ``int8.pt2``, which is always written: ``"onnx"`` (``int8.onnx``, for ONNX
             Runtime, OpenVINO and TensorRT) and ``"aoti"`` (``int8.aoti.pt2``, compiled for this machine's CPU); see
@@ -91,7 +91,7 @@ class QuantizationCallback(Callback):
     def __init__(
         self,
         mode: Mode = "ptq",
-        target: str = "x86",
+        target: str | Target = "x86",
         module: str | None = None,
         calibration_batches: int | None = 32,
         calibration_samples: int | None = None,
@@ -100,6 +100,7 @@ class QuantizationCallback(Callback):
         observer_freeze: float | None = 0.8,
         batch_norm_freeze: float | None = 0.8,
         convert: bool = True,
+        weights: Weights | None = None,
         evaluate: bool = True,
         export: Sequence[Format] = ("pt2",),
         output_dir: str | None = None,
@@ -122,6 +123,8 @@ class QuantizationCallback(Callback):
                 raise ValueError(f"{name}={share} must be a share of the training steps in [0, 1], or None for never")
         if isinstance(export, str) or not set(export) <= set(FORMATS):
             raise ValueError(f"export={export!r} must be a list, with elements of {', '.join(map(repr, FORMATS))}")
+        if weights not in (None, *get_args(Weights)):
+            raise ValueError(f"weights={weights!r} is unknown; choose 'best' or 'last', or None for the default")
         self.mode: Mode = mode
         self.target = get_target(target)
         self.module = module
@@ -132,228 +135,129 @@ class QuantizationCallback(Callback):
         self.observer_freeze = observer_freeze
         self.batch_norm_freeze = batch_norm_freeze
         self.convert = convert
+        self.weights: Weights | None = weights
         self.evaluate = evaluate
         self.export: tuple[Format, ...] = tuple(export)
         self.output_dir = output_dir
         self.result: QuantizationResult | None = None
+        self._int8_dir = Path()
+        self._training_ended = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
+        staged = attach(pl_module, self.module)
+        attach_hooks(staged)
+        if stage != TrainerFn.FITTING:
             return
         self.result = None
-        _refuse_converted(pl_module)
+        self._training_ended = False
+        staged.fit_mode = self.mode
+        check_trainer(trainer)
+        if self.mode == "qat":
+            check_averaging(trainer, self)
         if self.convert:
-            ensure_writable_dir(self._output_dir(trainer), "output_dir")
+            # Asked for here, where all processes are: the log directory is the first one's, which tells the others.
+            self._int8_dir = Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "int8")
+            if trainer.is_global_zero:
+                ensure_writable_dir(self._int8_dir, "output_dir")
             for format in self.export:
                 check_dependencies(format)
-        if not _has_layers(pl_module):
-            return  # layers built in LightningModule.setup or configure_model come later: see on_fit_start
-        self._check_unit(pl_module)
-        if self.mode == "qat":
-            self._prepare_for_training(trainer, pl_module)
+        if self.mode == "qat" and not staged.is_built:
+            # Before a checkpoint is loaded and other callbacks copy the model; being called twice is in its contract.
+            pl_module.configure_model()
+        if staged.is_built:  # else the layers are built in LightningModule.setup: see on_fit_start
+            self._begin_fit(trainer, staged)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        unit = self._check_unit(pl_module)
-        if self.mode == "qat" and not is_prepared(unit):
-            self._prepare_for_training(trainer, pl_module)
+        staged = staged_unit(pl_module)
+        if not staged.is_built:
+            raise _nothing_to_quantize(pl_module)
+        if self.mode == "qat" and not is_prepared(staged.unit):
+            check_averaging(trainer, self, prepared_late=True)
+            self._begin_fit(trainer, staged)
+        else:
+            _check_layers(staged)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.mode != "qat":
-            return
-        unit = self._unit(pl_module)
-        if _is_past(trainer, self.observer_freeze):
+        if self.mode != "qat" or averages_at_the_end(trainer):
+            return  # the average is another network, whose statistics its last epoch has to learn
+        unit = staged_unit(pl_module).unit
+        share = training_share(trainer, batch_idx)
+        if self.observer_freeze is not None and share >= self.observer_freeze:
             freeze(unit)
-        if _is_past(trainer, self.batch_norm_freeze):
+        if self.batch_norm_freeze is not None and share >= self.batch_norm_freeze:
             for submodule in unit.modules():
                 if isinstance(submodule, _NORMS):
                     submodule.eval()
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if self.mode == "qat" and trainer.world_size > 1:
+            all_reduce_ranges(staged_unit(pl_module).unit)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        # By now an averaging callback has put the average in the model's place.
+        if self.mode == "qat" and batch_idx == dataloader_idx == 0 and averages_buffers(trainer):
+            staged = staged_unit(pl_module)
+            if staged.stage == "prepared":
+                refresh_averaged_ranges(staged)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._training_ended = True
         if self.convert:
-            self._quantize(trainer, pl_module)
+            staged = staged_unit(pl_module)
+            self.result, failure = quantize_at_fit_end(self, trainer, staged, self._int8_dir)
+            if self.result is not None:
+                for logger in trainer.loggers:
+                    logger.log_metrics(self.result.scalars(), step=trainer.global_step)
+                    logger.save()
+            if failure is not None:
+                raise failure
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and self.convert and self.result is None and trainer.is_global_zero:
+            tell_how_to_finish(self, trainer, pl_module, self._int8_dir, self._training_ended)
 
     # Private helpers
 
-    def _output_dir(self, trainer: Trainer) -> Path:
-        if self.output_dir is not None:
-            return Path(self.output_dir)
-        return Path(trainer.log_dir or trainer.default_root_dir) / "int8"
+    def _begin_fit(self, trainer: Trainer, staged: StagedUnit) -> None:
+        """Bring the unit to where training begins: float for PTQ, prepared for QAT."""
+        was_int8 = staged.stage == "int8"
+        if was_int8:
+            rank_zero_info("lq: training goes on with the float weights that the INT8 network was made of")
+            staged.take_int8_off()
+        _check_layers(staged)
+        if is_prepared(staged.unit):
+            forward = staged.prepared_forward
+            if self.mode == "qat" and (forward.mode, forward.target) == ("qat", self.target):
+                set_state(staged.unit, _TRAINING)
+                return
+            if not was_int8:
+                raise ValueError(
+                    f"the {type(staged.unit).__name__} is prepared for mode={forward.mode!r} and target "
+                    f"{forward.target.name!r}; call lq.unprepare(model) first, or use a QuantizationCallback with "
+                    f"mode='qat' and what it was prepared for"
+                )
+            staged.to_float()
+        if self.mode == "qat":
+            self._prepare_for_training(trainer, staged)
 
-    def _unit_path(self, pl_module: LightningModule) -> str:
-        return find_unit(pl_module, self.module)
-
-    def _unit(self, pl_module: LightningModule) -> nn.Module:
-        return pl_module.get_submodule(self._unit_path(pl_module))
-
-    def _check_unit(self, pl_module: LightningModule) -> nn.Module:
-        unit = self._unit(pl_module)
-        if not any(isinstance(submodule, WEIGHTED_MODULES) for submodule in unit.modules()):
-            raise NothingToQuantizeError(
-                f"nothing to quantize in {type(unit).__name__}: it has no convolution and no linear layer"
-            )
-        return unit
-
-    def _prepare_for_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        unit = self._unit(pl_module)
-        if is_prepared(unit):
-            return
+    def _prepare_for_training(self, trainer: Trainer, staged: StagedUnit) -> None:
         with isolate_rng():  # the batch that is looked at must not change the order of those that are trained on
-            batch = next(train_batches(trainer, pl_module), None)
+            batch = next(train_batches(trainer, staged.pl_module), None)
             if batch is None:
                 raise CalibrationError("the train dataloader gave no batch to prepare the model with")
-            self._prepare(pl_module, unit, batch)
-        rank_zero_info(f"lq: {type(unit).__name__} trains with fake-quantizers for target {self.target}")
-
-    def _prepare(self, pl_module: LightningModule, unit: nn.Module, batch: Any) -> None:
-        with evaluating(pl_module), torch.no_grad():
-            args, kwargs = unit_arguments(pl_module, unit, batch)
-        args, kwargs = first_samples((args, kwargs))
-        # All but these two need histograms, which these do without at a lower cost.
-        observer = self.calibrator if self.calibrator == "minmax" or self.mode == "qat" else "histogram"
-        prepare(unit, args, example_kwargs=kwargs, target=self.target, mode=self.mode, observer=observer)
-
-    def _quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Every process calibrates and converts, so that all go on with the same INT8 model; the first one reports."""
-        path = self._unit_path(pl_module)
-        unit = self._unit(pl_module)
-        reports = trainer.is_global_zero
-        evaluates = self.evaluate and reports
-        comparison = None
-        with isolate_rng():
-            if self.mode == "ptq":
-                float_metrics = evaluate(trainer, pl_module) if evaluates else {}
-                comparison = self._calibrate(trainer, pl_module, unit)
-            else:
-                with quantizers_off(unit):
-                    float_metrics = evaluate(trainer, pl_module) if evaluates else {}
-        artifact = self._output_dir(trainer) / "int8.pt2"
-        exports: list[ExportResult] = []
-        failure: Exception | None = None
-        try:
-            unit.cpu()
-            int8 = convert(unit)
-            if reports:
-                write = partial(export, labels=class_names(trainer), preprocessing=normalization(trainer))
-                exports.append(write(int8, artifact))
-                try:
-                    for format, ending in _OTHER_FORMATS.items():
-                        if format in self.export:
-                            network = int8 if format == "aoti" else unit
-                            exports.append(write(network, artifact.with_suffix(ending), format=format))
-                except Exception as error:  # the INT8 model is there: what is left to do with it is done first
-                    failure = error
-        finally:
-            if self.mode == "ptq":
-                unprepare(unit)
-        if has_onednn_int8() and not has_vnni() and self.target.weight.quant_max > 64:
-            rank_zero_warn(
-                f"lq: this CPU has no VNNI instructions, so its INT8 kernels get the 8-bit weights of target "
-                f"{self.target} rounded to 7 bits, where their sums cannot overflow; the saved model keeps 8 bits. To "
-                f"deploy on such CPUs, train or calibrate for them: QuantizationCallback(target='x86_avx2')"
-            )
-        if self.mode == "qat":
-            unprepare(unit)
-        if reports:
-            float_side, int8_side = self._measure(unit, int8, artifact)
-        replace_unit(pl_module, path, int8)
-        if not reports:
-            return
-        int8_metrics = evaluate(trainer, pl_module) if evaluates else {}
-        assert int8.report is not None
-        self.result = QuantizationResult(
-            mode=self.mode,
-            target=self.target.name,
-            calibrator=comparison.best() if comparison else self.calibrator,
-            calibrator_scores=comparison.scores if comparison else {},
-            float_side=replace(float_side, metrics=float_metrics),
-            int8_side=replace(int8_side, metrics=int8_metrics),
-            report=int8.report,
-            batch_size=_BATCH_SIZE,
-            artifact=str(artifact),
-            exports=tuple(str(result.path) for result in exports),
-        )
-        (artifact.with_suffix(".json")).write_text(self.result.to_json())
-        for logger in trainer.loggers:
-            logger.log_metrics(self.result.scalars(), step=trainer.global_step)
-            logger.save()
-        for result in exports:
-            rank_zero_info(f"lq: INT8 model written to {result}")
-        if failure is not None:
-            raise failure
-
-    def _calibrate(self, trainer: Trainer, pl_module: LightningModule, unit: nn.Module) -> CalibratorComparison | None:
-        """Observe batches on the device that trained; the float model is as before if that fails."""
-        bar = trainer.progress_bar_callback
-        home = pl_module.device
-        pl_module.to(trainer.strategy.root_device)
-        try:
-            batches = calibration_batches(trainer, pl_module, self.calibration_dataloader)
-            first = next(batches, None)
-            if first is None:
-                raise CalibrationError("the calibration dataloader (by default the train dataloader) gave no batch")
-            self._prepare(pl_module, unit, first)
-            with evaluating(pl_module):
-                comparison = calibrate_and_compare(
-                    unit,
-                    itertools.chain([first], batches),
-                    calibrator=self.calibrator,
-                    num_batches=_share(self.calibration_batches, trainer.world_size),
-                    num_samples=_share(self.calibration_samples, trainer.world_size),
-                    forward=lambda batch: run_unit(pl_module, unit, batch),
-                    progress=trainer.is_global_zero and bar is not None and getattr(bar, "is_enabled", True),
-                )
-        except BaseException:
-            if is_prepared(unit):
-                unprepare(unit)
-            raise
-        finally:
-            pl_module.to(home)
-        if comparison is not None:
-            scores = ", ".join(f"{name} {next(iter(v.values())):.1f}" for name, v in comparison.scores.items())
-            rank_zero_info(f"lq: calibrator {comparison.best()!r} chosen; SQNR of the outputs in dB: {scores}")
-        return comparison
-
-    def _measure(self, float_unit: nn.Module, int8: Int8Module, artifact: Path) -> tuple[Side, Side]:
-        """Size, latency and throughput of both, CPU against CPU: there INT8 kernels run in process, also after a fit
-        on a GPU."""
-        float_side = Side(size_bytes=_state_bytes(float_unit))
-        int8_side = Side(size_bytes=artifact.stat().st_size)
-        if not self.evaluate:
-            return float_side, int8_side
-        models = {"float": float_unit, "int8": int8}
-        inputs = {**int8.settings, **int8.example_inputs}
-        with evaluating(float_unit):
-            one = measure(models, repeat_samples(inputs, 1), 1)
-            many = measure(models, repeat_samples(inputs, _BATCH_SIZE), _BATCH_SIZE)
-        return (
-            replace(float_side, latency=one["float"], batch=many["float"]),
-            replace(int8_side, latency=one["int8"], batch=many["int8"]),
-        )
+            prepare_for_batch(staged, batch, target=self.target, mode="qat", observer=self.calibrator)
+        name = type(staged.unit).__name__
+        rank_zero_info(f"lq: {name} trains with fake-quantizers for target {self.target}")
 
 
-def _share(count: int | None, world_size: int) -> int | None:
-    return None if count is None else math.ceil(count / world_size)
+def _check_layers(staged: StagedUnit) -> None:
+    if not has_weighted_layers(staged.unit):
+        raise _nothing_to_quantize(staged.unit)
 
 
-def _refuse_converted(pl_module: nn.Module) -> None:
-    if any(isinstance(submodule, Int8Module) for submodule in pl_module.modules()):
-        raise ValueError(
-            f"{type(pl_module).__name__} was converted to INT8 by an earlier fit, and an INT8 model cannot be trained; "
-            f"build the float model anew (from its checkpoint) and fit that"
-        )
-
-
-def _has_layers(pl_module: nn.Module) -> bool:
-    return any(isinstance(submodule, WEIGHTED_MODULES) for submodule in pl_module.modules())
-
-
-def _is_past(trainer: Trainer, share: float | None) -> bool:
-    total = trainer.estimated_stepping_batches
-    return share is not None and trainer.global_step >= share * total
-
-
-def _state_bytes(module: nn.Module) -> int:
-    """Size of the module's weights on disk."""
-    buffer = io.BytesIO()
-    torch.save(module.state_dict(), buffer)
-    return buffer.tell()
+def _nothing_to_quantize(module: nn.Module) -> NothingToQuantizeError:
+    return NothingToQuantizeError(
+        f"nothing to quantize in {type(module).__name__}: it has no convolution and no linear layer"
+    )

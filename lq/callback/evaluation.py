@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torchmetrics import Metric
 
 from lq.callback.batches import validation_dataloaders
 from lq.quiet import quiet
@@ -11,19 +17,8 @@ from lq.quiet import quiet
 _REPEATED = ("lightning.pytorch", "pytorch_lightning", "lightning.fabric")
 
 
-def _trainer_class(trainer: Any) -> type[Any]:
-    """The plain Trainer of the distribution in use (``lightning`` or ``pytorch_lightning``)."""
-    for cls in reversed(type(trainer).__mro__):
-        if cls.__name__ == "Trainer":
-            return cls
-    return type(trainer)
-
-
 def evaluate(trainer: Any, pl_module: Any) -> dict[str, float]:
-    """Metrics of the user's ``validation_step`` over the Trainer's validation data.
-
-    A Trainer of its own does it, one device, no loggers, no checkpoints: metrics, callbacks and progress of ``trainer``
-    stay as they are.
+    """Metrics of the user's ``validation_step`` over the whole of the Trainer's validation data, in this process alone.
 
     Returns:
         Metric by name; empty where there is nothing to validate with.
@@ -31,21 +26,66 @@ def evaluate(trainer: Any, pl_module: Any) -> dict[str, float]:
     dataloaders = validation_dataloaders(trainer)
     if dataloaders is None or not _is_overridden("validation_step", pl_module):
         return {}
-    with quiet(*_REPEATED):
-        judge = _trainer_class(trainer)(
-            accelerator=type(trainer.accelerator).__name__.removesuffix("Accelerator").lower(),
+    accelerator = type(trainer.accelerator).__name__.removesuffix("Accelerator").lower()
+    try:
+        return validate(pl_module, dataloaders, accelerator, trainer.limit_val_batches, _trainer_class(trainer))
+    finally:
+        pl_module.trainer = trainer
+
+
+def validate(
+    pl_module: Any,
+    dataloaders: Any,
+    accelerator: str = "cpu",
+    limit_batches: int | float = 1.0,
+    trainer_class: type[Any] = Trainer,
+) -> dict[str, float]:
+    """Metrics of ``validation_step`` over ``dataloaders``.
+
+    A Trainer of its own does it, one device, no loggers, no checkpoints: metrics, callbacks and progress of any other
+    stay as they are.
+    """
+    with quiet(*_REPEATED), _as_it_is(pl_module), torch.compiler.set_stance("force_eager"):
+        judge = trainer_class(
+            accelerator=accelerator,
             devices=1,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            limit_val_batches=trainer.limit_val_batches,
+            limit_val_batches=limit_batches,
         )
-        try:
-            results = judge.validate(pl_module, dataloaders=dataloaders, verbose=False)
-        finally:
-            pl_module.trainer = trainer
+        results = judge.validate(pl_module, dataloaders=dataloaders, verbose=False)
     return {name: float(value) for result in results for name, value in result.items()}
+
+
+@contextmanager
+def _as_it_is(pl_module: Any) -> Iterator[None]:
+    """Inside, the module is neither set up nor torn down anew, and its metrics wait for no other process."""
+    metrics = {module: module.sync_on_compute for module in pl_module.modules() if isinstance(module, Metric)}
+    hooks = {name: pl_module.__dict__.get(name) for name in ("setup", "teardown", "configure_callbacks")}
+    try:
+        for metric in metrics:
+            metric.sync_on_compute = False
+        # A `setup` that builds the layers would build them anew, without what they have learnt.
+        pl_module.setup = pl_module.teardown = lambda stage: None
+        pl_module.configure_callbacks = list
+        yield
+    finally:
+        for metric, sync_on_compute in metrics.items():
+            metric.sync_on_compute = sync_on_compute
+        for name, hook in hooks.items():
+            del pl_module.__dict__[name]
+            if hook is not None:
+                setattr(pl_module, name, hook)
+
+
+def _trainer_class(trainer: Any) -> type[Any]:
+    """The plain Trainer of the distribution in use (``lightning`` or ``pytorch_lightning``)."""
+    for cls in reversed(type(trainer).__mro__):
+        if cls.__name__ == "Trainer":
+            return cls
+    return type(trainer)
 
 
 def _is_overridden(name: str, pl_module: Any) -> bool:

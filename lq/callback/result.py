@@ -45,6 +45,7 @@ class QuantizationResult:
         batch_size: samples in the batch that throughput was measured with.
         artifact: path of the INT8 file that ``lq.load`` runs in process.
         exports: paths of all files that were written.
+        weights: which weights were converted: those training ended with, or of which checkpoint.
     """
 
     mode: str
@@ -57,6 +58,7 @@ class QuantizationResult:
     batch_size: int
     artifact: str
     exports: tuple[str, ...] = ()
+    weights: str = ""
 
     def scalars(self) -> dict[str, float]:
         """Everything as flat numbers for loggers: ``float/…``, ``int8/…``, ``drop/…`` (float − INT8), ``speedup/…``."""

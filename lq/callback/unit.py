@@ -7,13 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lq.graph.ops import WEIGHTED_MODULES
 
+#: The module that ``torch.compile(module)`` wraps, as a child of the wrapper.
+COMPILED = "_orig_mod"
 
-def _has_weighted_layers(module: nn.Module) -> bool:
+
+def has_weighted_layers(module: nn.Module) -> bool:
     return any(isinstance(submodule, WEIGHTED_MODULES) for submodule in module.modules())
 
 
@@ -21,7 +25,8 @@ def find_unit(pl_module: nn.Module, name: str | None) -> str:
     """Path of the submodule to quantize; ``""`` is the LightningModule itself.
 
     Without a name it is the one child that holds all convolutions and linear layers, or the LightningModule itself
-    where several do (its forward calls them all) or the layers sit on it.
+    where several do (its forward calls them all) or the layers sit on it. Of a submodule that ``torch.compile`` wrapped
+    it is the module inside.
 
     Raises:
         ValueError: where no submodule is called ``name``, with near names.
@@ -30,26 +35,19 @@ def find_unit(pl_module: nn.Module, name: str | None) -> str:
         paths = [path for path, _ in pl_module.named_modules() if path]
         if name not in paths:
             near = difflib.get_close_matches(name, paths, n=3, cutoff=0.4)
-            children = [path for path, child in pl_module.named_children() if _has_weighted_layers(child)]
+            children = [path for path, child in pl_module.named_children() if has_weighted_layers(child)]
             raise ValueError(
                 f"module={name!r}: {type(pl_module).__name__} has no submodule of that name; choose one of "
                 f"{', '.join(map(repr, dict.fromkeys([*near, *children])))}"
             )
-        return name
-    candidates = [path for path, child in pl_module.named_children() if _has_weighted_layers(child)]
+        return _inside_wrapper(pl_module, name)
+    candidates = [path for path, child in pl_module.named_children() if has_weighted_layers(child)]
     direct = any(isinstance(child, WEIGHTED_MODULES) for child in pl_module.children())
-    return candidates[0] if len(candidates) == 1 and not direct else ""
+    return _inside_wrapper(pl_module, candidates[0]) if len(candidates) == 1 and not direct else ""
 
 
-def replace_unit(pl_module: nn.Module, path: str, replacement: nn.Module) -> None:
-    """Put ``replacement`` where the submodule ``path`` was, or behind the LightningModule's own forward."""
-    if path:
-        owner, _, name = path.rpartition(".")
-        setattr(pl_module.get_submodule(owner), name, replacement)
-    else:
-        # The layers sit on the LightningModule itself: its forward becomes the INT8 network's, its steps stay.
-        pl_module.int8 = replacement
-        pl_module.forward = replacement.__call__
+def _inside_wrapper(pl_module: nn.Module, path: str) -> str:
+    return f"{path}.{COMPILED}" if COMPILED in pl_module.get_submodule(path)._modules else path
 
 
 class _UnitReached(BaseException):
@@ -112,7 +110,8 @@ def run_unit(pl_module: Any, unit: nn.Module, batch: Any) -> Any:
 
 def _step_until(register: Callable[..., RemovableHandle], pl_module: Any, unit: nn.Module, batch: Any) -> Any:
     calls: list[Any] = []
-    with _stop_behind(register, calls), _not_logging(pl_module):
+    # Compiled code was made for the module as it was, and does not know of hooks.
+    with torch.compiler.set_stance("force_eager"), _stop_behind(register, calls), _not_logging(pl_module):
         pl_module.training_step(batch, 0)
     if not calls:
         name = type(unit).__name__

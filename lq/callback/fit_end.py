@@ -1,0 +1,165 @@
+"""What happens when training has ended: weights are chosen, calibrated and converted, by all processes together."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lq.calibration.calibrate import calibrate_and_compare
+from lq.calibration.comparison import CalibratorComparison
+from lq.calibration.error import CalibrationError
+from lq.callback.batches import calibration_batches
+from lq.callback.conversion import Conversion
+from lq.callback.description import class_names, normalization
+from lq.callback.evaluation import evaluate
+from lq.callback.preparation import prepare_for_batch
+from lq.callback.result import QuantizationResult
+from lq.callback.stages import StagedUnit
+from lq.callback.support import averages_buffers
+from lq.callback.unit import run_unit
+from lq.callback.weights import choose_weights, load_weights
+from lq.convert import convert
+from lq.distributed import agreed
+from lq.metadata import dtype_name
+from lq.modes import evaluating
+from lq.prepare import activation_quantizers, unprepared
+
+if TYPE_CHECKING:
+    from lq.callback.callback import QuantizationCallback
+
+
+def quantize_at_fit_end(
+    callback: QuantizationCallback, trainer: Any, staged: StagedUnit, output_dir: Path, source: str | None = None
+) -> tuple[QuantizationResult | None, Exception | None]:
+    """Convert the unit, and measure what that did.
+
+    Every process calibrates on its share of the data. The first one converts, writes and measures while the others
+    wait; then they convert too, and all have the same INT8 module. Whatever fails, in whichever process, the module is
+    afterwards as training left it.
+
+    Args:
+        callback: whose arguments say what to do.
+        trainer: the Trainer, after training.
+        staged: the unit, in float (PTQ) or prepared (QAT).
+        output_dir: where the files go.
+        source: what the weights are, where they are not to be chosen.
+
+    Returns:
+        As :meth:`Conversion.run` does; the first process has the result, the others have None.
+    """
+    pl_module: Any = trainer.lightning_module
+    trained = {key: value.detach().cpu().clone() for key, value in _tensors(pl_module).items()}
+    dtype = pl_module.dtype
+    try:
+        with isolate_rng(), torch.compiler.set_stance("force_eager"):
+            return _quantize(callback, trainer, staged, output_dir, source)
+    except BaseException:
+        staged.take_int8_off()
+        if callback.mode == "ptq":
+            staged.to_float()
+        if pl_module.dtype != dtype:
+            pl_module.to(dtype)
+        pl_module.load_state_dict(trained, strict=False)
+        raise
+
+
+def _quantize(
+    callback: QuantizationCallback, trainer: Any, staged: StagedUnit, output_dir: Path, source: str | None
+) -> tuple[QuantizationResult | None, Exception | None]:
+    pl_module = trainer.lightning_module
+    path, weights = (None, source) if source is not None else choose_weights(trainer, callback.weights)
+    rank_zero_info(f"lq: INT8 is made of {weights}")
+    if path is not None:
+        load_weights(trainer, pl_module, path)
+    if pl_module.dtype != torch.float32:
+        rank_zero_info(f"lq: the weights are cast from {dtype_name(pl_module.dtype)} to float32, and calibrated so")
+        pl_module.float()
+    evaluates = callback.evaluate and trainer.is_global_zero
+    float_metrics: dict[str, float] = {}
+    comparison = None
+    if callback.mode == "ptq":
+        with agreed("evaluating the float model"):
+            if evaluates:
+                float_metrics = evaluate(trainer, pl_module)
+        comparison = _calibrate(callback, trainer, staged)
+    else:
+        if averages_buffers(trainer):
+            refresh_averaged_ranges(staged)
+        with agreed("evaluating the float model"), unprepared(staged.unit):
+            if evaluates:
+                float_metrics = evaluate(trainer, pl_module)
+    conversion = Conversion(
+        output_dir=output_dir,
+        weights=weights,
+        target=callback.target,
+        formats=callback.export,
+        labels=class_names(trainer),
+        preprocessing=normalization(trainer),
+        evaluate=(lambda: evaluate(trainer, pl_module)) if evaluates else None,
+        comparison=comparison,
+    )
+    result, failure = None, None
+    with agreed("converting to INT8"):
+        if trainer.is_global_zero:
+            result, failure = conversion.run(staged, float_metrics)
+    if result is None:
+        staged.put_int8(convert(staged.unit.cpu(), callback.target))
+    return result, failure
+
+
+def refresh_averaged_ranges(staged: StagedUnit) -> None:
+    """Compute scales and zero points anew from averaged minima and maxima.
+
+    An average of models averages their buffers, and cuts integers off: a zero point that is never above 5 becomes 4.
+    """
+    for quantizer in activation_quantizers(staged.unit).values():
+        low, high = quantizer.observer.range()
+        if quantizer.rounds and quantizer.calibrated and bool(low <= high):
+            quantizer.update_qparams()
+
+
+def _calibrate(callback: QuantizationCallback, trainer: Any, staged: StagedUnit) -> CalibratorComparison | None:
+    """Observe batches on the device that trained."""
+    bar = trainer.progress_bar_callback
+    pl_module, unit = trainer.lightning_module, staged.unit
+    home = pl_module.device
+    pl_module.to(trainer.strategy.root_device)
+    try:
+        with agreed("calibrating"):
+            batches = calibration_batches(trainer, pl_module, callback.calibration_dataloader)
+            first = next(batches, None)
+            if first is None:
+                raise CalibrationError("the calibration dataloader (by default the train dataloader) gave no batch")
+            # All calibrators but this one need histograms.
+            observer = "minmax" if callback.calibrator == "minmax" else "histogram"
+            prepare_for_batch(staged, first, target=callback.target, mode="ptq", observer=observer)
+        with evaluating(pl_module):
+            comparison = calibrate_and_compare(
+                unit,
+                itertools.chain([first], batches),
+                calibrator=callback.calibrator,
+                num_batches=_share(callback.calibration_batches, trainer.world_size),
+                num_samples=_share(callback.calibration_samples, trainer.world_size),
+                forward=lambda batch: run_unit(pl_module, unit, batch),
+                progress=trainer.is_global_zero and bar is not None and getattr(bar, "is_enabled", True),
+            )
+    finally:
+        pl_module.to(home)
+    if comparison is not None:
+        scores = ", ".join(f"{name} {next(iter(v.values())):.1f}" for name, v in comparison.scores.items())
+        rank_zero_info(f"lq: calibrator {comparison.best()!r} chosen; SQNR of the outputs in dB: {scores}")
+    return comparison
+
+
+def _share(count: int | None, world_size: int) -> int | None:
+    return None if count is None else math.ceil(count / world_size)
+
+
+def _tensors(pl_module: Any) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in pl_module.state_dict().items() if isinstance(value, torch.Tensor)}

@@ -1,0 +1,125 @@
+"""A checkpoint to INT8, without training: what a run does at its end, by hand."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+
+from lq.callback.callback import QuantizationCallback
+from lq.callback.checkpoints import restore, section_of
+from lq.callback.fit_end import quantize_at_fit_end
+from lq.callback.result import QuantizationResult
+from lq.callback.stages import attach
+from lq.export import Format, check_dependencies
+from lq.files import ensure_writable_dir
+from lq.preparation import target_of
+from lq.targets import get_target
+
+
+def quantize_checkpoint(
+    checkpoint: str | Path,
+    model: type[LightningModule] | LightningModule,
+    data: LightningDataModule | Iterable[Any] | None = None,
+    *,
+    module: str | None = None,
+    target: str | None = None,
+    calibrator: str | None = None,
+    calibration_batches: int | None = 32,
+    evaluate: bool = True,
+    export: Sequence[Format] = ("pt2",),
+    output_dir: str | Path | None = None,
+    accelerator: str = "auto",
+    weights_only: bool | None = None,
+) -> QuantizationResult:
+    """Convert the model of a Trainer's checkpoint to INT8, and measure what that did.
+
+    The checkpoint of a quantization-aware run has its ranges in it and needs no data; any other is calibrated.
+
+    Args:
+        checkpoint: the file.
+        model: the class of the LightningModule, where its ``load_from_checkpoint`` needs nothing but the file; or an
+            instance, into which the checkpoint's weights are loaded. An instance is left with INT8 in it.
+        data: a datamodule, whose train data are calibrated on and whose validation data are validated with; or batches
+            as ``training_step`` takes them, to calibrate on.
+        module: path of the submodule to quantize; found automatically where it is not given.
+        target: the engine family, one of ``lq.TARGETS``; by default the one that the checkpoint was trained for, or
+            ``"x86"``.
+        calibrator: see :func:`lq.calibrate`; ``"auto"`` where it is not given.
+        calibration_batches: how many batches to calibrate on; None for no limit.
+        evaluate: whether to validate (with a datamodule) and time the float and the INT8 model.
+        export: formats to write beside ``int8.pt2``, see :class:`~lq.QuantizationCallback`.
+        output_dir: folder for what is written; by default ``int8`` beside the checkpoint.
+        accelerator: where to calibrate, see the Trainer.
+        weights_only: of :func:`torch.load`; False where the checkpoint holds hyperparameters that are no plain values,
+            and is trusted.
+
+    Returns:
+        What INT8 cost and bought, and where the files are.
+
+    Raises:
+        ValueError: where an argument is none of its choices, or the checkpoint needs data and there are none.
+        FileNotFoundError: where there is no such file.
+    """
+    path = Path(checkpoint)
+    loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only is not False)
+    section = section_of(loaded)
+    preparation = None if section is None else section["preparation"]
+    if preparation is None and data is None:
+        raise ValueError(
+            f"{str(path)!r} holds a float model, which has to be calibrated: give data, a LightningDataModule or "
+            f"batches as training_step takes them"
+        )
+    if preparation is not None and calibrator is not None:
+        raise ValueError(f"calibrator={calibrator!r} is for checkpoints without ranges, and {str(path)!r} has some")
+    callback = QuantizationCallback(
+        mode="ptq" if preparation is None else "qat",  # whose ranges are there
+        target=(target or "x86") if preparation is None else get_target(target or target_of(preparation)),
+        calibration_batches=calibration_batches,
+        calibrator=calibrator,
+        evaluate=evaluate,
+        export=export,
+    )
+    output = path.parent / "int8" if output_dir is None else Path(output_dir)
+    ensure_writable_dir(output, "output_dir")
+    for format in export:
+        check_dependencies(format)
+    pl_module: Any = model
+    if isinstance(model, type):
+        pl_module = model.load_from_checkpoint(path, map_location="cpu", weights_only=weights_only)
+    pl_module.configure_model()
+    staged = attach(pl_module, module)
+    pl_module.on_load_checkpoint(loaded)
+    if section is None or preparation is None:
+        staged.to_float()
+        pl_module.load_state_dict(loaded["state_dict"], strict=pl_module.strict_loading)
+    else:
+        restore(staged, loaded["state_dict"], section, strict=pl_module.strict_loading)
+    trainer = _attached_trainer(pl_module, data, accelerator)
+    result, failure = quantize_at_fit_end(callback, trainer, staged, output, source=f"the weights of {path}")
+    if failure is not None:
+        raise failure
+    assert result is not None
+    return result
+
+
+def _attached_trainer(pl_module: Any, data: Any, accelerator: str) -> Any:
+    """A Trainer that knows module and data as it does once ``fit`` has ended."""
+    base = next(cls for cls in type(pl_module).__mro__ if cls.__name__ == "LightningModule")
+    # `lightning` and `pytorch_lightning` have a Trainer each, which takes no module of the other.
+    trainer: Any = importlib.import_module(base.__module__.partition(".core")[0]).Trainer(
+        accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False
+    )
+    trainer.strategy.connect(pl_module)
+    if isinstance(data, Iterable):
+        trainer._data_connector.attach_data(pl_module, train_dataloaders=data)
+    else:
+        if data is not None:
+            data.prepare_data()
+            data.setup("fit")
+        trainer._data_connector.attach_data(pl_module, datamodule=data)
+    return trainer

@@ -1,0 +1,77 @@
+"""When a run ends unhappily: what is left, and how an INT8 model is made of it."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lq.callback.support import averages_at_the_end
+from lq.callback.weights import choose_weights, last_checkpoint
+from lq.files import write_atomically
+
+if TYPE_CHECKING:
+    from lq.callback.callback import QuantizationCallback
+
+_log = logging.getLogger("lq")
+
+
+def tell_how_to_finish(
+    callback: QuantizationCallback, trainer: Any, pl_module: Any, output_dir: Path, training_ended: bool
+) -> None:
+    """Log where the trained weights are and how to convert them; write them where no checkpoint has them."""
+    if training_ended:
+        happened = "Training ended, but not the conversion to INT8. The module has its trained weights in float."
+        path, note = _trained_weights(callback, trainer, output_dir)
+    else:
+        happened = "Training was interrupted, and nothing is converted to INT8."
+        path, note = last_checkpoint(trainer), "The last checkpoint is"
+    if path is None:
+        what = note if training_ended else "No checkpoint was written yet."
+        _log.error("lq: %s %s", happened, what)
+        return
+    resume = "" if training_ended else f"To go on training: trainer.fit(model, ckpt_path={path!r}). "
+    _log.error(
+        "lq: %s %s %r. %sTo convert it as it is:\n    %s\nor, from a shell:\n    %s",
+        happened,
+        note,
+        path,
+        resume,
+        _call(callback, pl_module, path),
+        _command(callback, pl_module, path),
+    )
+
+
+def _trained_weights(callback: QuantizationCallback, trainer: Any, output_dir: Path) -> tuple[str | None, str]:
+    """Path of a checkpoint with the weights that were to be converted, and what to say of it."""
+    try:
+        path, _ = choose_weights(trainer, callback.weights)
+    except ValueError:
+        path = None
+    if path is None and not averages_at_the_end(trainer):
+        for checkpoint in trainer.checkpoint_callbacks:
+            if getattr(checkpoint, "_last_global_step_saved", None) == trainer.global_step:
+                path = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "") or path
+    if path is not None:
+        return path, "They are in the checkpoint"
+    rescued = output_dir / "unconverted.ckpt"
+    try:
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+        write_atomically(rescued, partial(torch.save, checkpoint))
+    except OSError as error:
+        return None, f"No checkpoint holds them, and {str(rescued)!r} cannot be written ({error.strerror or error})."
+    return str(rescued), "No checkpoint held them; they were written to"
+
+
+def _call(callback: QuantizationCallback, pl_module: Any, path: str) -> str:
+    data = f", data, target={callback.target.name!r}" if callback.mode == "ptq" else ""
+    return f"lq.quantize_checkpoint({path!r}, {type(pl_module).__name__}{data})"
+
+
+def _command(callback: QuantizationCallback, pl_module: Any, path: str) -> str:
+    cls = type(pl_module)
+    data = f" data=MODULE:DATAMODULE target={callback.target.name}" if callback.mode == "ptq" else ""
+    return f"python -m lq.recipes.quantize_checkpoint {path} model={cls.__module__}:{cls.__qualname__}{data}"

@@ -1,0 +1,71 @@
+"""Which weights become INT8: those of the best checkpoint, or those that training ended with."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from lq.callback.support import averages_at_the_end
+from lq.distributed import world_size
+
+Weights = Literal["best", "last"]
+
+
+def best_checkpoint(trainer: Any) -> str | None:
+    """Path of the best checkpoint of the first ModelCheckpoint that monitors a metric, or None."""
+    for callback in trainer.checkpoint_callbacks:
+        if getattr(callback, "monitor", None) is not None and _path(callback, "best_model_path"):
+            return _path(callback, "best_model_path")
+    return None
+
+
+def last_checkpoint(trainer: Any) -> str | None:
+    """Path of the checkpoint that was written last, or None."""
+    for name in ("last_model_path", "best_model_path"):
+        for callback in trainer.checkpoint_callbacks:
+            if _path(callback, name):
+                return _path(callback, name)
+    return None
+
+
+def _path(callback: Any, name: str) -> str:
+    return str(getattr(callback, name, ""))
+
+
+def choose_weights(trainer: Any, weights: Weights | None) -> tuple[str | None, str]:
+    """``(path, sentence)``: the checkpoint to load, None for the weights that are there; and what to tell of it.
+
+    Args:
+        trainer: the Trainer, after training.
+        weights: what the user wants, or None for the best ones wherever a metric says which these are.
+
+    Raises:
+        ValueError: where the best weights are wanted and nothing says which they are.
+    """
+    best = best_checkpoint(trainer)
+    if weights == "best" and best is None:
+        raise ValueError(
+            "weights='best': no ModelCheckpoint with monitor='...' has written a checkpoint; add one, or use "
+            "weights='last'"
+        )
+    if weights == "last" or best is None:
+        return None, "the weights that training ended with"
+    if weights is None and averages_at_the_end(trainer):
+        return None, "the averaged weights that training ended with"
+    return best, f"the weights of the best checkpoint, {best}"
+
+
+def load_weights(trainer: Any, pl_module: Any, path: str) -> None:
+    """Load the ``state_dict`` of a checkpoint of this run into ``pl_module``, the same in every process."""
+    checkpoint: Any = None
+    if trainer.is_global_zero:
+        # Written by this very run, so what is pickled in it is the user's own.
+        checkpoint = trainer.strategy.load_checkpoint(path, weights_only=False)
+        checkpoint = {key: value for key, value in checkpoint.items() if key not in _TRAINING_STATE}
+    if world_size() > 1:
+        checkpoint = trainer.strategy.broadcast(checkpoint)
+    pl_module.on_load_checkpoint(checkpoint)
+    pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
+
+
+#: Parts of a checkpoint that are large and of no use to the weights.
+_TRAINING_STATE = ("optimizer_states", "lr_schedulers", "callbacks", "loops", "current_model_state")

@@ -1,0 +1,99 @@
+"""A Trainer's checkpoint to INT8, without training: also of a run that was interrupted.
+
+python -m lq.recipes.quantize_checkpoint CKPT model=package.module:MyLightningModule data=package.module:MyDataModule
+python -m lq.recipes.quantize_checkpoint CKPT model=train.py:build_model      of a QAT run, which needs no data
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import seed_everything
+
+import lq
+from lq.config import ConfigError, field, main
+from lq.recipes.blocks import print_result
+from lq.targets import TARGETS
+
+
+@dataclass
+class Config:
+    """A checkpoint to INT8."""
+
+    ckpts: list[str] = field(help="the checkpoint", positional=True)
+    model: str = field(help="MODULE:NAME or FILE.py:NAME of the LightningModule, or of a function that makes it")
+    data: str | None = field(
+        None, help="MODULE:NAME or FILE.py:NAME of a datamodule, or of a function that makes one or a dataloader"
+    )
+    module: str | None = field(None, help="path of the submodule to quantize; found where it is not given")
+    target: str | None = field(
+        None, help="engine family; by default what a QAT run was for, or x86", choices=(None, *TARGETS)
+    )
+    calibrator: str | None = field(None, help="minmax, moving_average, percentile, mse, entropy; the best by default")
+    calibration_batches: int = field(32, help="training batches that ranges are taken from")
+    export: list[str] = field([], help="formats to write beside int8.pt2: onnx, aoti")
+    output_dir: str | None = field(None, help="folder for what is written; by default int8 beside the checkpoint")
+    accelerator: str = field("auto", help="where to calibrate: cpu, gpu or auto")
+    seed: int = field(0, help="seed of everything")
+
+
+def run(config: Config) -> None:
+    seed_everything(config.seed, verbose=False)
+    model = _find(config.model, "model")
+    data = None if config.data is None else _find(config.data, "data")()
+    result = lq.quantize_checkpoint(
+        _checkpoint(config),
+        model if isinstance(model, type) else model(),
+        data,
+        module=config.module,
+        target=config.target,
+        calibrator=config.calibrator,
+        calibration_batches=config.calibration_batches,
+        export=config.export,  # type: ignore[arg-type]
+        output_dir=config.output_dir,
+        accelerator=config.accelerator,
+    )
+    print_result(result, config.data or "none", {"INT8 model": ", ".join(result.exports)})
+
+
+def plan(config: Config) -> str:
+    calibrated = f"calibrate it on {config.data}" if config.data else "take the ranges that are in it"
+    return f"load {_checkpoint(config)} into {config.model}, {calibrated}, and convert it to INT8"
+
+
+def _checkpoint(config: Config) -> str:
+    if len(config.ckpts) != 1:
+        raise ConfigError(f"one checkpoint is converted at a time, got {len(config.ckpts)}: {', '.join(config.ckpts)}")
+    if not Path(config.ckpts[0]).is_file():
+        raise ConfigError(f"{config.ckpts[0]!r}: no such file")
+    return config.ckpts[0]
+
+
+def _find(name: str, key: str) -> Callable[..., Any]:
+    """What ``MODULE:NAME`` or ``FILE.py:NAME`` names."""
+    place, _, attribute = name.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            assert spec is not None and spec.loader is not None
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            sys.path.insert(0, "")  # as `python -m` would for a module in this folder
+            module = importlib.import_module(place)
+        found: Callable[..., Any] = module
+        for part in attribute.split("."):
+            found = getattr(found, part)
+        return found
+    except (ImportError, AttributeError, ValueError, OSError) as error:
+        raise ConfigError(f"{key}={name!r}: {error}; give MODULE:NAME or FILE.py:NAME") from error
+
+
+if __name__ == "__main__":
+    main(Config, run, plan, description=__doc__ or "")
