@@ -74,4 +74,4 @@ def _call(callback: QuantizationCallback, pl_module: Any, path: str) -> str:
 def _command(callback: QuantizationCallback, pl_module: Any, path: str) -> str:
     cls = type(pl_module)
     data = f" data=MODULE:DATAMODULE target={callback.target.name}" if callback.mode == "ptq" else ""
-    return f"python -m lq.recipes.quantize_checkpoint {path} model={cls.__module__}:{cls.__qualname__}{data}"
+    return f"python -m lq.recipes.quantize_checkpoint ckpt={path} model={cls.__module__}:{cls.__qualname__}{data}"

@@ -1,7 +1,7 @@
 """A Trainer's checkpoint to INT8, without training: also of a run that was interrupted.
 
-python -m lq.recipes.quantize_checkpoint CKPT model=package.module:MyLightningModule data=package.module:MyDataModule
-python -m lq.recipes.quantize_checkpoint CKPT model=train.py:build_model      of a QAT run, which needs no data
+python -m lq.recipes.quantize_checkpoint ckpt=PATH model=package.module:MyModule data=package.module:MyDataModule
+python -m lq.recipes.quantize_checkpoint ckpt=PATH model=train.py:build_model      of a QAT run, which needs no data
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lq.targets import TARGETS
 class Config:
     """A checkpoint to INT8."""
 
-    ckpts: list[str] = field(help="the checkpoint", positional=True)
+    ckpt: str = field(help="the checkpoint")
     model: str = field(help="MODULE:NAME or FILE.py:NAME of the LightningModule, or of a function that makes it")
     data: str | None = field(
         None, help="MODULE:NAME or FILE.py:NAME of a datamodule, or of a function that makes one or a dataloader"
@@ -45,10 +45,12 @@ class Config:
 
 def run(config: Config) -> None:
     seed_everything(config.seed, verbose=False)
+    if not Path(config.ckpt).is_file():
+        raise ConfigError(f"ckpt={config.ckpt!r}: no such file")
     model = _find(config.model, "model")
     data = None if config.data is None else _find(config.data, "data")()
     result = lq.quantize_checkpoint(
-        _checkpoint(config),
+        config.ckpt,
         model if isinstance(model, type) else model(),
         data,
         module=config.module,
@@ -64,15 +66,7 @@ def run(config: Config) -> None:
 
 def plan(config: Config) -> str:
     calibrated = f"calibrate it on {config.data}" if config.data else "take the ranges that are in it"
-    return f"load {_checkpoint(config)} into {config.model}, {calibrated}, and convert it to INT8"
-
-
-def _checkpoint(config: Config) -> str:
-    if len(config.ckpts) != 1:
-        raise ConfigError(f"one checkpoint is converted at a time, got {len(config.ckpts)}: {', '.join(config.ckpts)}")
-    if not Path(config.ckpts[0]).is_file():
-        raise ConfigError(f"{config.ckpts[0]!r}: no such file")
-    return config.ckpts[0]
+    return f"load {config.ckpt} into {config.model}, {calibrated}, and convert it to INT8"
 
 
 def _find(name: str, key: str) -> Callable[..., Any]:
@@ -85,12 +79,11 @@ def _find(name: str, key: str) -> Callable[..., Any]:
             module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         else:
-            sys.path.insert(0, "")  # as `python -m` would for a module in this folder
             module = importlib.import_module(place)
-        found: Callable[..., Any] = module
+        found: Any = module
         for part in attribute.split("."):
             found = getattr(found, part)
-        return found
+        return found  # type: ignore[no-any-return]
     except (ImportError, AttributeError, ValueError, OSError) as error:
         raise ConfigError(f"{key}={name!r}: {error}; give MODULE:NAME or FILE.py:NAME") from error
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from callback.classifiers import TwoParts, Unquantizable, Wrapped, loader
-from callback.test_fit import TARGET, fit, quantization
+from callback.fits import TARGET, fit, quantization
 from jsonargparse import ArgumentParser
 from torch.utils.data import DataLoader
 
@@ -122,14 +122,6 @@ def test_step_that_does_not_call_the_unit(tmp_path: Path) -> None:
     callback = quantization(tmp_path, mode="qat", module="unused")
     with pytest.raises(ValueError, match=r"training_step never called the Linear.*module='\.\.\.'"):
         fit(Elsewhere(), tmp_path, callback)
-
-
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
-def test_second_fit_of_a_converted_model_is_refused(mode: str, tmp_path: Path) -> None:
-    model, callback = Wrapped(), quantization(tmp_path, mode=mode)
-    fit(model, tmp_path, callback, epochs=1)
-    with pytest.raises(ValueError, match="converted to INT8 by an earlier fit"):
-        fit(model, tmp_path, callback, epochs=1)
 
 
 def test_callback_serves_a_second_model(tmp_path: Path) -> None:

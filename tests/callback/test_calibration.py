@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from callback.classifiers import Wrapped, images, loader
-from callback.test_fit import fit, quantization
+from callback.fits import fit, quantization
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch.utils.data import DataLoader, TensorDataset
 
