@@ -170,7 +170,13 @@ def _make_prepared(staged: StagedUnit, section: Mapping[str, Any]) -> None:
             "the checkpoint does not say how its model was prepared (a forward argument was no plain value): call "
             "lq.prepare on the submodule before you give the module to the Trainer"
         )
-    prepare_like(staged.unit, preparation)
+    try:
+        prepare_like(staged.unit, preparation)
+    except Exception as error:
+        raise ValueError(
+            f"the checkpoint was written for another network than this {type(staged.unit).__name__}, which cannot be "
+            f"prepared as that one was: {error}"
+        ) from error
 
 
 def _quantizer_prefix(staged: StagedUnit) -> str:

@@ -62,18 +62,18 @@ def validate(
 @contextmanager
 def _as_it_is(pl_module: Any) -> Iterator[None]:
     """Inside, the module is neither set up nor torn down anew, and its metrics wait for no other process."""
-    metrics = {module: module.sync_on_compute for module in pl_module.modules() if isinstance(module, Metric)}
+    metrics = {m: m.distributed_available_fn for m in pl_module.modules() if isinstance(m, Metric)}
     hooks = {name: pl_module.__dict__.get(name) for name in ("setup", "teardown", "configure_callbacks")}
     try:
         for metric in metrics:
-            metric.sync_on_compute = False
+            metric.distributed_available_fn = lambda: False
         # A `setup` that builds the layers would build them anew, without what they have learnt.
         pl_module.setup = pl_module.teardown = lambda stage: None
         pl_module.configure_callbacks = list
         yield
     finally:
-        for metric, sync_on_compute in metrics.items():
-            metric.sync_on_compute = sync_on_compute
+        for metric, is_distributed in metrics.items():
+            metric.distributed_available_fn = is_distributed
         for name, hook in hooks.items():
             del pl_module.__dict__[name]
             if hook is not None:
