@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shlex
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,15 +36,8 @@ def tell_how_to_finish(
         _log.error("lq: %s %s", happened, what)
         return
     resume = "" if training_ended else f"To go on training: trainer.fit(model, ckpt_path={path!r}). "
-    _log.error(
-        "lq: %s %s %r. %sTo convert it as it is:\n    %s\nor, from a shell:\n    %s",
-        happened,
-        note,
-        path,
-        resume,
-        _call(callback, pl_module, path),
-        _command(callback, pl_module, path),
-    )
+    by_hand = [_call(callback, pl_module, path), *_command(callback, pl_module, path)]
+    _log.error("lq: %s %s %r. %sTo convert it as it is:\n    %s", happened, note, path, resume, "\n    ".join(by_hand))
 
 
 def _trained_weights(callback: QuantizationCallback, trainer: Any, output_dir: Path) -> tuple[str | None, str]:
@@ -71,7 +66,16 @@ def _call(callback: QuantizationCallback, pl_module: Any, path: str) -> str:
     return f"lq.quantize_checkpoint({path!r}, {type(pl_module).__name__}{data})"
 
 
-def _command(callback: QuantizationCallback, pl_module: Any, path: str) -> str:
+def _command(callback: QuantizationCallback, pl_module: Any, path: str) -> list[str]:
+    """The same for the shell, where the module's class can be found from there."""
     cls = type(pl_module)
-    data = f" data=MODULE:DATAMODULE target={callback.target.name}" if callback.mode == "ptq" else ""
-    return f"python -m lq.recipes.quantize_checkpoint ckpt={path} model={cls.__module__}:{cls.__qualname__}{data}"
+    if "<locals>" in cls.__qualname__:
+        return []
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    place = script if cls.__module__ == "__main__" else cls.__module__
+    if place is None:  # an interactive session
+        return []
+    arguments = [f"ckpt={path}", f"model={place}:{cls.__qualname__}"]
+    if callback.mode == "ptq":
+        arguments += ["data=MODULE:DATAMODULE", f"target={callback.target.name}"]
+    return ["python -m lq.recipes.quantize_checkpoint " + " ".join(map(shlex.quote, arguments))]

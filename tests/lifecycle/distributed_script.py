@@ -1,4 +1,4 @@
-"""Runs on each of two processes; test_distributed reads what it writes: ``distributed_script.py FOLDER SCENARIO...``."""
+"""What test_distributed runs in each of two processes: ``distributed_script.py FOLDER SCENARIO...``."""
 
 from __future__ import annotations
 
@@ -53,8 +53,19 @@ def ptq(folder: Path) -> dict[str, Any]:
     return summary(model) | {"metrics": metrics, "tested": tested, "is_first": run.is_global_zero}
 
 
+class Watching(Wrapped):
+    """Keeps minimum and maximum of each training batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[float, float]] = []
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.seen.append((float(batch[0].min()), float(batch[0].max())))
+
+
 def qat(folder: Path) -> dict[str, Any]:
-    model = module()
+    model = module(Watching)
     callback = quantization(folder, mode="qat", convert=False, observer_freeze=None)
     run = trainer(folder, callback, every_epoch(folder), **TWO)
     run.fit(model, train_data(), val_data())
@@ -64,7 +75,7 @@ def qat(folder: Path) -> dict[str, Any]:
     resumed = module(seed=3)
     again = trainer(folder, quantization(folder, mode="qat"), epochs=3, **TWO)
     again.fit(resumed, train_data(), val_data(), ckpt_path=folder / "checkpoints" / "last.ckpt")
-    return summary(resumed) | {"ranges": ranges}
+    return summary(resumed) | {"ranges": ranges, "seen": model.seen}
 
 
 def _expecting_failure(run: Trainer, model: Any) -> dict[str, Any]:

@@ -36,9 +36,7 @@ def converted_from(run: Trainer, model: LightningModule, folder: Path) -> dict[s
 
 
 @pytest.mark.parametrize("mode", ["ptq", "qat"])
-@pytest.mark.support(
-    "Best weights", "`ModelCheckpoint(monitor=...)`: the best weights become INT8, and the log says so"
-)
+@pytest.mark.support("Best weights", "`ModelCheckpoint(monitor=...)`: the best become INT8, and the log says so")
 def test_best_weights_are_converted(mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = every_epoch(tmp_path, monitor="harm")
     callback, model = quantization(tmp_path, mode=mode), module(WorseAndWorse)
