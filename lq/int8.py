@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lq.graph.codegen import compile_graph
+from lq.graph.eager import never_compiled
 from lq.graph.qdq import constant_qparams
 from lq.graph.signature import CallSignature
 from lq.metadata import Metadata, TensorSpec, dtype_name
@@ -100,6 +101,11 @@ class Int8Module(nn.Module):
         self._execution: Execution = value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if "forward" not in self._compiled:
+            self._compiled["forward"] = never_compiled(self._forward)
+        return self._compiled["forward"](*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self._bind(args, kwargs)
         # Autocast would take float convolutions of the simulation to 16 bits, below the steps of the INT8 grids.
         device = next((leaf.device.type for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), "cpu")

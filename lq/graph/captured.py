@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from lq.graph.codegen import compile_graph
+from lq.graph.eager import never_compiled
 from lq.graph.placement import site
 from lq.graph.signature import CallSignature
 from lq.graph.tracing import TracedGraph, trace
@@ -68,9 +69,14 @@ class CapturedForward:
         self._entered = list(traced.entered)
         self._signature: CallSignature | None = None
         self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._run = never_compiled(self._forward)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": {}, "_signature": None}
+        return {**self.__dict__, "_compiled": {}, "_signature": None, "_run": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._run = never_compiled(self._forward)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """``(inputs, settings)`` of a call (see :meth:`CallSignature.bind`)."""
@@ -79,6 +85,9 @@ class CapturedForward:
         return self._signature.bind(args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs, settings = self.bind(args, kwargs)
         mode = tuple(self.module.get_submodule(path).training for path in self._entered)
         key = (mode, tuple(inputs), tuple(settings.items()))
