@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from collections.abc import Callable
@@ -33,3 +34,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         beside = Path(folder) / path.name  # a .pt2 archive carries its own file name inside
         write(beside)
         os.replace(beside, path)
+
+
+def write_archive(path: Path, write: Callable[[io.BytesIO], None]) -> None:
+    """Write one of torch's zip archives, such as ``torch.save`` makes, by way of memory.
+
+    Given a path, torch's writer does not raise on a full disk: it ends the process, and what was trained in it.
+
+    Raises:
+        OSError: where the file cannot be written.
+    """
+    buffer = io.BytesIO()
+    write(buffer)
+    path.write_bytes(buffer.getbuffer())

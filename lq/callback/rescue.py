@@ -13,7 +13,7 @@ import torch
 
 from lq.callback.support import averages_at_the_end
 from lq.callback.weights import choose_weights, last_checkpoint
-from lq.files import write_atomically
+from lq.files import write_archive, write_atomically
 
 if TYPE_CHECKING:
     from lq.callback.callback import QuantizationCallback
@@ -55,7 +55,7 @@ def _trained_weights(callback: QuantizationCallback, trainer: Any, output_dir: P
     rescued = output_dir / "unconverted.ckpt"
     try:
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
-        write_atomically(rescued, partial(torch.save, checkpoint))
+        write_atomically(rescued, lambda beside: write_archive(beside, partial(torch.save, checkpoint)))
     except OSError as error:
         return None, f"No checkpoint holds them, and {str(rescued)!r} cannot be written ({error.strerror or error})."
     return str(rescued), "No checkpoint held them; they were written to"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,13 @@ def write_package(program: ExportedProgram, metadata: Metadata, path: Path) -> N
             "cpp.dynamic_threads": True,  # as many threads as where it runs, not as here
             "aot_inductor.metadata": {KEY: metadata.to_json()},
         }
+        package = io.BytesIO()  # and not the path: see write_archive
         try:
             with torch.no_grad():
-                aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+                aoti_compile_and_package(program, package_path=package, inductor_configs=settings)
         except Exception as error:
             raise CompilerError(
                 f"AOTInductor cannot compile the network: {error}\nIt needs a C++ compiler (g++ or clang++) on this "
                 f"machine; format='pt2' needs none"
             ) from error
+    path.write_bytes(package.getbuffer())

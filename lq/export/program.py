@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
+from lq.files import write_archive
 from lq.graph.qdq import constant_qparams
 from lq.int8 import Int8Module
 from lq.metadata import KEY, Metadata
@@ -63,4 +64,5 @@ def export_program(model: Int8Module, *, free_sizes: bool) -> ExportedProgram:
 
 def write_program(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
     """Write a ``.pt2`` file that loads without lq and without the training code."""
-    torch.export.save(program, path, extra_files={KEY: metadata.to_json()})
+    extra_files = {KEY: metadata.to_json()}
+    write_archive(path, lambda buffer: torch.export.save(program, buffer, extra_files=extra_files))
