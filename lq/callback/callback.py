@@ -141,6 +141,7 @@ class QuantizationCallback(Callback):
         self.output_dir = output_dir
         self.result: QuantizationResult | None = None
         self._int8_dir = Path()
+        self._frozen_norms: set[nn.Module] = set()
         self._training_ended = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -186,12 +187,16 @@ class QuantizationCallback(Callback):
             freeze(unit)
         if self.batch_norm_freeze is not None and share >= self.batch_norm_freeze:
             for submodule in unit.modules():
-                if isinstance(submodule, _NORMS):
-                    submodule.eval()
+                if isinstance(submodule, _NORMS) and submodule.training:
+                    self._frozen_norms.add(submodule.eval())
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if self.mode == "qat" and trainer.world_size > 1:
             all_reduce_ranges(staged_unit(pl_module).unit)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        while self._frozen_norms:  # or a later fit would begin with them frozen
+            self._frozen_norms.pop().train()
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -215,6 +220,7 @@ class QuantizationCallback(Callback):
                 raise failure
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
         if trainer.state.fn == TrainerFn.FITTING and self.convert and self.result is None and trainer.is_global_zero:
             tell_how_to_finish(self, trainer, pl_module, self._int8_dir, self._training_ended)
 

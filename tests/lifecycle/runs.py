@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from lq import QuantizationCallback
+from lq.modes import evaluating
 
 BATCHES = 4
 
@@ -147,8 +148,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 def logits(pl_module: Any) -> Tensor:
-    pl_module.eval()
-    with torch.no_grad():
+    with evaluating(pl_module), torch.no_grad():
         found: Tensor = pl_module(images(32, seed=5)[0])
     return found
 
