@@ -108,11 +108,11 @@ def test_a_failed_write_leaves_the_file_that_was_there(tmp_path: Path, monkeypat
     lq.export(int8, path)
     before = path.read_bytes()
 
-    def full_disk(program: Any, file: Path, **kwargs: Any) -> None:
-        Path(file).write_bytes(b"half")
+    def full_disk(file: Path, data: Any) -> None:
+        file.write_text("half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(torch.export, "save", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="No space left"):
         lq.export(int8, path)
     assert path.read_bytes() == before

@@ -49,7 +49,7 @@ class StatefulLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        if not self._resumed:
+        if not self._resumed or self.position == len(self):
             self.position = 0
         self._resumed = False
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.epoch)).tolist()

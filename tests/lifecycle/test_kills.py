@@ -1,0 +1,107 @@
+"""Real processes, killed where they happen to be: there is a loadable checkpoint, and the run goes on exactly."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from callback.classifiers import Wrapped, images
+from lifecycle.processes import finish, start
+from lifecycle.runs import StatefulLoader, every_epoch, module, quantization, trainer, val_data
+
+import lq
+
+#: Kills of each chain of runs; 4 chains make 52.
+KILLS = 13
+EPOCHS = 4
+MODES = ["ptq", "qat"]
+#: Where checkpoints are written: at the end of each epoch, or behind every other batch.
+EVERY = {"epochs": {}, "batches": {"every_n_train_steps": 2}}
+
+
+def run_to_the_end(folder: Path, mode: str, every: str) -> None:
+    """A run that goes on from its last checkpoint where there is one; it tells when training begins."""
+    model, data = module(), StatefulLoader()
+    callback = quantization(folder, mode=mode, observer_freeze=0.7, batch_norm_freeze=0.7)
+    checkpoint = every_epoch(folder, save_top_k=2, monitor="step", mode="max", **EVERY[every])
+    run = trainer(folder, callback, checkpoint, epochs=EPOCHS)
+    (folder / "began").touch()
+    run.fit(model, data, val_data(), ckpt_path="last")
+    torch.save({"metrics": {k: float(v) for k, v in run.callback_metrics.items()}}, folder / "metrics.pt")
+    run.save_checkpoint(folder / "end.ckpt")
+    (folder / "done").touch()
+
+
+def results(folder: Path) -> dict[str, Any]:
+    end = torch.load(folder / "end.ckpt", weights_only=True)
+    int8 = lq.load(folder / "int8" / "int8.pt2")(images(32, seed=5)[0])
+    metrics = torch.load(folder / "metrics.pt", weights_only=True)["metrics"]
+    return {"weights": end["state_dict"], "ranges": end["lq"]["quantizers"], "int8": int8, "metrics": metrics}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Path, float]]:
+    """For each kind of run, where its results are and how long it took from the beginning of training."""
+    found = {}
+    for mode in MODES:
+        for every in EVERY:
+            folder = tmp_path_factory.mktemp(f"{mode}_{every}")
+            process = start(run_to_the_end, folder, mode, every, output=folder / "output")
+            finish(process, folder / "output")
+            seconds = (folder / "done").stat().st_mtime - (folder / "began").stat().st_mtime
+            found[mode, every] = (folder, seconds)
+    return found
+
+
+def checkpoints_load(folder: Path) -> bool:
+    """Whether each file that goes by the name of a checkpoint is one; False where there is none yet."""
+    files = list((folder / "checkpoints").glob("*.ckpt"))
+    for file in files:
+        Wrapped.load_from_checkpoint(file, weights_only=True)
+    return bool(files)
+
+
+@pytest.mark.parametrize("every", EVERY)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.support("Unhappy ends", "`kill -9` at any point: a loadable checkpoint, and an exactly resumable run")
+def test_killed_runs_go_on_exactly(
+    mode: str, every: str, uninterrupted: dict[tuple[str, str], tuple[Path, float]], tmp_path: Path
+) -> None:
+    whole, seconds = uninterrupted[mode, every]
+    moments = random.Random(f"{mode} {every}")
+    seen_checkpoints, kills, runs = False, 0, 0
+    while kills < KILLS:
+        # A run that has got to its end makes place for another one.
+        runs += 1
+        folder = tmp_path / str(runs)
+        folder.mkdir()
+        while not (folder / "done").exists() and kills < KILLS:
+            (folder / "began").unlink(missing_ok=True)
+            process = start(run_to_the_end, folder, mode, every, output=folder / "output")
+            while not (folder / "began").exists() and process.is_alive():
+                time.sleep(0.001)
+            process.join(moments.uniform(0.0, seconds))
+            if process.is_alive():
+                process.kill()
+                kills += 1
+            process.join()
+            assert process.exitcode in (0, -9), (folder / "output").read_text()[-4000:]
+            loadable = checkpoints_load(folder)
+            assert loadable or not (folder / "checkpoints" / "last.ckpt").exists()
+            seen_checkpoints |= loadable
+        if not (folder / "done").exists():
+            process = start(run_to_the_end, folder, mode, every, output=folder / "output")
+            finish(process, folder / "output")
+        expected, found = results(whole), results(folder)
+        for part in ("weights", "ranges"):
+            assert expected[part].keys() == found[part].keys()
+            assert all(torch.equal(expected[part][key], found[part][key]) for key in expected[part]), part
+        assert torch.equal(expected["int8"], found["int8"])
+        # Killed in the conversion, it had no epoch left to have metrics of.
+        assert found["metrics"] in (expected["metrics"], {})
+    assert kills == KILLS
+    assert seen_checkpoints
