@@ -34,7 +34,6 @@ from lq.modes import evaluating
 from lq.prepare import example_arguments, is_prepared, prepared_forward
 from lq.runtime.load import installed_runtimes, load
 from lq.runtime.onnxruntime import import_onnxruntime
-from lq.runtime.program import load_program
 from lq.targets import Target, get_target
 
 Format = Literal["pt2", "aoti", "onnx"]
@@ -271,10 +270,10 @@ def _write(
                 check_onnx(model, sites, integers, expected, metadata.flatten((), inputs))
             write_onnx(model, beside)
         if verify:
-            if format == "pt2":
-                check_program(load_program(beside), inputs, expected)
             for runtime in installed_runtimes(format):
                 loaded = load(beside, runtime)
+                if isinstance(loaded, Int8Module):
+                    check_program(loaded, inputs, expected)
                 found = compare(runtime, loaded(**inputs), expected)
                 _judge(found, int8)
                 verifications.append(found)

@@ -97,8 +97,9 @@ def check_program(loaded: Int8Module, inputs: Mapping[str, Any], outputs: Any) -
     Raises:
         ExportMismatchError: where they differ.
     """
-    loaded.execution = "simulation"
+    execution, loaded.execution = loaded.execution, "simulation"
     found = compare("the .pt2 file", loaded(**inputs), outputs)
+    loaded.execution = execution
     if found.relative_difference > FLOAT_TOLERANCE:
         raise ExportMismatchError(f"the .pt2 file differs from the INT8 network: {found}")
 

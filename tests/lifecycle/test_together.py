@@ -73,7 +73,7 @@ def accuracy(model: Any, folder: Path) -> float:
 )
 def test_modules(cls: type, mode: str, tmp_path: Path) -> None:
     model = module(cls)
-    trainer(tmp_path, quantization(tmp_path, mode=mode), epochs=6).fit(model, train_data(), val_data())
+    trainer(tmp_path, quantization(tmp_path, mode=mode), epochs=4).fit(model, train_data(), val_data())
     assert is_int8(model)
     assert accuracy(model, tmp_path) >= (0.8 if cls is Embedded else 0.95)
 
@@ -154,9 +154,9 @@ def test_weight_averaging(mode: str, tmp_path: Path) -> None:
     for name, checkpoints in (("last", ()), ("best", (every_epoch(tmp_path, monitor="val_loss"),))):
         averaging, remember = EMAWeightAveraging(decay=0.7), Remember()
         callback, model = quantization(tmp_path, mode=mode), module()
-        run = trainer(tmp_path, remember, callback, averaging, *checkpoints, epochs=6)
+        run = trainer(tmp_path, remember, callback, averaging, *checkpoints, epochs=4)
         if mode == "ptq":
-            run = trainer(tmp_path, averaging, remember, callback, *checkpoints, epochs=6)
+            run = trainer(tmp_path, averaging, remember, callback, *checkpoints, epochs=4)
         run.fit(model, train_data(), val_data())
         expected = remember.weights
         if name == "best":
@@ -203,7 +203,7 @@ def test_averaging_before_quantizers_is_refused(averaging: Callback, tmp_path: P
 def test_stochastic_weight_averaging(mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     swa, remember = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=2, annealing_epochs=1), Remember()
     callback, model = quantization(tmp_path, mode=mode), module()
-    run = trainer(tmp_path, remember, callback, swa, every_epoch(tmp_path, monitor="val_loss"), epochs=6)
+    run = trainer(tmp_path, remember, callback, swa, every_epoch(tmp_path, monitor="val_loss"), epochs=4)
     run.fit(model, train_data(), val_data())
     found = converted_from(run, tmp_path)
     assert all(torch.equal(found[key], remember.weights[key]) for key in found)
@@ -235,7 +235,7 @@ def test_pruning(mode: str, tmp_path: Path) -> None:
 def test_finetuning(mode: str, tmp_path: Path) -> None:
     finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=2, lambda_func=lambda epoch: 1.0, verbose=False)
     model = module(Finetuned)
-    trainer(tmp_path, quantization(tmp_path, mode=mode), finetuning, epochs=6).fit(model, train_data(), val_data())
+    trainer(tmp_path, quantization(tmp_path, mode=mode), finetuning, epochs=4).fit(model, train_data(), val_data())
     assert is_int8(model)
     assert accuracy(model, tmp_path) >= 0.9
 
@@ -258,7 +258,7 @@ def test_onlookers(mode: str, tmp_path: Path) -> None:
 
 
 @both_modes
-@pytest.mark.filterwarnings("ignore:[^A-Z]*By default only one JsonargparseDeprecationWarning")  # Lightning's own call
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")  # Lightning's own call
 @pytest.mark.support("Callbacks", "`LightningCLI`: the callback from YAML")
 def test_cli(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tmp_path / "config.yaml"

@@ -132,7 +132,7 @@ FAILURES = {
 def test_after_training(name: str, saved: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     mode, act, error = FAILURES[name]
     model, at_the_end = module(Fragile if act else FailsInInt8), AtTheEnd(act)
-    callback = quantization(tmp_path, mode=mode, evaluate=act is None, calibrator=None if mode == "qat" else "minmax")
+    callback = quantization(tmp_path, mode=mode, evaluate=act is None)
     run = trainer(tmp_path, at_the_end, callback, *([every_epoch(tmp_path)] if saved else []), epochs=1)
     interrupted(run, model, train_data(), val_data(), error=error)
     assert_same(state_of(model), at_the_end.state)
