@@ -43,18 +43,12 @@ def results(folder: Path) -> dict[str, Any]:
     return {"weights": end["state_dict"], "ranges": end["lq"]["quantizers"], "int8": int8, "metrics": metrics}
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Path, float]]:
-    """For each kind of run, where its results are and how long it took from the beginning of training."""
-    found = {}
-    for mode in MODES:
-        for every in EVERY:
-            folder = tmp_path_factory.mktemp(f"{mode}_{every}")
-            process = start(run_to_the_end, folder, mode, every, output=folder / "output")
-            finish(process, folder / "output")
-            seconds = (folder / "done").stat().st_mtime - (folder / "began").stat().st_mtime
-            found[mode, every] = (folder, seconds)
-    return found
+def uninterrupted(folder: Path, mode: str, every: str) -> float:
+    """Run without a kill, and return how long that took from the beginning of training."""
+    folder.mkdir()
+    process = start(run_to_the_end, folder, mode, every, output=folder / "output")
+    finish(process, folder / "output")
+    return (folder / "done").stat().st_mtime - (folder / "began").stat().st_mtime
 
 
 def checkpoints_load(folder: Path) -> bool:
@@ -68,10 +62,9 @@ def checkpoints_load(folder: Path) -> bool:
 @pytest.mark.parametrize("every", EVERY)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.support("Unhappy ends", "`kill -9` at any point: a loadable checkpoint, and an exactly resumable run")
-def test_killed_runs_go_on_exactly(
-    mode: str, every: str, uninterrupted: dict[tuple[str, str], tuple[Path, float]], tmp_path: Path
-) -> None:
-    whole, seconds = uninterrupted[mode, every]
+def test_killed_runs_go_on_exactly(mode: str, every: str, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    seconds = uninterrupted(whole, mode, every)
     moments = random.Random(f"{mode} {every}")
     seen_checkpoints, kills, runs = False, 0, 0
     while kills < KILLS:

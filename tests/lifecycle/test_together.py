@@ -73,7 +73,8 @@ def accuracy(model: Any, folder: Path) -> float:
 )
 def test_modules(cls: type, mode: str, tmp_path: Path) -> None:
     model = module(cls)
-    trainer(tmp_path, quantization(tmp_path, mode=mode), epochs=4).fit(model, train_data(), val_data())
+    epochs = 12 if cls is Embedded else 4
+    trainer(tmp_path, quantization(tmp_path, mode=mode), epochs=epochs).fit(model, train_data(), val_data())
     assert is_int8(model)
     assert accuracy(model, tmp_path) >= (0.8 if cls is Embedded else 0.95)
 
