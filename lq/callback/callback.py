@@ -195,8 +195,7 @@ class QuantizationCallback(Callback):
             all_reduce_ranges(staged_unit(pl_module).unit)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        while self._frozen_norms:  # or a later fit would begin with them frozen
-            self._frozen_norms.pop().train()
+        self._thaw()
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -220,11 +219,16 @@ class QuantizationCallback(Callback):
                 raise failure
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.on_train_end(trainer, pl_module)
+        self._thaw()
         if trainer.state.fn == TrainerFn.FITTING and self.convert and self.result is None and trainer.is_global_zero:
             tell_how_to_finish(self, trainer, pl_module, self._int8_dir, self._training_ended)
 
     # Private helpers
+
+    def _thaw(self) -> None:
+        """Let batch norm learn again, or a later fit would begin with it frozen."""
+        while self._frozen_norms:
+            self._frozen_norms.pop().train()
 
     def _begin_fit(self, trainer: Trainer, staged: StagedUnit) -> None:
         """Bring the unit to where training begins: float for PTQ, prepared for QAT."""
