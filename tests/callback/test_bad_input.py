@@ -124,13 +124,6 @@ def test_step_that_does_not_call_the_unit(tmp_path: Path) -> None:
         fit(Elsewhere(), tmp_path, callback)
 
 
-def test_callback_serves_a_second_model(tmp_path: Path) -> None:
-    callback = quantization(tmp_path)
-    for _ in range(2):
-        fit(Wrapped(), tmp_path, callback, epochs=1)
-        assert callback.result is not None
-
-
 def test_arguments_parse_from_a_command_line() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(QuantizationCallback, "quantization")

@@ -19,8 +19,6 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 
 import lq
 
-pytestmark = pytest.mark.xdist_group("distributed")  # which share one run
-
 SCRIPT = Path(__file__).with_name("distributed_script.py")
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from callback.classifiers import images
 
@@ -15,8 +16,9 @@ import lq
 TESTS = Path(__file__).parents[1]
 
 
+@pytest.mark.support("Several processes", '`strategy="ddp"`, processes started by Lightning')
 def test_ptq_with_ddp(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("ddp_script.py")
+    script = Path(__file__).with_name("launcher_script.py")
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
         [sys.executable, str(script), str(tmp_path)],

@@ -1,4 +1,4 @@
-"""Run by test_two_processes in a process of its own; Lightning starts the second one from this same file."""
+"""Run by test_launcher in a process of its own; Lightning starts the second one from this same file."""
 
 from __future__ import annotations
 
