@@ -1,6 +1,7 @@
 """Data modules: CIFAR-10 from several forms of files, and a built-in synthetic data set."""
 
-from lq.data.cifar10 import CIFAR10, DatasetNotFoundError
+from lq.data.cifar10 import CIFAR10
+from lq.data.errors import DatasetNotFoundError
 from lq.data.in_memory import InMemoryDataModule, InMemoryDataset
 from lq.data.shapes10 import Shapes10
 

@@ -24,10 +24,11 @@ class InMemoryDataset(Dataset[Batch]):
     CPU core that way; torchvision's transforms on one PIL image after the other take 35 ms.
 
     Args:
-        data: images, uint8, ``(N, 3, H, W)``, and labels.
+        data: images, uint8, ``(N, C, H, W)``, and labels.
         mean: one value per channel, for images in [0, 1].
         std: one value per channel, for images in [0, 1].
         augment: draw random crops and flips, from torch's default generator.
+        flip: whether augmentation mirrors half of the images.
 
     Example:
         >>> data = LabelledImages(torch.zeros(6, 3, 32, 32, dtype=torch.uint8), torch.arange(6))
@@ -38,12 +39,18 @@ class InMemoryDataset(Dataset[Batch]):
     """
 
     def __init__(
-        self, data: LabelledImages, mean: Sequence[float], std: Sequence[float], augment: bool = False
+        self,
+        data: LabelledImages,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augment: bool = False,
+        flip: bool = True,
     ) -> None:
         self.data = data
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.augment = augment
+        self.flip = flip
 
     def __len__(self) -> int:
         return len(self.data)
@@ -54,7 +61,7 @@ class InMemoryDataset(Dataset[Batch]):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         batch = self.data.take(torch.as_tensor(indices))
-        images = random_crop_flip(batch.images) if self.augment else batch.images
+        images = random_crop_flip(batch.images, flip=self.flip) if self.augment else batch.images
         return normalize(images, self.mean, self.std), batch.labels
 
 
@@ -67,7 +74,7 @@ class InMemoryDataModule(LightningDataModule):
     """Base of the data modules: subclasses say where the bytes come from, in :meth:`load`.
 
     A train batch is shuffled and, with ``augment``, cropped and flipped at random; all batches are float32 images
-    ``(N, 3, 32, 32)`` with the mean and standard deviation of the data set taken out, and int64 labels ``(N,)``.
+    ``(N, *input_shape)`` with the mean and standard deviation of the data set taken out, and int64 labels ``(N,)``.
     Prediction runs over the test split.
 
     Args:
@@ -84,9 +91,11 @@ class InMemoryDataModule(LightningDataModule):
         ValueError: where an argument is out of its range.
     """
 
-    mean: ClassVar[tuple[float, float, float]]
-    std: ClassVar[tuple[float, float, float]]
+    mean: ClassVar[tuple[float, ...]]
+    std: ClassVar[tuple[float, ...]]
     input_shape: ClassVar[tuple[int, int, int]] = (3, 32, 32)
+    #: Whether a mirrored image is still one of its class.
+    flip: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -120,6 +129,11 @@ class InMemoryDataModule(LightningDataModule):
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, by label."""
         raise NotImplementedError
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """As ``class_names``, under the name where exported files look for their labels."""
+        return self.class_names
 
     @property
     def num_classes(self) -> int:
@@ -180,7 +194,7 @@ class InMemoryDataModule(LightningDataModule):
         self, data: LabelledImages, augment: bool = False, shuffle: bool = False, drop_last: bool = False
     ) -> DataLoader[Batch]:
         return DataLoader(
-            InMemoryDataset(data, self.mean, self.std, augment),
+            InMemoryDataset(data, self.mean, self.std, augment, self.flip),
             batch_size=self.batch_size,
             shuffle=shuffle,
             num_workers=self.num_workers,

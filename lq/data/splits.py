@@ -13,7 +13,7 @@ class LabelledImages:
     """Images with their classes.
 
     Args:
-        images: uint8, ``(N, 3, H, W)``.
+        images: uint8, ``(N, C, H, W)``.
         labels: int64, ``(N,)``, indices into the data set's class names.
     """
 
