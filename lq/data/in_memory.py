@@ -108,12 +108,12 @@ class InMemoryDataModule(LightningDataModule):
         max_test: int | None = None,
     ) -> None:
         super().__init__()
-        _at_least("batch_size", batch_size, 1)
-        _at_least("num_workers", num_workers, 0)
-        _at_least("seed", seed, 0)
+        at_least("batch_size", batch_size, 1)
+        at_least("num_workers", num_workers, 0)
+        at_least("seed", seed, 0)
         for limit, value in (("max_train", max_train), ("max_test", max_test)):
             if value is not None:
-                _at_least(limit, value, 1)
+                at_least(limit, value, 1)
         if not 0.0 <= val_fraction < 1.0:
             raise ValueError(f"val_fraction={val_fraction!r} must be in [0, 1); 0 validates on the test split")
         self.batch_size = batch_size
@@ -151,10 +151,7 @@ class InMemoryDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         train = self._split_named("train")
-        # Ragged last batches make steps of unequal weight and, at one image, break batch norm; but a process must be
-        # left with at least one batch.
-        processes = 1 if self.trainer is None else self.trainer.world_size
-        drop_last = len(train) >= self.batch_size * processes
+        drop_last = drops_last(self, len(train), self.batch_size)
         return self._loader(train, augment=self.augment, shuffle=True, drop_last=drop_last)
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -205,6 +202,17 @@ class InMemoryDataModule(LightningDataModule):
         )
 
 
-def _at_least(argument: str, value: int, low: int) -> None:
+def drops_last(module: LightningDataModule, count: int, batch_size: int) -> bool:
+    """Whether training on ``count`` images leaves out the last, ragged batch.
+
+    Such batches make steps of unequal weight and, at one image, break batch norm; but a process must be left with at
+    least one batch.
+    """
+    processes = 1 if module.trainer is None else module.trainer.world_size
+    return count >= batch_size * processes
+
+
+def at_least(argument: str, value: int, low: int) -> None:
+    """Raise ValueError where ``value`` is below ``low``."""
     if value < low:
         raise ValueError(f"{argument}={value!r} must be an integer of at least {low}")
