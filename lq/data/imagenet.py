@@ -49,14 +49,15 @@ class ImageNet(LightningDataModule):
     Example:
         >>> import tempfile
         >>> from PIL import Image
-        >>> root = Path(tempfile.mkdtemp())
+        >>> folder = tempfile.TemporaryDirectory()
         >>> for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
-        ...     (root / name).mkdir(parents=True)
-        ...     Image.new("RGB", (500, 375)).save(root / name / "0.JPEG")
-        >>> data = ImageNet(str(root), batch_size=2, num_workers=0)
+        ...     Path(folder.name, name).mkdir(parents=True)
+        ...     Image.new("RGB", (500, 375)).save(Path(folder.name, name, "0.JPEG"))
+        >>> data = ImageNet(folder.name, batch_size=2, num_workers=0)
         >>> images, labels = next(iter(data.val_dataloader()))
         >>> data.class_names, images.shape, labels.tolist()
         (('cat', 'dog'), torch.Size([2, 3, 224, 224]), [0, 1])
+        >>> folder.cleanup()
     """
 
     name: str = "ImageNet"
