@@ -10,6 +10,7 @@ import torch
 import torchvision
 
 from lq.data.cache import default_cache_dir, read_cached
+from lq.data.errors import DatasetNotFoundError
 from lq.data.image_tree import ImageTree, open_image_tree
 from lq.data.in_memory import InMemoryDataModule
 from lq.data.splits import ImageData, LabelledImages
@@ -18,10 +19,6 @@ CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "
 
 # The folder that torchvision unpacks into.
 _BATCHES = torchvision.datasets.CIFAR10.base_folder
-
-
-class DatasetNotFoundError(FileNotFoundError):
-    """A data set is not where it was looked for, and could not be downloaded if that was asked for."""
 
 
 class CIFAR10(InMemoryDataModule):

@@ -21,7 +21,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 SIZE = 32
 
 # What PIL and zipfile raise on damaged input, besides OSError: bad PNG chunks, bad CRCs, bad streams, encryption.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error)
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def read_image_tree(tree: ImageTree) -> ImageData:
 
 def _folder_stamps(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     # Never a full walk: a mistyped folder may be the root of a disk.
-    for top in (path, *sorted(p for p in path.iterdir() if p.is_dir() and not _hidden(p.name))):
+    for top in (path, *sorted(p for p in path.iterdir() if p.is_dir() and not is_hidden(p.name))):
         for split in SPLITS:
             for file in (top / split).glob("*/*"):
                 name = file.relative_to(path).as_posix()
@@ -113,12 +113,13 @@ def _zip_stamps(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _is_image(name: str) -> bool:
     """Whether this is ``[TOP/]{train,test}/CLASS/FILE`` with an image's suffix and not something that archivers add."""
     parts = name.split("/")
-    if not 3 <= len(parts) <= 4 or parts[-3] not in SPLITS or any(_hidden(part) for part in parts):
+    if not 3 <= len(parts) <= 4 or parts[-3] not in SPLITS or any(is_hidden(part) for part in parts):
         return False
     return parts[-1].lower().endswith(SUFFIXES)
 
 
-def _hidden(part: str) -> bool:
+def is_hidden(part: str) -> bool:
+    """Whether a folder or file is one that systems and archivers add."""
     return part.startswith(".") or part == "__MACOSX"
 
 
@@ -140,7 +141,7 @@ def _decode_split(tree: ImageTree, split: str, archive: zipfile.ZipFile | None) 
         try:
             content = (tree.path / name).read_bytes() if archive is None else archive.read(name)
             decoded = _decode(content)
-        except _DECODE_ERRORS as error:
+        except DECODE_ERRORS as error:
             raise ValueError(f"cannot read the image {name} of {tree.path}: {error}; repair or remove it") from error
         pixels[position] = decoded.transpose(2, 0, 1)
     return LabelledImages(images, torch.tensor([label for _, label in members], dtype=torch.int64))

@@ -24,10 +24,11 @@ class InMemoryDataset(Dataset[Batch]):
     CPU core that way; torchvision's transforms on one PIL image after the other take 35 ms.
 
     Args:
-        data: images, uint8, ``(N, 3, H, W)``, and labels.
+        data: images, uint8, ``(N, C, H, W)``, and labels.
         mean: one value per channel, for images in [0, 1].
         std: one value per channel, for images in [0, 1].
         augment: draw random crops and flips, from torch's default generator.
+        flip: whether augmentation mirrors half of the images.
 
     Example:
         >>> data = LabelledImages(torch.zeros(6, 3, 32, 32, dtype=torch.uint8), torch.arange(6))
@@ -38,12 +39,18 @@ class InMemoryDataset(Dataset[Batch]):
     """
 
     def __init__(
-        self, data: LabelledImages, mean: Sequence[float], std: Sequence[float], augment: bool = False
+        self,
+        data: LabelledImages,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augment: bool = False,
+        flip: bool = True,
     ) -> None:
         self.data = data
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.augment = augment
+        self.flip = flip
 
     def __len__(self) -> int:
         return len(self.data)
@@ -54,7 +61,7 @@ class InMemoryDataset(Dataset[Batch]):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         batch = self.data.take(torch.as_tensor(indices))
-        images = random_crop_flip(batch.images) if self.augment else batch.images
+        images = random_crop_flip(batch.images, flip=self.flip) if self.augment else batch.images
         return normalize(images, self.mean, self.std), batch.labels
 
 
@@ -67,7 +74,7 @@ class InMemoryDataModule(LightningDataModule):
     """Base of the data modules: subclasses say where the bytes come from, in :meth:`load`.
 
     A train batch is shuffled and, with ``augment``, cropped and flipped at random; all batches are float32 images
-    ``(N, 3, 32, 32)`` with the mean and standard deviation of the data set taken out, and int64 labels ``(N,)``.
+    ``(N, *input_shape)`` with the mean and standard deviation of the data set taken out, and int64 labels ``(N,)``.
     Prediction runs over the test split.
 
     Args:
@@ -84,9 +91,11 @@ class InMemoryDataModule(LightningDataModule):
         ValueError: where an argument is out of its range.
     """
 
-    mean: ClassVar[tuple[float, float, float]]
-    std: ClassVar[tuple[float, float, float]]
+    mean: ClassVar[tuple[float, ...]]
+    std: ClassVar[tuple[float, ...]]
     input_shape: ClassVar[tuple[int, int, int]] = (3, 32, 32)
+    #: Whether a mirrored image is still one of its class.
+    flip: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -99,12 +108,12 @@ class InMemoryDataModule(LightningDataModule):
         max_test: int | None = None,
     ) -> None:
         super().__init__()
-        _at_least("batch_size", batch_size, 1)
-        _at_least("num_workers", num_workers, 0)
-        _at_least("seed", seed, 0)
+        at_least("batch_size", batch_size, 1)
+        at_least("num_workers", num_workers, 0)
+        at_least("seed", seed, 0)
         for limit, value in (("max_train", max_train), ("max_test", max_test)):
             if value is not None:
-                _at_least(limit, value, 1)
+                at_least(limit, value, 1)
         if not 0.0 <= val_fraction < 1.0:
             raise ValueError(f"val_fraction={val_fraction!r} must be in [0, 1); 0 validates on the test split")
         self.batch_size = batch_size
@@ -122,6 +131,11 @@ class InMemoryDataModule(LightningDataModule):
         raise NotImplementedError
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """As ``class_names``, under the name where exported files look for their labels."""
+        return self.class_names
+
+    @property
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
@@ -137,10 +151,7 @@ class InMemoryDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         train = self._split_named("train")
-        # Ragged last batches make steps of unequal weight and, at one image, break batch norm; but a process must be
-        # left with at least one batch.
-        processes = 1 if self.trainer is None else self.trainer.world_size
-        drop_last = len(train) >= self.batch_size * processes
+        drop_last = drops_last(self, len(train), self.batch_size)
         return self._loader(train, augment=self.augment, shuffle=True, drop_last=drop_last)
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -180,7 +191,7 @@ class InMemoryDataModule(LightningDataModule):
         self, data: LabelledImages, augment: bool = False, shuffle: bool = False, drop_last: bool = False
     ) -> DataLoader[Batch]:
         return DataLoader(
-            InMemoryDataset(data, self.mean, self.std, augment),
+            InMemoryDataset(data, self.mean, self.std, augment, self.flip),
             batch_size=self.batch_size,
             shuffle=shuffle,
             num_workers=self.num_workers,
@@ -191,6 +202,17 @@ class InMemoryDataModule(LightningDataModule):
         )
 
 
-def _at_least(argument: str, value: int, low: int) -> None:
+def drops_last(module: LightningDataModule, count: int, batch_size: int) -> bool:
+    """Whether training on ``count`` images leaves out the last, ragged batch.
+
+    Such batches make steps of unequal weight and, at one image, break batch norm; but a process must be left with at
+    least one batch.
+    """
+    processes = 1 if module.trainer is None else module.trainer.world_size
+    return count >= batch_size * processes
+
+
+def at_least(argument: str, value: int, low: int) -> None:
+    """Raise ValueError where ``value`` is below ``low``."""
     if value < low:
         raise ValueError(f"{argument}={value!r} must be an integer of at least {low}")

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def random_crop_flip(images: Tensor, padding: int = 4, generator: torch.Generator | None = None) -> Tensor:
+def random_crop_flip(
+    images: Tensor, padding: int = 4, generator: torch.Generator | None = None, flip: bool = True
+) -> Tensor:
     """Shift every image by up to ``padding`` pixels each way, zeros moving in, and mirror half of them.
 
     The same distribution as ``RandomCrop(size, padding=padding)`` and ``RandomHorizontalFlip()`` of torchvision, with
@@ -19,18 +21,21 @@ def random_crop_flip(images: Tensor, padding: int = 4, generator: torch.Generato
         images: ``(N, C, H, W)``, any dtype.
         padding: largest shift in pixels.
         generator: source of randomness; the default generator where None.
+        flip: whether to mirror, which is wrong for what reads in one direction.
 
     Returns:
         A new tensor of the shape and dtype of ``images``.
     """
     count, _, height, width = images.shape
     top, left = torch.randint(0, 2 * padding + 1, (2, count), generator=generator)
-    flip = torch.rand(count, generator=generator) < 0.5
     padded = F.pad(images, (padding, padding, padding, padding))
     # (N, C, 2p+1, 2p+1, H, W): a view of every possible crop, of which the indexing copies one per image.
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     crops = windows[torch.arange(count), :, top, left]
-    return torch.where(flip.view(-1, 1, 1, 1), crops.flip(3), crops)
+    if not flip:
+        return crops
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    return torch.where(mirrored.view(-1, 1, 1, 1), crops.flip(3), crops)
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
