@@ -298,6 +298,15 @@ def freeze(model: nn.Module) -> None:
             quantizer.state &= ~QuantizerState.OBSERVE
 
 
+def refresh_weights(model: nn.Module) -> None:
+    """Bring the ranges of the layers' weights up to date, as the next forward would: an optimizer step moved them."""
+    for forward in _replaced_forwards(model).values():
+        if isinstance(forward, WeightQuantizedForward):
+            weight = forward.layer.weight
+            assert isinstance(weight, torch.Tensor)
+            forward.quantizer.refresh(weight)
+
+
 def simulate(model: nn.Module) -> None:
     """Let every quantizer of a calibrated model round, with the ranges it has."""
     for quantizer in quantizers(model).values():

@@ -28,7 +28,7 @@ from lq.callback.unit import has_weighted_layers
 from lq.callback.weights import Weights
 from lq.export import FORMATS, Format, check_dependencies
 from lq.files import ensure_writable_dir
-from lq.prepare import Mode, NothingToQuantizeError, freeze, is_prepared, set_state
+from lq.prepare import Mode, NothingToQuantizeError, freeze, is_prepared, refresh_weights, set_state
 from lq.quantizer import QuantizerState
 from lq.targets import Target, get_target
 
@@ -196,6 +196,8 @@ class QuantizationCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._thaw()
+        if self.mode == "qat":
+            refresh_weights(staged_unit(pl_module).unit)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

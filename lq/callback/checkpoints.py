@@ -20,7 +20,7 @@ from lq.callback.stages import StagedUnit
 from lq.convert import convert
 from lq.graph.captured import QUANTIZERS
 from lq.preparation import describe_preparation, prepare_like, target_of
-from lq.prepare import is_prepared
+from lq.prepare import is_prepared, refresh_weights
 
 #: Where it lies in a checkpoint.
 SECTION = "lq"
@@ -79,6 +79,8 @@ def _on_save(staged: StagedUnit, original: Callable[[dict[str, Any]], None], che
         return
     stage = staged.stage
     state = checkpoint["state_dict"]
+    if stage == "prepared":
+        refresh_weights(staged.unit)  # in place, so in `state` too: the scales of the weights that are saved
     if stage == "int8":
         _remove(state, staged.int8_prefix)
         state.update(staged.unit.state_dict(prefix=staged.prefix))

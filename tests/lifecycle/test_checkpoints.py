@@ -76,6 +76,15 @@ def test_qat_resumes_exactly_from_the_middle_of_an_epoch(tmp_path: Path) -> None
     assert_same(state_of(resumed), state_of(whole))
 
 
+def test_ranges_in_a_checkpoint_are_those_of_its_weights(tmp_path: Path) -> None:
+    checkpoint = every_epoch(tmp_path, every_n_train_steps=1)
+    run = trainer(tmp_path, quantization(tmp_path, mode="qat", convert=False), StopBehind(3), checkpoint)
+    interrupted(run, module(), train_data())
+    contents = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    weight = contents["state_dict"]["model.3.weight"]
+    assert torch.equal(contents["lq"]["quantizers"]["3.weight.quantizer.observer.max_val"], weight.flatten(1).amax(1))
+
+
 @pytest.mark.support("Checkpoints", "PTQ resumes exactly, and ends with the same INT8 model")
 def test_ptq_resumes_exactly(tmp_path: Path) -> None:
     whole, resumed = module(), module(seed=1)
