@@ -15,8 +15,10 @@ from lq.calibration import (
 )
 from lq.convert import FoldError, convert
 from lq.export import CompilerError, ExportMismatchError, ExportResult, Verification, export
+from lq.graph.registry import register_layer
 from lq.graph.tracing import CaptureError
 from lq.int8 import Int8Module
+from lq.overrides import LayerSpec
 from lq.prepare import NothingToQuantizeError, freeze, prepare, quantizers, unprepare
 from lq.quantizer import Quantizer, QuantizerState
 from lq.report import QuantizationReport, report
@@ -41,6 +43,7 @@ __all__ = [
     "FoldError",
     "InferenceModel",
     "Int8Module",
+    "LayerSpec",
     "MissingRuntimeError",
     "NothingToQuantizeError",
     "QuantSpec",
@@ -65,6 +68,7 @@ __all__ = [
     "quantizers",
     "ranges",
     "recalibrate",
+    "register_layer",
     "report",
     "save_statistics",
     "unprepare",

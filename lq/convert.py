@@ -17,9 +17,11 @@ from lq.graph.placement import site
 from lq.graph.signature import CallSignature
 from lq.int8 import Int8Module
 from lq.modes import evaluating
+from lq.overrides import Scheme
 from lq.prepare import PreparedForward, prepared_forward, quantizers, quantizers_off
 from lq.quantizer import Quantizer, WeightQuantizer, weight_quantizer
 from lq.report import make_report
+from lq.spec import QuantSpec
 from lq.targets import Target, get_target
 
 #: Largest difference that folding batch norm may make, relative to the layer's largest output.
@@ -56,7 +58,7 @@ def convert(model: nn.Module, target: str | Target | None = None) -> Int8Module:
             raise ValueError(f"parameter {name!r} is {parameter.dtype}; call model.float() before lq.convert(model)")
     _check_calibrated(model)
     analysis = forward.analyse(resolved)
-    found = _quantizers_for(resolved, model, analysis)
+    found = _quantizers_for(forward.scheme(resolved), model, analysis)
     with quantizers_off(model), without_quantizers(model), evaluating(model):
         difference = _check_fold(model, forward, analysis)
         emitted = emit(model, analysis, found)
@@ -77,13 +79,14 @@ def _check_calibrated(model: nn.Module) -> None:
         )
 
 
-def _quantizers_for(target: Target, model: nn.Module, analysis: GraphAnalysis) -> dict[str, Quantizer]:
-    """The quantizers of ``model`` that ``target`` needs, on its grids."""
+def _quantizers_for(scheme: Scheme, model: nn.Module, analysis: GraphAnalysis) -> dict[str, Quantizer]:
+    """The quantizers of ``model`` that the scheme's target needs, on its grids."""
     found = quantizers(model)
     chosen: dict[str, Quantizer] = {}
     for node in analysis.placement.activations:
         name = site(node)
-        chosen[name] = _on_grid_of(target, found[name], name)
+        grid = scheme.activation(*analysis.placement.names_of(node))
+        chosen[name] = _on_grid(grid, found[name], name, scheme.target)
         if not torch.isfinite(chosen[name].scale).all():
             raise CalibrationError(
                 f"the range of {name!r} is not finite (scale {chosen[name].scale:g}): training met a NaN or an "
@@ -94,15 +97,16 @@ def _quantizers_for(target: Target, model: nn.Module, analysis: GraphAnalysis) -
         assert isinstance(quantizer, WeightQuantizer)
         layer: Any = chain.op.module
         weight: Tensor = layer.weight if layer is not None else analysis.values[chain.op.weight]  # type: ignore[index]
-        if quantizer.spec != target.weight:
-            quantizer = weight_quantizer(target.weight, weight)
+        grid = scheme.weight(chain.name)
+        if quantizer.spec != grid:
+            quantizer = weight_quantizer(grid, weight)
         quantizer.refresh(weight)
         chosen[chain.weight_key] = quantizer
     return chosen
 
 
-def _on_grid_of(target: Target, quantizer: Quantizer, name: str) -> Quantizer:
-    if quantizer.spec == target.activation and quantizer.calibrated:
+def _on_grid(grid: QuantSpec, quantizer: Quantizer, name: str, target: Target) -> Quantizer:
+    if quantizer.spec == grid and quantizer.calibrated:
         return quantizer
     low, high = quantizer.observer.range()
     if low > high:
@@ -111,7 +115,7 @@ def _on_grid_of(target: Target, quantizer: Quantizer, name: str) -> Quantizer:
             f"train the model, or load its statistics (lq.load_statistics), before it is converted for another target"
         )
     # One of its own: what the prepared model rounds to is its own target's affair.
-    retargeted = Quantizer(target.activation, quantizer.observer, quantizer.calibrator)
+    retargeted = Quantizer(grid, quantizer.observer, quantizer.calibrator)
     retargeted.update_qparams()
     return retargeted
 

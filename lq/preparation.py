@@ -36,6 +36,7 @@ def describe_preparation(forward: PreparedForward) -> dict[str, Any]:
         "target": target,
         "mode": forward.mode,
         "observer": forward.observer,
+        "overrides": forward.overrides.as_dict(),
         "inputs": {name: _plain(value, name) for name, value in forward.inputs.items()},
         "settings": {name: _plain(value, name) for name, value in forward.settings.items()},
     }
@@ -67,6 +68,7 @@ def prepare_like(model: M, description: Mapping[str, Any]) -> M:
         target=target_of(description),
         mode=description["mode"],
         observer=description["observer"],
+        overrides=description["overrides"],
     )
 
 

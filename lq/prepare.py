@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lq.graph.analysis import GraphAnalysis, analyse
 from lq.graph.captured import QUANTIZERS, CapturedForward, QuantizerTree, WeightQuantizedForward, without_quantizers
 from lq.graph.placement import place, site
 from lq.graph.signature import CallSignature
 from lq.graph.tracing import CaptureError
+from lq.modes import evaluating
+from lq.overrides import Overrides, OverridesLike, Scheme
 from lq.quantizer import (
     ACTIVATION_OBSERVERS,
     Quantizer,
@@ -41,7 +44,7 @@ class PreparedForward(CapturedForward):
         module: see :class:`~lq.graph.captured.CapturedForward`.
         analysis: the float module's graph.
         sites: see :class:`~lq.graph.captured.CapturedForward`.
-        target: the engine family the quantizers were placed for.
+        scheme: the engine family the quantizers were placed for, and the layers that are quantized in another way.
         mode: ``"ptq"`` or ``"qat"``.
         observer: statistics of the activations.
         inputs: example inputs by name; conversion runs the folded model on them.
@@ -53,18 +56,23 @@ class PreparedForward(CapturedForward):
         module: nn.Module,
         analysis: GraphAnalysis,
         sites: Mapping[str, str],
-        target: Target,
+        scheme: Scheme,
         mode: Mode,
         observer: str,
         inputs: Mapping[str, Any],
         settings: Mapping[str, Any],
     ) -> None:
         super().__init__(module, analysis.traced, sites)
-        self.target = target
+        self.target = scheme.target
+        self.overrides = scheme.overrides
         self.mode: Mode = mode
         self.observer = observer
         self.inputs = dict(inputs)
         self.settings = dict(settings)
+
+    def scheme(self, target: Target | None = None) -> Scheme:
+        """What each tensor is rounded to, for the module's own target or another one."""
+        return Scheme(target or self.target, self.overrides)
 
     def analyse(self, target: Target | None = None) -> GraphAnalysis:
         """The float graph of the module as it is now, run on the example inputs with all quantizers off.
@@ -82,7 +90,7 @@ class PreparedForward(CapturedForward):
 
         inputs = tree_map(move, self.inputs)
         with quantizers_off(self.module), without_quantizers(self.module):
-            return analyse(self.module, inputs, self.settings, (target or self.target).residual)
+            return analyse(self.module, inputs, self.settings, self.scheme(target))
 
 
 def example_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -120,6 +128,7 @@ def prepare(
     target: str | Target = "x86",
     mode: Mode = "ptq",
     observer: str | None = None,
+    overrides: OverridesLike | Overrides | None = None,
 ) -> M:
     """Put quantizers on the tensors of ``model``, in place.
 
@@ -137,6 +146,9 @@ def prepare(
         mode: ``"ptq"`` or ``"qat"``.
         observer: statistics of the activations. By default ``"histogram"`` for PTQ, which serves every calibrator, and
             ``"moving_average"`` for QAT, where early batches are to be forgotten. ``"minmax"`` is the cheapest.
+        overrides: layers that are quantized in another way, by name: a :class:`~lq.LayerSpec`, or None for a module
+            that stays in float. The name of a module stands for everything in it, its parts may be globs
+            (``"layer*.*.conv1"``), and the most specific name decides.
 
     Returns:
         ``model`` itself.
@@ -177,7 +189,12 @@ def prepare(
 
     args, kwargs = example_arguments(example_inputs)
     inputs, settings = CallSignature(type(model).forward).bind(args, {**kwargs, **(example_kwargs or {})})
-    analysis = analyse(model, inputs, settings, resolved.residual)
+    scheme = Scheme(resolved, Overrides.of(overrides))
+    analysis = analyse(model, inputs, settings, scheme)
+    paths = [path for path, _ in model.named_modules() if path]
+    scheme.overrides.check([*paths, *(site(node) for node in analysis.graph.nodes)])
+    if analysis.traced.registered:
+        _check_registered(model, analysis, inputs, settings)
     placement = analysis.placement
     if not placement.chains:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in placement.float_layers.items())
@@ -196,18 +213,24 @@ def prepare(
     everywhere = {
         node
         for residual in get_args(Residual)
-        for node in place(analysis.traced, model, analysis.values, residual).activations
+        for node in place(analysis.traced, model, analysis.values, _with_residual(scheme, residual)).activations
     }
     for node in analysis.graph.nodes:
         if node in everywhere:
             sites[site(node)] = site(node)
-            quantizer = activation_quantizer(resolved.activation, observer, rounds=node in placement.activations)
+            names = placement.names_of(node)
+            quantizer = activation_quantizer(
+                scheme.activation(*names),
+                observer,
+                rounds=node in placement.activations,
+                own_calibrator=scheme.calibrator(*names),
+            )
             tree[site(node)] = quantizer.to(device)
     for chain in placement.chains:
         layer: Any = chain.op.module
         if chain.weight_key not in list(tree):
             weight = layer.weight if layer is not None else analysis.values[chain.op.weight]  # type: ignore[index]
-            tree[chain.weight_key] = weight_quantizer(resolved.weight, weight)
+            tree[chain.weight_key] = weight_quantizer(scheme.weight(chain.name), weight)
         if chain.op.weight is not None:
             sites[site(chain.op.weight)] = chain.weight_key
     for module in tree.modules():
@@ -218,10 +241,30 @@ def prepare(
             quantizer = tree[chain.weight_key]
             assert isinstance(quantizer, WeightQuantizer)
             chain.op.module.forward = WeightQuantizedForward(chain.op.module, quantizer)
-    model.forward = PreparedForward(model, analysis, sites, resolved, mode, observer, inputs, settings)
+    model.forward = PreparedForward(model, analysis, sites, scheme, mode, observer, inputs, settings)
     if mode == "qat":
         set_state(model, QuantizerState.OBSERVE | QuantizerState.FAKE_QUANTIZE)
     return model
+
+
+def _check_registered(
+    model: nn.Module, analysis: GraphAnalysis, inputs: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    """Refuse a registered function that computes something else than the layer it stands for."""
+    output = next(node for node in analysis.graph.nodes if node.op == "output")
+    with evaluating(model), torch.no_grad():
+        expected = tree_leaves(model(**inputs, **settings))
+    for found, wanted in zip(tree_leaves(analysis.values[output]), expected, strict=True):
+        if isinstance(wanted, torch.Tensor) and not torch.allclose(found, wanted, rtol=1e-3, atol=1e-5):
+            raise ValueError(
+                f"with the functions registered for {', '.join(sorted(analysis.traced.registered))} the model computes "
+                f"something else (difference {(found - wanted).abs().max():.2g}): lq.register_layer(cls, forward) "
+                f"needs a forward that does what that of the class does in evaluation mode"
+            )
+
+
+def _with_residual(scheme: Scheme, residual: Residual) -> Scheme:
+    return replace(scheme, target=replace(scheme.target, residual=residual))
 
 
 def _refuse_replaced_forward(name: str, module: nn.Module) -> None:

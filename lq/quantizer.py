@@ -36,19 +36,31 @@ class Quantizer(nn.Module):
         calibrator: computes the range from them; by default the one that goes with the observer.
         rounds: False for a tensor that only other targets than the model's own quantize: it is watched, so that the
             model can be converted for them too, and never rounded.
+        own_calibrator: one that it takes whatever the others are calibrated with.
+
+    Raises:
+        ValueError: where the observer does not collect what ``own_calibrator`` needs.
     """
 
     scale: Tensor
     zero_point: Tensor
 
     def __init__(
-        self, spec: QuantSpec, observer: Observer, calibrator: Calibrator | None = None, rounds: bool = True
+        self,
+        spec: QuantSpec,
+        observer: Observer,
+        calibrator: Calibrator | None = None,
+        rounds: bool = True,
+        own_calibrator: Calibrator | None = None,
     ) -> None:
         super().__init__()
+        if own_calibrator is not None:
+            own_calibrator.check(observer)
         self.spec = spec
         self.rounds = rounds
         self.observer = observer
-        self.calibrator = calibrator or default_calibrator(observer)
+        self.own_calibrator = own_calibrator
+        self.calibrator = own_calibrator or calibrator or default_calibrator(observer)
         self.state = QuantizerState.OFF
         self.calibrated = False
         low, _ = observer.range()
@@ -143,9 +155,11 @@ class WeightQuantizer(Quantizer):
             self.update_qparams()
 
 
-def activation_quantizer(spec: QuantSpec, observer: str, rounds: bool = True) -> Quantizer:
+def activation_quantizer(
+    spec: QuantSpec, observer: str, rounds: bool = True, own_calibrator: Calibrator | None = None
+) -> Quantizer:
     """A per-tensor quantizer with the observer called ``observer``, one of :data:`ACTIVATION_OBSERVERS`."""
-    return Quantizer(spec, ACTIVATION_OBSERVERS[observer](), rounds=rounds)
+    return Quantizer(spec, ACTIVATION_OBSERVERS[observer](), rounds=rounds, own_calibrator=own_calibrator)
 
 
 def weight_quantizer(spec: QuantSpec, weight: Tensor) -> WeightQuantizer:

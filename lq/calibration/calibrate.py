@@ -121,7 +121,7 @@ def calibrate_and_compare(
                 quantizer.observer.all_reduce()
         _check_ranges(model)
         for quantizer in activation_quantizers(model).values():
-            quantizer.calibrator = chosen or default_calibrator(quantizer.observer)
+            quantizer.calibrator = quantizer.own_calibrator or chosen or default_calibrator(quantizer.observer)
             quantizer.update_qparams()
     simulate(model)
     if not auto:

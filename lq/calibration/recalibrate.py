@@ -22,7 +22,8 @@ def recalibrate(model: M, calibrator: str | Calibrator, layers: Iterable[str] | 
         model: a calibrated module.
         calibrator: as in :func:`calibrate`, without ``"auto"``, which needs data.
         layers: names of quantizers (see :func:`~lq.quantizers`), or of modules for all quantizers inside them; by
-            default every activation's. A weight's range always is its own, per channel, and nothing is clipped.
+            default every activation's, but for those that have a calibrator of their own (see ``overrides`` of
+            :func:`~lq.prepare`). A weight's range always is its own, per channel, and nothing is clipped.
 
     Returns:
         ``model`` itself.
@@ -39,9 +40,10 @@ def recalibrate(model: M, calibrator: str | Calibrator, layers: Iterable[str] | 
         low, high = quantizer.observer.range()
         if low > high:
             raise ValueError(f"{name!r} holds no statistics; call lq.calibrate(model, batches) first")
-    ranges = {name: chosen(quantizer.observer, quantizer.spec) for name, quantizer in found.items()}
+    takes = {name: (q.own_calibrator if layers is None else None) or chosen for name, q in found.items()}
+    ranges = {name: takes[name](quantizer.observer, quantizer.spec) for name, quantizer in found.items()}
     for name, quantizer in found.items():
-        quantizer.calibrator = chosen
+        quantizer.calibrator = takes[name]
         quantizer.set_range(*ranges[name])
     return model
 

@@ -28,6 +28,7 @@ from lq.callback.unit import has_weighted_layers
 from lq.callback.weights import Weights
 from lq.export import FORMATS, Format, check_dependencies
 from lq.files import ensure_writable_dir
+from lq.overrides import LayerSpec, Overrides
 from lq.prepare import Mode, NothingToQuantizeError, freeze, is_prepared, refresh_weights, set_state
 from lq.quantizer import QuantizerState
 from lq.targets import Target, get_target
@@ -63,6 +64,8 @@ class QuantizationCallback(Callback):
         calibrator: how ranges follow from the statistics, see :func:`lq.calibrate`. By default ``"auto"`` for PTQ: the
             one whose INT8 outputs are nearest to float on held-out calibration batches. QAT takes ``"moving_average"``
             (its default) or ``"minmax"``.
+        overrides: layers that are quantized in another way, or None for a module that stays in float, by the names of
+            modules in the quantized submodule: ``{"layer4": {"weight_bits": 6}, "fc": None}``; see :func:`lq.prepare`.
         observer_freeze: share of QAT's steps after which the activations' ranges stay fixed, or None for never.
         batch_norm_freeze: share of QAT's steps after which batch norm statistics stay fixed, or None for never.
         convert: whether to convert at the end; without it QAT leaves the prepared model, PTQ does nothing.
@@ -97,6 +100,7 @@ class QuantizationCallback(Callback):
         calibration_samples: int | None = None,
         calibration_dataloader: Iterable[Any] | None = None,
         calibrator: str | None = None,
+        overrides: dict[str, LayerSpec | dict[str, Any] | None] | None = None,
         observer_freeze: float | None = 0.8,
         batch_norm_freeze: float | None = 0.8,
         convert: bool = True,
@@ -132,6 +136,7 @@ class QuantizationCallback(Callback):
         self.calibration_samples = calibration_samples
         self.calibration_dataloader = calibration_dataloader
         self.calibrator = calibrator
+        self.overrides = Overrides.of(overrides)
         self.observer_freeze = observer_freeze
         self.batch_norm_freeze = batch_norm_freeze
         self.convert = convert
@@ -241,7 +246,8 @@ class QuantizationCallback(Callback):
         _check_layers(staged)
         if is_prepared(staged.unit):
             forward = staged.prepared_forward
-            if self.mode == "qat" and (forward.mode, forward.target) == ("qat", self.target):
+            here = (forward.mode, forward.target, forward.overrides)
+            if self.mode == "qat" and here == ("qat", self.target, self.overrides):
                 set_state(staged.unit, _TRAINING)
                 return
             if not was_int8:
@@ -259,7 +265,14 @@ class QuantizationCallback(Callback):
             batch = next(train_batches(trainer, staged.pl_module), None)
             if batch is None:
                 raise CalibrationError("the train dataloader gave no batch to prepare the model with")
-            prepare_for_batch(staged, batch, target=self.target, mode="qat", observer=self.calibrator)
+            prepare_for_batch(
+                staged,
+                batch,
+                target=self.target,
+                mode="qat",
+                observer=self.calibrator,
+                overrides=self.overrides,
+            )
         name = type(staged.unit).__name__
         rank_zero_info(f"lq: {name} trains with fake-quantizers for target {self.target}")
 

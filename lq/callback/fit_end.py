@@ -137,8 +137,11 @@ def _calibrate(callback: QuantizationCallback, trainer: Any, staged: StagedUnit)
             if first is None:
                 raise CalibrationError("the calibration dataloader (by default the train dataloader) gave no batch")
             # All calibrators but this one need histograms.
-            observer = "minmax" if callback.calibrator == "minmax" else "histogram"
-            prepare_for_batch(staged, first, target=callback.target, mode="ptq", observer=observer)
+            calibrators = {callback.calibrator, *callback.overrides.calibrators}
+            observer = "minmax" if calibrators == {"minmax"} else "histogram"
+            prepare_for_batch(
+                staged, first, target=callback.target, mode="ptq", observer=observer, overrides=callback.overrides
+            )
         with evaluating(pl_module):
             comparison = calibrate_and_compare(
                 unit,

@@ -17,6 +17,7 @@ from lq.callback.result import QuantizationResult
 from lq.callback.stages import attach
 from lq.export import Format, check_dependencies
 from lq.files import ensure_writable_dir
+from lq.overrides import LayerSpec
 from lq.preparation import target_of
 from lq.targets import get_target
 
@@ -30,6 +31,7 @@ def quantize_checkpoint(
     target: str | None = None,
     calibrator: str | None = None,
     calibration_batches: int | None = 32,
+    overrides: dict[str, LayerSpec | dict[str, Any] | None] | None = None,
     evaluate: bool = True,
     export: Sequence[Format] = ("pt2",),
     output_dir: str | Path | None = None,
@@ -51,6 +53,8 @@ def quantize_checkpoint(
             ``"x86"``.
         calibrator: see :func:`lq.calibrate`; ``"auto"`` where it is not given.
         calibration_batches: how many batches to calibrate on; None for no limit.
+        overrides: layers that are quantized in another way, see :class:`~lq.QuantizationCallback`; those of a
+            quantization-aware run are in its checkpoint.
         evaluate: whether to validate (with a datamodule) and time the float and the INT8 model.
         export: formats to write beside ``int8.pt2``, see :class:`~lq.QuantizationCallback`.
         output_dir: folder for what is written; by default ``int8`` beside the checkpoint.
@@ -81,6 +85,7 @@ def quantize_checkpoint(
         target=(target or "x86") if preparation is None else get_target(target or target_of(preparation)),
         calibration_batches=calibration_batches,
         calibrator=calibrator,
+        overrides=overrides,
         evaluate=evaluate,
         export=export,
     )

@@ -12,7 +12,7 @@ from lq.graph.interpret import node_values
 from lq.graph.placement import Placement, place
 from lq.graph.tracing import TracedGraph, trace
 from lq.modes import evaluating
-from lq.targets import Residual
+from lq.overrides import Scheme
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,14 @@ class GraphAnalysis:
         return self.traced.graph
 
 
-def analyse(
-    module: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any], residual: Residual
-) -> GraphAnalysis:
+def analyse(module: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any], scheme: Scheme) -> GraphAnalysis:
     """Trace ``module`` in evaluation mode, run it once on ``inputs`` and place the quantizers.
 
     Args:
         module: the float module.
         inputs: example inputs by name.
         settings: the forward's other arguments.
-        residual: how residual adds are computed, see :class:`lq.Target`.
+        scheme: the target, and what differs from it.
 
     Raises:
         CaptureError: where its forward cannot be traced.
@@ -51,4 +49,4 @@ def analyse(
     with evaluating(module):
         traced = trace(module, tuple(inputs), settings)
         values = node_values(traced.graph, module, inputs)
-    return GraphAnalysis(traced, values, place(traced, module, values, residual))
+    return GraphAnalysis(traced, values, place(traced, module, values, scheme))

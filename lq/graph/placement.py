@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from lq.graph.ops import OpKind, WeightedOp, classify, module_of, weighted_op
 from lq.graph.tracing import TracedGraph
-from lq.targets import Residual
+from lq.overrides import Scheme
 
 
 @dataclass
@@ -86,6 +86,10 @@ class Placement:
     def kernels(self) -> list[Chain | Sum]:
         return [*self.chains, *self.sums]
 
+    def names_of(self, node: fx.Node) -> tuple[str, ...]:
+        """What a tensor goes by: its quantizer's name, and that of the layer whose kernel makes it."""
+        return (site(node), *(chain.name for chain in self.chains if chain.end is node))
+
     def chain_of(self) -> dict[fx.Node, Chain]:
         """The chain each node belongs to."""
         return {node: chain for chain in self.chains for node in chain.nodes}
@@ -138,8 +142,9 @@ def _layer_name(op: WeightedOp) -> str:
 
 
 class _Placer:
-    def __init__(self, traced: TracedGraph, root: nn.Module, values: Mapping[fx.Node, Any], residual: Residual) -> None:
-        self.residual = residual
+    def __init__(self, traced: TracedGraph, root: nn.Module, values: Mapping[fx.Node, Any], scheme: Scheme) -> None:
+        self.residual = scheme.residual
+        self.in_float = scheme.overrides.in_float
         self.graph = traced.graph
         self.root = root
         self.values = values
@@ -167,7 +172,9 @@ class _Placer:
                 self.placement.float_layers[site(node)] = "its weight, stride or padding is computed from the input"
                 continue
             name = _layer_name(op)
-            if not _is_float_tensor(self.values[op.input]):
+            if self.in_float(name):
+                self.placement.float_layers[name] = "overrides keep it in float"
+            elif not _is_float_tensor(self.values[op.input]):
                 self.placement.float_layers[name] = "its input is no floating-point tensor"
             elif op.kind is OpKind.CONV and self.values[op.input].dim() != op.spatial_dims + 2:
                 self.placement.float_layers[name] = "its input has no batch axis"
@@ -214,6 +221,8 @@ class _Placer:
                 end = self._through_identity(operand)
                 if end in ends and _next(end, self.root) is node and ends[end].op.kind is OpKind.CONV:
                     candidates.append((self.order[end], ends[end], other))
+            if self.in_float(site(node)):
+                continue
             if candidates and self.residual == "operands":
                 self.placement.sums.append(Sum(node))
             elif candidates:
@@ -245,9 +254,7 @@ class _Placer:
         self.placement.activations = sorted(wanted, key=self.order.__getitem__)
 
 
-def place(
-    traced: TracedGraph, root: nn.Module, values: Mapping[fx.Node, Any], residual: Residual = "fused"
-) -> Placement:
+def place(traced: TracedGraph, root: nn.Module, values: Mapping[fx.Node, Any], scheme: Scheme) -> Placement:
     """Decide what runs in INT8 and which tensors get a quantizer.
 
     conv → batch norm → ReLU is one kernel. Where the kernel does a residual add as well (oneDNN, OpenVINO, TensorRT),
@@ -259,7 +266,7 @@ def place(
         traced: the graph of evaluation mode.
         root: the module it was traced from.
         values: an example value for each node.
-        residual: how residual adds are computed, see :class:`lq.Target`.
+        scheme: how residual adds are computed, and what stays in float.
     """
     with torch.no_grad():
-        return _Placer(traced, root, values, residual).place()
+        return _Placer(traced, root, values, scheme).place()

@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from lq.graph.ops import WEIGHTED_MODULES, OpKind, argument, classify, is_inplace
+from lq.graph.registry import registered_forward
 
 
 class CaptureError(RuntimeError):
@@ -25,11 +26,13 @@ class TracedGraph:
         graph: the graph; a node's ``meta["site"]`` names the tensor it makes, after where in the module that happens.
         entered: paths of the modules whose Python code was traced (and whose ``training`` flag may be baked in).
         float_leaves: paths of the modules that could not be traced and are called as they are, with the reason.
+        registered: classes of the layers whose registered function was traced in the place of their forward.
     """
 
     graph: fx.Graph
     entered: tuple[str, ...]
     float_leaves: dict[str, str] = field(default_factory=dict)
+    registered: frozenset[str] = frozenset()
 
 
 class _UntraceableModuleError(Exception):
@@ -57,6 +60,7 @@ class _Tracer(fx.Tracer):
         self._float_leaves = float_leaves
         self._scopes: list[str] = [""]
         self.entered: list[str] = [""]
+        self.registered: set[str] = set()
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -68,6 +72,8 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self._float_leaves:
             return True
+        if registered_forward(m) is not None:
+            return False
         if is_custom_layer(m):
             return False
         # torch.ao's QuantStub and FloatFunctional live outside torch.nn and hold nothing: traced into, they vanish.
@@ -77,6 +83,10 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         path = self.path_of_module(m)
+        registered = registered_forward(m)
+        if registered is not None:
+            forward = partial(registered, m)
+            self.registered.add(type(m).__name__)
         if not self.is_leaf_module(m, path) and path not in self.entered:
             self.entered.append(path)
         self._scopes.append(path)
@@ -127,7 +137,7 @@ def trace(module: nn.Module, inputs: Sequence[str], settings: Mapping[str, Any])
     _put_input_first(graph, module)
     _functionalize(graph, module)
     _name_sites(graph)
-    return TracedGraph(graph, tuple(tracer.entered), float_leaves)
+    return TracedGraph(graph, tuple(tracer.entered), float_leaves, frozenset(tracer.registered))
 
 
 def _put_input_first(graph: fx.Graph, root: nn.Module) -> None:
