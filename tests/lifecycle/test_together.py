@@ -92,6 +92,24 @@ def test_compiled_module(mode: str, tmp_path: Path) -> None:
     assert found["val_acc"] >= 0.95
 
 
+@both_modes
+@pytest.mark.support("Training", "`overrides`: in training, in checkpoints, after conversion")
+def test_overrides(mode: str, tmp_path: Path) -> None:
+    overrides = {"3": {"weight_bits": 4}, "8": None}
+    model, checkpoint = module(), every_epoch(tmp_path)
+    trainer(tmp_path, quantization(tmp_path, mode=mode, overrides=overrides), checkpoint, epochs=4).fit(
+        model, train_data(), val_data()
+    )
+    assert int(model.state_dict()["model.3.weight"].abs().max()) == 7
+    assert model.state_dict()["model.8.weight"].dtype == torch.float32
+    assert accuracy(model, tmp_path) >= 0.9
+    if mode == "qat":
+        by_hand = lq.quantize_checkpoint(checkpoint.last_model_path, Wrapped, evaluate=False)
+        loaded = lq.load(by_hand.artifact)
+        assert isinstance(loaded, Int8Module)
+        assert [layer.name for layer in lq.report(loaded).float_layers if "overrides" in layer.reason] == ["8"]
+
+
 @pytest.mark.support("Training", "A compiled network trains to the ranges of one that is not")
 def test_compiled_network_has_the_same_ranges(tmp_path: Path) -> None:
     plain, compiled = module(), module(CompiledInside)
@@ -281,6 +299,10 @@ def test_cli(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
                 target: x86_avx2
                 evaluate: false
                 export: [pt2]
+                overrides:
+                  "3":
+                    weight_bits: 5
+                  "8": null
                 output_dir: {tmp_path / "int8"}
         """
     )
@@ -289,3 +311,4 @@ def test_cli(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert is_int8(cli.model)
     (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, QuantizationCallback))
     assert callback.result is not None and callback.result.mode == mode
+    assert int(cli.model.state_dict()["model.3.weight"].abs().max()) == 15
