@@ -41,6 +41,9 @@ _INT8_SYMMETRIC = QuantSpec(torch.int8, -128, 127, symmetric=True)
 
 _UINT8_AFFINE = QuantSpec(torch.uint8, 0, 255, symmetric=False)
 
+#: ARM multiplies signed bytes; the grid is that of uint8, 128 lower.
+_INT8_AFFINE = QuantSpec(torch.int8, -128, 127, symmetric=False)
+
 #: The narrow range: -w is on the grid wherever w is, so folding a batch norm with a negative weight stays exact.
 _INT8_PER_CHANNEL = QuantSpec(torch.int8, -127, 127, symmetric=True, ch_axis=0)
 
@@ -76,7 +79,15 @@ TENSORRT = Target(
     weight=_INT8_PER_CHANNEL,
 )
 
-TARGETS: dict[str, Target] = {target.name: target for target in (X86, X86_AVX2, ONNXRUNTIME, TENSORRT)}
+XNNPACK = Target(
+    name="xnnpack",
+    description="ARM CPUs (XNNPACK, ONNX Runtime): int8 affine activations, 8-bit weights per channel",
+    activation=_INT8_AFFINE,
+    weight=_INT8_PER_CHANNEL,
+    residual="operands",
+)
+
+TARGETS: dict[str, Target] = {target.name: target for target in (X86, X86_AVX2, ONNXRUNTIME, TENSORRT, XNNPACK)}
 
 
 def get_target(target: str | Target) -> Target:

@@ -8,86 +8,29 @@ python -m lq.recipes.cifar_resnet18 data.name=shapes10      no files needed
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.loggers import TensorBoardLogger
-
 from lq.config import field, main
-from lq.models import Classifier, build_resnet
-from lq.recipes.blocks import (
-    DataConfig,
-    QuantConfig,
-    RunConfig,
-    TrainConfig,
-    callback,
-    epochs,
-    float_checkpoint,
-    image_data,
-    load_float_weights,
-    make_trainer,
-    print_result,
-)
+from lq.models import build_resnet
+from lq.recipes.float_to_int8 import FloatToInt8Config, float_to_int8, plan_of
 
 
 @dataclass
-class Config(RunConfig):
+class Config(FloatToInt8Config):
     """ResNet-18 on CIFAR-10."""
 
-    mode: Literal["ptq", "qat"] = field("ptq", help="quantize after training, or fine-tune with fake-quantizers")
-    ckpt: str | None = field(None, help="float checkpoint to quantize instead of training one")
     stem: Literal["imagenet", "cifar"] = field(
         "imagenet", help="7x7 stride-2 stem (fast) or 3x3 stride-1 stem (slow, more accurate)"
     )
     output_dir: str = field("runs/cifar_resnet18", help="folder for checkpoints, INT8 model and TensorBoard logs")
-    data: DataConfig = field(DataConfig(), help="the images")
-    train: TrainConfig = field(TrainConfig(), help="float training")
-    quant: QuantConfig = field(QuantConfig(), help="quantization")
 
 
 def run(config: Config) -> None:
-    seed_everything(config.seed, verbose=False)
-    output = Path(config.output_dir)
-    data = image_data(config.data, config.seed)
-    network = build_resnet("resnet18", num_classes=data.num_classes, stem=config.stem)
-    model = Classifier(
-        network, data.num_classes, lr=config.train.lr, weight_decay=config.train.weight_decay, nesterov=True
-    )
-    quantize = callback(config.quant, config.mode, str(output / "int8"))
-    logger = TensorBoardLogger(save_dir=output, name="tensorboard")
-
-    def trainer(max_epochs: int, *callbacks: Callback) -> Trainer:
-        return make_trainer(config, max_epochs, list(callbacks), logger)
-
-    notes = {}
-    if config.ckpt is not None:
-        load_float_weights(model, config.ckpt)
-        notes["float checkpoint"] = config.ckpt
-        if config.mode == "ptq":
-            trainer(0, quantize).fit(model, data)
-    else:
-        checkpoint = float_checkpoint(config)
-        callbacks = (checkpoint, quantize) if config.mode == "ptq" else (checkpoint,)
-        trainer(epochs(config.train, data), *callbacks).fit(model, data)
-        notes["float checkpoint"] = checkpoint.best_model_path
-    if config.mode == "qat":
-        float_trainer = trainer(0)
-        before = float_trainer.validate(model, data, verbose=False)[0]
-        notes["float before QAT"] = ", ".join(f"{name} {value:.4f}" for name, value in before.items())
-        tuned = Classifier(network, data.num_classes, lr=config.quant.lr, weight_decay=config.train.weight_decay)
-        trainer(config.quant.epochs, quantize).fit(tuned, data)
-
-    assert quantize.result is not None
-    notes["INT8 model"] = ", ".join(quantize.result.exports)
-    notes["TensorBoard"] = f"tensorboard --logdir {logger.log_dir}"
-    print_result(quantize.result, data.name, notes)
+    float_to_int8(config, lambda classes: build_resnet("resnet18", num_classes=classes, stem=config.stem))
 
 
 def plan(config: Config) -> str:
-    what = f"quantize {config.ckpt}" if config.ckpt else "train ResNet-18 in float, then quantize it"
-    tuning = f" ({config.quant.epochs} epochs of fine-tuning)" if config.mode == "qat" else ""
-    return f"{what} with {config.mode.upper()}{tuning} for {config.quant.target}; write to {config.output_dir}"
+    return plan_of(config, "ResNet-18")
 
 
 if __name__ == "__main__":

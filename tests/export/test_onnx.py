@@ -68,7 +68,8 @@ class Files:
         self.model = calibrated()
         self.output = self.model(X)
         self.state = copy.deepcopy(self.model.state_dict())
-        self.paths = {target: folder / f"{target}.onnx" for target in (None, "x86_avx2", "onnxruntime", "tensorrt")}
+        targets = (None, "x86_avx2", "onnxruntime", "tensorrt", "xnnpack")
+        self.paths = {target: folder / f"{target}.onnx" for target in targets}
         self.results = {
             target: lq.export(
                 self.model,
@@ -144,7 +145,7 @@ def test_residual_adds_are_placed_as_the_target_says(files: Files) -> None:
         (add,) = [node for node in file.graph.node if node.op_type == "Add"]
         quantized[target] = sorted(makers(file)[name].op_type for name in add.input)
     both, fused = ["DequantizeLinear"] * 2, ["Conv", "DequantizeLinear"]
-    assert quantized == {None: both, "x86_avx2": fused, "onnxruntime": both, "tensorrt": fused}
+    assert quantized == {None: both, "x86_avx2": fused, "onnxruntime": both, "tensorrt": fused, "xnnpack": both}
 
 
 def test_one_set_of_scales(files: Files) -> None:
@@ -190,11 +191,12 @@ def test_tensorrt_explicit_quantization(tmp_path: Path) -> None:
             assert sorted(made_by[name].op_type for name in node.input) == ["Conv", "DequantizeLinear"]
 
 
-def test_tensorrt_on_onnx_runtime(files: Files) -> None:
+@pytest.mark.parametrize("target", ["tensorrt", "xnnpack"])
+def test_signed_activations_on_onnx_runtime(target: str, files: Files) -> None:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(files.paths["tensorrt"], options, providers=["CPUExecutionProvider"])
-    int8 = lq.convert(files.model, "tensorrt")
+    session = onnxruntime.InferenceSession(files.paths[target], options, providers=["CPUExecutionProvider"])
+    int8 = lq.convert(files.model, target)
     int8.execution = "simulation"
     (actual,) = session.run(None, {"x": X.numpy()})
     assert np.square(actual - int8(X).numpy()).mean() < 0.02**2 * np.square(int8(X).numpy()).mean()
