@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -15,14 +15,20 @@ from torch import nn
 from lq.calibration.calibrate import AUTO
 from lq.calibration.error import CalibrationError
 from lq.calibrators import get_calibrator
+from lq.callback.averages import (
+    averages_at_the_end,
+    averages_buffers,
+    check_averaging,
+    refresh_averaged_ranges,
+)
 from lq.callback.batches import train_batches
 from lq.callback.checkpoints import attach_hooks
-from lq.callback.fit_end import quantize_at_fit_end, refresh_averaged_ranges
+from lq.callback.fit_end import quantize_at_fit_end
 from lq.callback.preparation import prepare_for_batch
 from lq.callback.rescue import tell_how_to_finish
 from lq.callback.result import QuantizationResult
 from lq.callback.stages import StagedUnit, attach, staged_unit
-from lq.callback.support import averages_at_the_end, averages_buffers, check_averaging, check_trainer
+from lq.callback.support import check_trainer
 from lq.callback.training import all_reduce_ranges, training_share
 from lq.callback.unit import has_weighted_layers
 from lq.callback.weights import Weights
@@ -34,6 +40,9 @@ from lq.quantizer import QuantizerState
 from lq.targets import Target, get_target
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+#: How far a fit is.
+Phase = Literal["setup", "training", "conversion"]
 
 _TRAINING = QuantizerState.OBSERVE | QuantizerState.FAKE_QUANTIZE
 
@@ -147,7 +156,7 @@ class QuantizationCallback(Callback):
         self.result: QuantizationResult | None = None
         self._int8_dir = Path()
         self._frozen_norms: set[nn.Module] = set()
-        self._training_ended = False
+        self._phase: Phase = "setup"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         staged = attach(pl_module, self.module)
@@ -155,7 +164,7 @@ class QuantizationCallback(Callback):
         if stage != TrainerFn.FITTING:
             return
         self.result = None
-        self._training_ended = False
+        self._phase = "setup"
         staged.fit_mode = self.mode
         check_trainer(trainer)
         if self.mode == "qat":
@@ -182,6 +191,9 @@ class QuantizationCallback(Callback):
             self._begin_fit(trainer, staged)
         else:
             _check_layers(staged)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._phase = "training"
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.mode != "qat" or averages_at_the_end(trainer):
@@ -214,7 +226,7 @@ class QuantizationCallback(Callback):
                 refresh_averaged_ranges(staged)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._training_ended = True
+        self._phase = "conversion"
         if self.convert:
             staged = staged_unit(pl_module)
             self.result, failure = quantize_at_fit_end(self, trainer, staged, self._int8_dir)
@@ -227,8 +239,10 @@ class QuantizationCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._thaw()
-        if trainer.state.fn == TrainerFn.FITTING and self.convert and self.result is None and trainer.is_global_zero:
-            tell_how_to_finish(self, trainer, pl_module, self._int8_dir, self._training_ended)
+        if trainer.state.fn != TrainerFn.FITTING or self._phase == "setup" or not self.convert:
+            return  # nothing was trained yet: the error says all there is to say
+        if self.result is None and trainer.is_global_zero:
+            tell_how_to_finish(self, trainer, pl_module, self._int8_dir, training_ended=self._phase == "conversion")
 
     # Private helpers
 

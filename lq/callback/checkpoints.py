@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from lq.callback.averages import AVERAGED, refresh_averaged_ranges
 from lq.callback.stages import StagedUnit
 from lq.convert import convert
 from lq.graph.captured import QUANTIZERS
@@ -55,12 +56,12 @@ def section_of(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     return section
 
 
-def restore(staged: StagedUnit, state: dict[str, Any], section: Mapping[str, Any], strict: bool = True) -> None:
+def restore(staged: StagedUnit, checkpoint: Mapping[str, Any], section: Mapping[str, Any], strict: bool = True) -> None:
     """Prepare the unit as it was when the checkpoint was written, and load weights and ranges.
 
     Args:
         staged: the unit, in any stage.
-        state: the checkpoint's ``state_dict``; the quantizers' keys are added to it.
+        checkpoint: the checkpoint; the quantizers' keys are added to its ``state_dict``.
         section: see :func:`section_of`.
         strict: of ``load_state_dict``.
 
@@ -69,8 +70,10 @@ def restore(staged: StagedUnit, state: dict[str, Any], section: Mapping[str, Any
         RuntimeError: where the weights or the quantizers do not fit the module.
     """
     _make_prepared(staged, section)
-    _add_quantizers(staged, state, section)
-    staged.pl_module.load_state_dict(state, strict=strict)
+    _add_quantizers(staged, checkpoint["state_dict"], section)
+    staged.pl_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+    if AVERAGED in checkpoint:
+        refresh_averaged_ranges(staged)
 
 
 def _on_save(staged: StagedUnit, original: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
@@ -141,12 +144,11 @@ def _for_inference(staged: StagedUnit, checkpoint: dict[str, Any]) -> None:
     state = checkpoint["state_dict"]
     if section is not None:
         to_int8 = "int8" in (section["stage"], staged.stage)
-        _make_prepared(staged, section)
-        _add_quantizers(staged, state, section)
+        pl_module: Any = staged.pl_module
+        restore(staged, checkpoint, section, strict=pl_module.strict_loading)
         if to_int8:
-            staged.pl_module.load_state_dict(state, strict=getattr(staged.pl_module, "strict_loading", True))
             staged.put_int8(convert(staged.unit.cpu()))
-            checkpoint["state_dict"] = _with_present_unit(staged, state)
+        checkpoint["state_dict"] = _with_present_unit(staged, state)
         rank_zero_info(f"lq: the checkpoint gives the {'INT8' if to_int8 else 'fake-quantized'} network")
     elif staged.stage == "int8" and _has_weights_of(staged, state):
         checkpoint["state_dict"] = _with_present_unit(staged, state)

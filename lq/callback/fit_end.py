@@ -14,6 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lq.calibration.calibrate import calibrate_and_compare
 from lq.calibration.comparison import CalibratorComparison
 from lq.calibration.error import CalibrationError
+from lq.callback.averages import averages_buffers, refresh_averaged_ranges
 from lq.callback.batches import calibration_batches
 from lq.callback.conversion import Conversion
 from lq.callback.description import class_names, normalization
@@ -21,14 +22,13 @@ from lq.callback.evaluation import evaluate
 from lq.callback.preparation import prepare_for_batch
 from lq.callback.result import QuantizationResult
 from lq.callback.stages import StagedUnit
-from lq.callback.support import averages_buffers
 from lq.callback.unit import run_unit
 from lq.callback.weights import choose_weights, load_weights
 from lq.convert import convert
 from lq.distributed import agreed
 from lq.metadata import dtype_name
 from lq.modes import evaluating
-from lq.prepare import activation_quantizers, unprepared
+from lq.prepare import unprepared
 
 if TYPE_CHECKING:
     from lq.callback.callback import QuantizationCallback
@@ -111,17 +111,6 @@ def _quantize(
     if result is None:
         staged.put_int8(convert(staged.unit.cpu(), callback.target))
     return result, failure
-
-
-def refresh_averaged_ranges(staged: StagedUnit) -> None:
-    """Compute scales and zero points anew from averaged minima and maxima.
-
-    An average of models averages their buffers, and cuts integers off: a zero point that is never above 5 becomes 4.
-    """
-    for quantizer in activation_quantizers(staged.unit).values():
-        low, high = quantizer.observer.range()
-        if quantizer.rounds and quantizer.calibrated and bool(low <= high):
-            quantizer.update_qparams()
 
 
 def _calibrate(callback: QuantizationCallback, trainer: Any, staged: StagedUnit) -> CalibratorComparison | None:

@@ -103,7 +103,7 @@ def quantize_checkpoint(
         staged.to_float()
         pl_module.load_state_dict(loaded["state_dict"], strict=pl_module.strict_loading)
     else:
-        restore(staged, loaded["state_dict"], section, strict=pl_module.strict_loading)
+        restore(staged, loaded, section, strict=pl_module.strict_loading)
     trainer = _attached_trainer(pl_module, data, accelerator)
     result, failure = quantize_at_fit_end(callback, trainer, staged, output, source=f"the weights of {path}")
     if failure is not None:

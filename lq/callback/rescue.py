@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lq.callback.support import averages_at_the_end
+from lq.callback.averages import averages_at_the_end
 from lq.callback.weights import choose_weights, last_checkpoint
 from lq.files import write_archive, write_atomically
 
@@ -22,7 +22,7 @@ _log = logging.getLogger("lq")
 
 
 def tell_how_to_finish(
-    callback: QuantizationCallback, trainer: Any, pl_module: Any, output_dir: Path, training_ended: bool
+    callback: QuantizationCallback, trainer: Any, pl_module: Any, output_dir: Path, *, training_ended: bool
 ) -> None:
     """Log where the trained weights are and how to convert them; write them where no checkpoint has them."""
     if training_ended:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from lq.callback.support import averages_at_the_end
+from lq.callback.averages import averages_at_the_end
 from lq.distributed import world_size
 
 Weights = Literal["best", "last"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from callback.classifiers import Configured, Direct, TwoParts, Wrapped
+from callback.classifiers import Configured, Direct, TwoParts, Wrapped, images
 from lifecycle.modules import CompiledInside, Embedded, Finetuned, FromCommandLine, Manual, OtherMethod, Several
 from lifecycle.runs import (
     BATCHES,
@@ -38,6 +38,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 import lq
 from lq import Int8Module, QuantizationCallback
+from lq.functional import choose_qparams
 
 both_modes = pytest.mark.parametrize("mode", ["ptq", "qat"])
 
@@ -204,6 +205,24 @@ def test_weight_averaging_resumes(tmp_path: Path) -> None:
     second.fit(resumed, train_data(), val_data(), ckpt_path=checkpoint.last_model_path)
     assert_same(state_of(resumed), state_of(whole))
     assert {k: float(v) for k, v in second.callback_metrics.items()} == metrics["whole"]
+
+
+def test_an_averaged_checkpoint_has_the_ranges_of_its_average(tmp_path: Path) -> None:
+    checkpoint = every_epoch(tmp_path)
+    callbacks = (quantization(tmp_path, mode="qat"), EMAWeightAveraging(decay=0.7), checkpoint)
+    model = module()
+    trainer(tmp_path, *callbacks, epochs=2).fit(model, train_data(), val_data())
+    by_hand = lq.quantize_checkpoint(checkpoint.last_model_path, Wrapped, evaluate=False, output_dir=tmp_path / "hand")
+    x, _ = images(32, seed=5)
+    assert torch.equal(lq.load(by_hand.artifact)(x), model(x))
+    fresh = module(seed=2)
+    run = trainer(tmp_path, quantization(tmp_path))
+    run.validate(fresh, val_data(), ckpt_path=checkpoint.last_model_path, verbose=False)
+    for name, quantizer in lq.quantizers(fresh.model).items():
+        low, high = quantizer.observer.range()
+        scale, zero_point = choose_qparams(low, high, quantizer.spec)
+        assert torch.equal(quantizer.scale, scale), name
+        assert torch.equal(quantizer.zero_point, zero_point), name
 
 
 @pytest.mark.support("Callbacks", "An averaging callback before the QAT callback is refused, with the order that works")
