@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class Conversion:
     labels: Sequence[str] | None = None
     preprocessing: Mapping[str, Any] | None = None
     evaluate: Callable[[], dict[str, float]] | None = None
-    comparison: CalibratorComparison | None = field(default=None)
+    comparison: CalibratorComparison | None = None
 
     def run(self, staged: StagedUnit, float_metrics: dict[str, float]) -> tuple[QuantizationResult, Exception | None]:
         """Write, measure, and put INT8 in the unit's place.

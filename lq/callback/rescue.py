@@ -47,9 +47,7 @@ def _trained_weights(callback: QuantizationCallback, trainer: Any, output_dir: P
     except ValueError:
         path = None
     if path is None and not averages_at_the_end(trainer):
-        for checkpoint in trainer.checkpoint_callbacks:
-            if getattr(checkpoint, "_last_global_step_saved", None) == trainer.global_step:
-                path = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "") or path
+        path = last_checkpoint(trainer, trainer.global_step)
     if path is not None:
         return path, "They are in the checkpoint"
     rescued = output_dir / "unconverted.ckpt"

@@ -18,12 +18,23 @@ def best_checkpoint(trainer: Any) -> str | None:
     return None
 
 
-def last_checkpoint(trainer: Any) -> str | None:
-    """Path of the checkpoint that was written last, or None."""
-    for name in ("last_model_path", "best_model_path"):
-        for callback in trainer.checkpoint_callbacks:
-            if _path(callback, name):
-                return _path(callback, name)
+def last_checkpoint(trainer: Any, global_step: int | None = None) -> str | None:
+    """Path of the checkpoint that was written last, or None.
+
+    Args:
+        trainer: the Trainer.
+        global_step: if given, only one that was written at that step will do.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        step = getattr(callback, "_last_global_step_saved", None)
+        # The best and the last one have public names; the one just written can be a third best.
+        if _path(callback, "_last_checkpoint_saved") and global_step in (None, step):
+            return _path(callback, "_last_checkpoint_saved")
+    if global_step is None:  # a run that was resumed knows those of the run before
+        for name in ("last_model_path", "best_model_path"):
+            for callback in trainer.checkpoint_callbacks:
+                if _path(callback, name):
+                    return _path(callback, name)
     return None
 
 

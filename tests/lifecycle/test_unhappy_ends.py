@@ -96,6 +96,16 @@ def test_in_training(error: BaseException, mode: str, tmp_path: Path, caplog: py
     assert result.mode == mode
 
 
+def test_a_resumed_run_that_has_written_nothing_yet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer(tmp_path, quantization(tmp_path, convert=False), every_epoch(tmp_path), epochs=1).fit(
+        module(), train_data()
+    )
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    run = trainer(tmp_path, quantization(tmp_path), StopBehind(2), every_epoch(tmp_path))
+    interrupted(run, module(), train_data(), ckpt_path=path)
+    assert repr(str(path)) in caplog.text
+
+
 def test_before_the_first_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = trainer(tmp_path, quantization(tmp_path), StopBehind(2), every_epoch(tmp_path))
     interrupted(run, module(), train_data())
@@ -154,6 +164,23 @@ def test_after_training(name: str, saved: bool, tmp_path: Path, caplog: pytest.L
     assert all(torch.equal(weights[key], at_the_end.state[key]) for key in Wrapped().state_dict())
     # By hand, with what was wrong mended:
     assert lq.load(finish(caplog.text).artifact)
+
+
+def test_the_message_names_what_was_written_last_and_not_the_best(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Worse(FailsInInt8):
+        def on_validation_epoch_end(self) -> None:
+            self.log("harm", float(self.current_epoch))
+
+    model, at_the_end = module(Worse), AtTheEnd()
+    checkpoint = every_epoch(tmp_path, monitor="harm", save_last=False)
+    callback = quantization(tmp_path, evaluate=True, weights="last")
+    interrupted(trainer(tmp_path, at_the_end, callback, checkpoint), model, train_data(), val_data())
+    (named,) = re.findall(r"They are in the checkpoint '(.*?)'", caplog.text)
+    assert named != checkpoint.best_model_path
+    weights = torch.load(named, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, at_the_end.state[key]) for key, value in weights.items())
 
 
 def on_a_full_disk(folder: Path, mode: str, saved: bool) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import TINY
 
 import lq
 from lq.config import main, parse
@@ -17,18 +18,6 @@ from lq.recipes import cifar_resnet18 as recipe
 
 # Four batches a run, where Lightning would log every ten.
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
-
-TINY = [
-    "data.name=shapes10",
-    "data.max_train=64",
-    "data.max_test=40",
-    "data.batch_size=16",
-    "train.epochs=1",
-    "quant.calibration_batches=2",
-    "quant.target=x86_avx2",
-    "accelerator=cpu",
-    "progress=false",
-]
 
 
 def run(*argv: str) -> None:
