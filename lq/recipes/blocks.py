@@ -16,6 +16,8 @@ from torch import nn
 from lq.callback import QuantizationCallback, QuantizationResult
 from lq.config import ConfigError, field
 from lq.data import CIFAR10, DatasetNotFoundError, Shapes10
+from lq.models import Classifier
+from lq.models.schedules import ScheduleName
 from lq.targets import TARGETS
 
 
@@ -49,8 +51,12 @@ class TrainConfig:
     """How the float model is trained."""
 
     epochs: int | None = field(None, help="passes over the data; by default 20 for CIFAR-10 and 3 for Shapes10")
-    lr: float = field(0.05, help="peak learning rate of SGD with Nesterov momentum 0.9, one cycle")
+    lr: float = field(0.05, help="peak learning rate of SGD")
+    momentum: float = field(0.9, help="momentum of SGD")
+    nesterov: bool = field(True, help="Nesterov's momentum")
     weight_decay: float = field(5e-4, help="weight decay")
+    schedule: ScheduleName = field("onecycle", help="the learning rate's curve")
+    warmup: float | None = field(None, help="share of the steps in which it rises; by default 0.3 for onecycle, else 0")
 
 
 @dataclass
@@ -134,6 +140,20 @@ def epochs(config: TrainConfig, data: CIFAR10 | Shapes10) -> int:
     if config.epochs is not None:
         return config.epochs
     return 3 if isinstance(data, Shapes10) else 20
+
+
+def classifier(config: TrainConfig, network: nn.Module, num_classes: int) -> Classifier:
+    """The LightningModule that trains a network as the recipe's training group says."""
+    return Classifier(
+        network,
+        num_classes,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+        schedule=config.schedule,
+        warmup=config.warmup,
+    )
 
 
 def callback(config: QuantConfig, mode: Literal["ptq", "qat"], output_dir: str) -> QuantizationCallback:

@@ -22,11 +22,11 @@ import lq
 from lq.calibration.calibrate import AUTO, calibrate_and_compare
 from lq.calibrators import CALIBRATORS
 from lq.config import field, main
-from lq.models import Classifier
 from lq.recipes.blocks import (
     DataConfig,
     RunConfig,
     TrainConfig,
+    classifier,
     epochs,
     float_checkpoint,
     image_data,
@@ -55,9 +55,7 @@ def run(config: Config) -> None:
     seed_everything(config.seed, verbose=False)
     data = image_data(config.data, config.seed)
     network = NETWORKS[config.network](data.num_classes)
-    model = Classifier(
-        network, data.num_classes, lr=config.train.lr, weight_decay=config.train.weight_decay, nesterov=True
-    )
+    model = classifier(config.train, network, data.num_classes)
     if config.ckpt is not None:
         load_float_weights(model, config.ckpt)
     else:

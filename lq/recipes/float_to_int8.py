@@ -19,6 +19,7 @@ from lq.recipes.blocks import (
     RunConfig,
     TrainConfig,
     callback,
+    classifier,
     epochs,
     float_checkpoint,
     image_data,
@@ -50,9 +51,7 @@ def float_to_int8(config: FloatToInt8Config, network_for: Callable[[int], nn.Mod
     output = Path(config.output_dir)
     data = image_data(config.data, config.seed)
     network = network_for(data.num_classes)
-    model = Classifier(
-        network, data.num_classes, lr=config.train.lr, weight_decay=config.train.weight_decay, nesterov=True
-    )
+    model = classifier(config.train, network, data.num_classes)
     quantize = callback(config.quant, config.mode, str(output / "int8"))
     logger = TensorBoardLogger(save_dir=output, name="tensorboard")
 
