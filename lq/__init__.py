@@ -13,8 +13,9 @@ from lq.calibration import (
     recalibrate,
     save_statistics,
 )
-from lq.convert import FoldError, convert
+from lq.convert import convert
 from lq.export import CompilerError, ExportMismatchError, ExportResult, Verification, export
+from lq.fold import FoldError, fold_batch_norm
 from lq.graph.registry import register_layer
 from lq.graph.tracing import CaptureError
 from lq.int8 import Int8Module
@@ -60,6 +61,7 @@ __all__ = [
     "compare_calibrators",
     "convert",
     "export",
+    "fold_batch_norm",
     "freeze",
     "load",
     "load_statistics",

@@ -305,7 +305,7 @@ def _assign(conf: DictConfig, key: _Key, value: Any, source: str = "") -> None:
         OmegaConf.update(conf, key.name, value, merge=False)
     except OmegaConfBaseException as error:
         choices = [choice for hint in key.alternatives for choice in _choices(hint)]
-        wanted = _one_of(choices, value) if choices else f"{key.type_name}{_list_hint(key)}"
+        wanted = _one_of(choices, value) if choices else f"{key.type_name}{_form_hint(key)}"
         raise ConfigError(f"{source}{key.name}={_text(value)}: expected {wanted}") from error
 
 
@@ -338,8 +338,10 @@ def _one_of(choices: Sequence[Any], value: Any) -> str:
     return f"one of {', '.join(map(str, choices))}" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def _list_hint(key: _Key) -> str:
-    return ", written [a,b]" if any(get_origin(hint) in (list, tuple) for hint in key.alternatives) else ""
+def _form_hint(key: _Key) -> str:
+    """How a value of more than one part is written."""
+    forms = {list: ", written [a,b]", tuple: ", written [a,b]", dict: ", written {a: b}"}
+    return next((forms[form] for hint in key.alternatives if (form := get_origin(hint)) in forms), "")
 
 
 def _type_name(hint: Any) -> str:

@@ -6,30 +6,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from lq.calibration.error import CalibrationError
+from lq.fold import check_fold
 from lq.graph.analysis import GraphAnalysis
 from lq.graph.captured import without_quantizers
-from lq.graph.emission import EmittedGraph, emit
-from lq.graph.interpret import node_values
+from lq.graph.emission import emit
 from lq.graph.placement import site
 from lq.graph.signature import CallSignature
 from lq.int8 import Int8Module
 from lq.modes import evaluating
 from lq.overrides import Scheme
-from lq.prepare import PreparedForward, prepared_forward, quantizers, quantizers_off
+from lq.prepare import prepared_forward, quantizers, quantizers_off
 from lq.quantizer import Quantizer, WeightQuantizer, weight_quantizer
 from lq.report import make_report
 from lq.spec import QuantSpec
 from lq.targets import Target, get_target
-
-#: Largest difference that folding batch norm may make, relative to the layer's largest output.
-FOLD_TOLERANCE = 1e-3
-
-
-class FoldError(ValueError):
-    """Folding batch norm would change what the model computes."""
 
 
 def convert(model: nn.Module, target: str | Target | None = None) -> Int8Module:
@@ -60,7 +53,7 @@ def convert(model: nn.Module, target: str | Target | None = None) -> Int8Module:
     analysis = forward.analyse(resolved)
     found = _quantizers_for(forward.scheme(resolved), model, analysis)
     with quantizers_off(model), without_quantizers(model), evaluating(model):
-        difference = _check_fold(model, forward, analysis)
+        difference, _ = check_fold(model, forward, analysis)
         emitted = emit(model, analysis, found)
     int8 = Int8Module(emitted.root, emitted.graph)
     int8.fix_call(CallSignature(type(model).forward), forward.settings)
@@ -118,30 +111,3 @@ def _on_grid(grid: QuantSpec, quantizer: Quantizer, name: str, target: Target) -
     retargeted = Quantizer(grid, quantizer.observer, quantizer.calibrator)
     retargeted.update_qparams()
     return retargeted
-
-
-def _check_fold(model: nn.Module, forward: PreparedForward, analysis: GraphAnalysis) -> float:
-    """The largest relative difference that folding makes at the end of a layer, on the example inputs."""
-    folded: EmittedGraph = emit(model, analysis, None)
-    placeholders = [node for node in analysis.graph.nodes if node.op == "placeholder"]
-    inputs = {str(node.target): analysis.values[node] for node in placeholders}
-    values = node_values(folded.graph, folded.root, inputs)
-    largest = 0.0
-    pairs = [(name, analysis.values[before], values[after]) for name, (before, after) in folded.ends.items()]
-    output = next(node for node in reversed(analysis.graph.nodes) if node.op == "output")
-    folded_output = next(node for node in reversed(folded.graph.nodes) if node.op == "output")
-    outputs = zip(tree_leaves(analysis.values[output]), tree_leaves(values[folded_output]), strict=True)
-    pairs += [("the output", before, after) for before, after in outputs if isinstance(before, Tensor)]
-    for name, before, after in pairs:
-        if not before.is_floating_point() or before.numel() == 0:
-            continue
-        scale = before.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-        difference = float((before - after).abs().max() / scale)
-        if not difference <= FOLD_TOLERANCE:  # written so that a NaN is refused too
-            raise FoldError(
-                f"{name}: folding batch norm changes its output by {difference:.2g} of the largest value (at most "
-                f"{FOLD_TOLERANCE:g} is accepted). A forward hook that changes what flows between convolution, batch "
-                f"norm and activation, a NaN in the weights, or extreme running statistics do that; remove the cause"
-            )
-        largest = max(largest, difference)
-    return largest

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -39,6 +40,7 @@ class Config:
     milestones: tuple[float, ...] = field((0.5, 0.75), help="where the learning rate drops")
     tags: list[str] = field([], help="words for the log")
     augment: bool = field(True, help="random [crops] and flips")
+    layers: dict[str, Any] = field({}, help="settings by the names of layers")
 
 
 @dataclass
@@ -152,6 +154,7 @@ def test_file_or_group_with_everything_commented_out_changes_nothing(
         (["lr=null"], r"lr=null: expected float"),
         (["milestones=0.5"], r"milestones=0\.5: expected tuple\[float, \.\.\.\], written \[a,b\]"),
         (["milestones=[0.5"], r"milestones=\[0\.5: not valid YAML for tuple\[float, \.\.\.\]"),
+        (["layers=3"], r"layers=3: expected dict\[str, Any\], written \{a: b\}"),
         (["optimizer=sdg"], r"optimizer=sdg: expected one of sgd, adamw; did you mean sgd\?"),
         (["mode=FAST"], r"mode=FAST: expected one of PTQ, QAT"),
         (["network=resnet19"], r"network=resnet19: expected one of resnet18, resnet34; did you mean resnet18\?"),
@@ -224,6 +227,11 @@ configs = st.builds(
     milestones=st.lists(st.floats(0, 1), max_size=3).map(tuple),
     tags=st.lists(st.from_regex(r"[a-z]{4,8}x", fullmatch=True), max_size=3),
     augment=st.booleans(),
+    layers=st.dictionaries(
+        st.from_regex(r"[a-z]{3,6}\.[a-z*]{1,6}x", fullmatch=True),
+        st.none() | st.integers(0, 8) | st.fixed_dictionaries({"weight_bits": st.integers(2, 8)}),
+        max_size=3,
+    ),
 )
 
 
@@ -240,6 +248,7 @@ def as_overrides(config: Config) -> list[str]:
         "milestones": list(config.milestones),
         "tags": f"[{','.join(config.tags)}]",
         "augment": config.augment,
+        "layers": json.dumps(config.layers),
     }
     return [f"{key}={value}" for key, value in values.items()]
 

@@ -191,6 +191,8 @@ class QuantizationCallback(Callback):
             self._begin_fit(trainer, staged)
         else:
             _check_layers(staged)
+            if self.mode == "ptq" and self.convert and self.overrides.specs:
+                self._check_overrides(trainer, staged)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._phase = "training"
@@ -273,6 +275,16 @@ class QuantizationCallback(Callback):
             staged.to_float()
         if self.mode == "qat":
             self._prepare_for_training(trainer, staged)
+
+    def _check_overrides(self, trainer: Trainer, staged: StagedUnit) -> None:
+        """Find a name that matches nothing now, and not after the training."""
+        with isolate_rng():
+            batch = next(train_batches(trainer, staged.pl_module), None)
+            if batch is not None:
+                prepare_for_batch(
+                    staged, batch, target=self.target, mode="ptq", observer="minmax", overrides=self.overrides
+                )
+                staged.to_float()
 
     def _prepare_for_training(self, trainer: Trainer, staged: StagedUnit) -> None:
         with isolate_rng():  # the batch that is looked at must not change the order of those that are trained on

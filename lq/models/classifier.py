@@ -19,6 +19,9 @@ from lq.models.schedules import SCHEDULES, ScheduleName, lr_factor
 
 OptimizerName = Literal["sgd", "adamw"]
 
+#: Of the softmax that a teacher's outputs are compared in: the usual one for classes that are few.
+_TEMPERATURE = 2.0
+
 
 class Classifier(LightningModule):
     """Trains any network that maps images ``(N, C, H, W)`` to logits ``(N, num_classes)``.
@@ -45,6 +48,11 @@ class Classifier(LightningModule):
         gamma: what ``schedule="step"`` multiplies the learning rate with at a milestone.
         label_smoothing: of the training loss.
         aux_weight: weight of each auxiliary head's loss.
+        teacher: a float network that this one imitates as well (Hinton et al., "Distilling the Knowledge in a Neural
+            Network", 2015), such as a copy of ``model`` from before quantization-aware training: the training loss is
+            ``(1 - d) * cross_entropy + d * T**2 * KL(teacher || model)`` with both softmaxes at temperature ``T = 2``.
+            It is no submodule: not trained, not in checkpoints, in evaluation mode always.
+        distillation: ``d``, the weight of the teacher in the loss.
         channels_last: keep weights and inputs in the channels-last memory format, which CPU convolutions prefer
             (ResNet-18 at 32x32 trains 1.3 times as fast). Converts the weights of ``model`` in place; inputs that are
             not ``(N, C, H, W)`` pass unchanged.
@@ -55,6 +63,8 @@ class Classifier(LightningModule):
         >>> classifier(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
+
+    _teacher: nn.Module | None
 
     def __init__(
         self,
@@ -72,6 +82,8 @@ class Classifier(LightningModule):
         gamma: float = 0.1,
         label_smoothing: float = 0.0,
         aux_weight: float = 0.3,
+        teacher: nn.Module | None = None,
+        distillation: float = 0.5,
         channels_last: bool = True,
     ) -> None:
         super().__init__()
@@ -90,9 +102,14 @@ class Classifier(LightningModule):
         _check("gamma", gamma, 0 < gamma <= 1, "in (0, 1]")
         _check("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "in [0, 1)")
         _check("aux_weight", aux_weight, 0 <= aux_weight < math.inf, "non-negative and finite")
+        _check("distillation", distillation, 0 <= distillation <= 1, "in [0, 1]")
+        if teacher is not None and (not isinstance(teacher, nn.Module) or teacher is model):
+            raise TypeError(
+                f"teacher={type(teacher).__name__} must be another nn.Module than model: copy.deepcopy(model)"
+            )
         # As a tuple, or a ListConfig from a recipe would make the checkpoint unreadable with weights_only=True.
         milestones = tuple(float(milestone) for milestone in milestones)
-        self.save_hyperparameters(ignore=["model"])
+        self.save_hyperparameters(ignore=["model", "teacher"])
 
         self.model = model
         self.num_classes = num_classes
@@ -108,6 +125,9 @@ class Classifier(LightningModule):
         self.gamma = gamma
         self.label_smoothing = label_smoothing
         self.aux_weight = aux_weight
+        # Past nn.Module, which would train it and write it into checkpoints.
+        self.__dict__["_teacher"] = None if teacher is None else teacher.eval().requires_grad_(False)
+        self.distillation = distillation
         self.channels_last = channels_last
         if channels_last:
             _to_channels_last(model)
@@ -116,9 +136,7 @@ class Classifier(LightningModule):
 
     def forward(self, x: Tensor) -> Any:
         """What the network returns for a batch: logits ``(N, num_classes)``, or a tuple that starts with them."""
-        if self.channels_last and x.ndim == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        return self.model(x)
+        return self.model(self._in_memory_format(x))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self._build_optimizer()
@@ -131,12 +149,18 @@ class Classifier(LightningModule):
         # run that was interrupted would override the length of the one that resumes it.
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
+    def on_fit_start(self) -> None:
+        if self._teacher is not None:
+            self._teacher.to(self.device)
+
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         logits, aux = self._logits(x)
         loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
         for head in aux:
             loss = loss + self.aux_weight * F.cross_entropy(head, y, label_smoothing=self.label_smoothing)
+        if self._teacher is not None:
+            loss = (1 - self.distillation) * loss + self.distillation * self._distance_to_teacher(x, logits)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(y))
         return loss
 
@@ -149,6 +173,17 @@ class Classifier(LightningModule):
     def predict_step(self, batch: Tensor | Sequence[Tensor], batch_idx: int) -> Tensor:
         x = batch if isinstance(batch, Tensor) else batch[0]
         return self._logits(x)[0]
+
+    def _in_memory_format(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.ndim == 4 else x
+
+    def _distance_to_teacher(self, x: Tensor, logits: Tensor) -> Tensor:
+        """``T**2`` times the Kullback-Leibler divergence of the softmax at temperature ``T`` from the teacher's."""
+        assert self._teacher is not None
+        with torch.no_grad():
+            wanted, _ = _split(self._teacher(self._in_memory_format(x)))
+        log_p, log_q = (F.log_softmax(values / _TEMPERATURE, dim=1) for values in (wanted, logits))
+        return _TEMPERATURE**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
     def _logits(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The network's logits, and those of its auxiliary heads."""

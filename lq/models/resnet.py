@@ -32,6 +32,7 @@ def build_resnet(
     stem: Stem = "imagenet",
     weights: str | None = None,
     zero_init_residual: bool = False,
+    in_channels: int = 3,
 ) -> ResNet:
     """Builds a torchvision ResNet.
 
@@ -46,9 +47,11 @@ def build_resnet(
         weights: name of torchvision's pretrained weights, for example ``"IMAGENET1K_V1"`` or ``"DEFAULT"``, downloaded
             on first use. With ``num_classes`` other than 1000 the backbone is pretrained and the classifier new.
         zero_init_residual: start every residual branch at zero, by its last batch norm.
+        in_channels: of the images, 1 for grey ones.
 
     Raises:
-        ValueError: for an unknown name, stem or weights, or for pretrained weights with the CIFAR stem.
+        ValueError: for an unknown name, stem or weights, or for pretrained weights with the CIFAR stem or with another
+            number of channels than 3.
 
     Example:
         >>> network = build_resnet("resnet18", num_classes=10, stem="cifar")
@@ -63,11 +66,15 @@ def build_resnet(
         raise ValueError(f"num_classes={num_classes} must be at least 1.")
     if stem not in get_args(Stem):
         raise ValueError(f"stem={stem!r} is not one of {', '.join(get_args(Stem))}.")
+    if in_channels < 1:
+        raise ValueError(f"in_channels={in_channels} must be at least 1.")
     if weights is None:
         network: ResNet = torchvision.models.get_model(
             name, weights=None, num_classes=num_classes, zero_init_residual=zero_init_residual
         )
-        return _with_cifar_stem(network) if stem == "cifar" else network
+        return network if stem == "imagenet" and in_channels == 3 else _with_stem(network, stem, in_channels)
+    if in_channels != 3:
+        raise ValueError(f"weights={weights!r} were trained on 3 channels and not on in_channels={in_channels}.")
     if stem == "cifar":
         raise ValueError(
             f"weights={weights!r} were trained with the ImageNet stem and cannot be used with stem='cifar': "
@@ -86,9 +93,13 @@ def _pretrained(name: str, num_classes: int, weights: str) -> ResNet:
     return network
 
 
-def _with_cifar_stem(network: ResNet) -> ResNet:
-    network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
+def _with_stem(network: ResNet, stem: Stem, in_channels: int) -> ResNet:
+    size, stride = (3, 1) if stem == "cifar" else (7, 2)
+    network.conv1 = nn.Conv2d(
+        in_channels, network.conv1.out_channels, size, stride=stride, padding=size // 2, bias=False
+    )
+    if stem == "cifar":
+        network.maxpool = nn.Identity()
     # As torchvision initialises every convolution of a ResNet, the replaced one too.
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
-    network.maxpool = nn.Identity()
     return network

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 import lq
 from lq.config import ConfigError, field, main
 from lq.files import ensure_writable_dir
-from lq.recipes.blocks import DataConfig, image_data, load_float_weights
-from lq.recipes.networks import NETWORKS
+from lq.recipes.blocks.data import DataConfig, image_data
+from lq.recipes.blocks.networks import NETWORKS
+from lq.recipes.blocks.training import load_float_weights
 from lq.runtime.load import RUNTIMES
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from lq.config import field, main
 from lq.models import build_resnet
-from lq.recipes.float_to_int8 import FloatToInt8Config, float_to_int8, plan_of
+from lq.recipes.blocks.float_to_int8 import FloatToInt8Config, float_to_int8, plan_of
 
 
 @dataclass
@@ -26,7 +26,12 @@ class Config(FloatToInt8Config):
 
 
 def run(config: Config) -> None:
-    float_to_int8(config, lambda classes: build_resnet("resnet18", num_classes=classes, stem=config.stem))
+    float_to_int8(
+        config,
+        lambda data: build_resnet(
+            "resnet18", num_classes=data.num_classes, stem=config.stem, in_channels=data.input_shape[0]
+        ),
+    )
 
 
 def plan(config: Config) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lq.config import ConfigError, field, main
 from lq.models import VGG_CONFIGURATIONS, VGGS, build_vgg
-from lq.recipes.float_to_int8 import FloatToInt8Config, float_to_int8, plan_of
+from lq.recipes.blocks.float_to_int8 import FloatToInt8Config, float_to_int8, plan_of
 
 
 @dataclass
@@ -37,8 +37,13 @@ def run(config: Config) -> None:
         raise ConfigError(f"model.dropout={model.dropout} must be in [0, 1)")
     float_to_int8(
         config,
-        lambda classes: build_vgg(
-            model.name, num_classes=classes, classifier="cifar", hidden=model.hidden, dropout=model.dropout
+        lambda data: build_vgg(
+            model.name,
+            num_classes=data.num_classes,
+            classifier="cifar",
+            hidden=model.hidden,
+            dropout=model.dropout,
+            in_channels=data.input_shape[0],
         ),
     )
 

@@ -22,18 +22,10 @@ import lq
 from lq.calibration.calibrate import AUTO, calibrate_and_compare
 from lq.calibrators import CALIBRATORS
 from lq.config import field, main
-from lq.recipes.blocks import (
-    DataConfig,
-    RunConfig,
-    TrainConfig,
-    classifier,
-    epochs,
-    float_checkpoint,
-    image_data,
-    load_float_weights,
-    make_trainer,
-)
-from lq.recipes.networks import NETWORKS
+from lq.recipes.blocks.data import DataConfig, image_data
+from lq.recipes.blocks.networks import NETWORKS
+from lq.recipes.blocks.trainer import RunConfig, make_trainer
+from lq.recipes.blocks.training import TrainConfig, classifier, epochs, float_checkpoint, load_float_weights
 from lq.targets import TARGETS
 
 

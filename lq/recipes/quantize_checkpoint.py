@@ -18,7 +18,7 @@ from lightning.pytorch import seed_everything
 
 import lq
 from lq.config import ConfigError, field, main
-from lq.recipes.blocks import print_result
+from lq.recipes.blocks.results import print_result
 from lq.targets import TARGETS
 
 

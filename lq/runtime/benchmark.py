@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lq.files import write_atomically
+from lq.fold import fold_batch_norm
 from lq.runtime.cpu import cpu_name
 from lq.runtime.load import RUNTIMES, file_format, installed_runtimes, load
 from lq.runtime.race import ContenderError, Measurement, race
@@ -32,7 +33,7 @@ class BenchmarkRow:
 
     Args:
         model: name of the file, or ``"float"``.
-        runtime: the engine; ``"eager"`` for the float model.
+        runtime: the engine; for the float model ``"eager"``, or ``"folded"``: eager, with batch norm folded.
         batch_size: samples in one call.
         threads: CPU threads.
         p50_ms: median time of a call, milliseconds.
@@ -122,7 +123,7 @@ class Benchmark:
         figure.suptitle(f"Median time of a call, {self.machine}", fontsize=11)
         for axes, group in zip(figure.subplots(len(groups), squeeze=False)[:, 0], groups, strict=True):
             rows = sorted((r for r in self.rows if (r.batch_size, r.threads) == group), key=lambda row: -row.p50_ms)
-            names = [row.model if row.model == FLOAT else f"{row.model}, {row.runtime}" for row in rows]
+            names = [f"{row.model}, {row.runtime}" for row in rows]
             colors = ["#9a9a9a" if row.model == FLOAT else "#2f6fb0" for row in rows]
             bars = axes.barh(names, [row.p50_ms for row in rows], color=colors)
             labels = [f"{r.p50_ms:.3g} ms" + (f"  ({r.speedup:.1f}×)" if r.speedup else "") for r in rows]
@@ -140,6 +141,7 @@ def benchmark(
     models: Sequence[str | Path],
     *,
     float_model: nn.Module | None = None,
+    folded: bool = False,
     batch_sizes: Sequence[int] = (1,),
     threads: Sequence[int] = (),
     runtimes: Sequence[str] | None = None,
@@ -154,6 +156,7 @@ def benchmark(
         models: files from :func:`lq.export`, of networks with one input.
         float_model: what they were made from: measured in PyTorch eager, and asked for the classes to agree with. It
             travels to its process, so it must pickle.
+        folded: measure it with batch norm folded, too: what of the gain is not INT8's.
         batch_sizes: samples in one call.
         threads: numbers of CPU threads; by default torch's own.
         runtimes: those to measure; by default all that are installed.
@@ -182,15 +185,18 @@ def benchmark(
         raise ValueError(f"models={[str(path) for path in paths]}: none of the runtimes that read them is installed")
     if samples is None:
         samples = _random_samples(*pairs[0], count=max(64, *batch_sizes))
-    pickled = b"" if float_model is None else _pickle(float_model)
+    floats: dict[str, nn.Module] = {} if float_model is None else {FLOAT: float_model}
+    if float_model is not None and folded:
+        floats[f"{FLOAT}, folded"] = fold_batch_norm(float_model, samples[:2])
+    pickled = {name: _pickle(network) for name, network in floats.items()}
     rows: list[BenchmarkRow] = []
     failures: dict[str, str] = {}
     names = _distinct_names(paths)
     for batch_size in batch_sizes:
         for count in threads or (torch.get_num_threads(),):
-            contenders: dict[str, Callable[[], Callable[..., Any]]] = {}
-            if float_model is not None:
-                contenders[FLOAT] = partial(_unpickle, pickled)
+            contenders: dict[str, Callable[[], Callable[..., Any]]] = {
+                name: partial(_unpickle, network) for name, network in pickled.items()
+            }
             for path, runtime in pairs:
                 contenders[f"{names[path]}, {runtime}"] = partial(load, path, runtime, threads=count)
             inputs = samples.repeat(-(-batch_size // len(samples)), *[1] * (samples.dim() - 1))[:batch_size]
@@ -201,7 +207,7 @@ def benchmark(
                 if isinstance(result, ContenderError):
                     failures[f"{name}, batch {batch_size}"] = str(result)
                     continue
-                size = _state_bytes(float_model) if name == FLOAT else sizes[name]  # type: ignore[arg-type]
+                size = _state_bytes(floats[name]) if name in floats else sizes[name]
                 rows.append(_row(name, result, reference, batch_size, count, size))
     return Benchmark(tuple(rows), failures, cpu_name())
 

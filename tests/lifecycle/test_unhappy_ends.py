@@ -112,11 +112,13 @@ def test_before_the_first_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "No checkpoint was written yet" in caplog.text
 
 
-def test_before_training_the_error_says_it_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run = trainer(tmp_path, quantization(tmp_path, mode="qat", overrides={"nowhere": None}))
+@pytest.mark.parametrize("mode", ["ptq", "qat"])
+def test_before_training_the_error_says_it_all(mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = trainer(tmp_path, quantization(tmp_path, mode=mode, overrides={"nowhere": None}))
     with pytest.raises(ValueError, match="'nowhere' matches nothing"):
         run.fit(module(), train_data())
     assert "interrupted" not in caplog.text
+    assert run.global_step == 0
 
 
 def _nan(model: Any) -> None:

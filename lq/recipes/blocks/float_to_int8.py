@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +12,13 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
+import lq
 from lq.config import field
-from lq.models import Classifier
-from lq.recipes.blocks import (
-    DataConfig,
-    QuantConfig,
-    RunConfig,
-    TrainConfig,
-    callback,
-    classifier,
-    epochs,
-    float_checkpoint,
-    image_data,
-    load_float_weights,
-    make_trainer,
-    print_result,
-)
+from lq.recipes.blocks.data import DataConfig, ImageData, image_data
+from lq.recipes.blocks.quantization import QuantConfig, callback, fine_tuner
+from lq.recipes.blocks.results import print_result, save_results
+from lq.recipes.blocks.trainer import RunConfig, make_trainer
+from lq.recipes.blocks.training import TrainConfig, classifier, epochs, float_checkpoint, load_float_weights
 
 
 @dataclass
@@ -38,19 +30,22 @@ class FloatToInt8Config(RunConfig):
     data: DataConfig = field(DataConfig(), help="the images")
     train: TrainConfig = field(TrainConfig(), help="float training")
     quant: QuantConfig = field(QuantConfig(), help="quantization")
+    benchmark: list[int] = field(
+        [], help="batch sizes to time all files at on all installed engines, against float with and without folding"
+    )
 
 
-def float_to_int8(config: FloatToInt8Config, network_for: Callable[[int], nn.Module]) -> None:
+def float_to_int8(config: FloatToInt8Config, network_for: Callable[[ImageData], nn.Module]) -> None:
     """Train (or load) the network, quantize it, and print what that cost and bought.
 
     Args:
         config: of the recipe.
-        network_for: makes the network for so many classes.
+        network_for: makes the network for the images.
     """
     seed_everything(config.seed, verbose=False)
     output = Path(config.output_dir)
     data = image_data(config.data, config.seed)
-    network = network_for(data.num_classes)
+    network = network_for(data)
     model = classifier(config.train, network, data.num_classes)
     quantize = callback(config.quant, config.mode, str(output / "int8"))
     logger = TensorBoardLogger(save_dir=output, name="tensorboard")
@@ -59,6 +54,7 @@ def float_to_int8(config: FloatToInt8Config, network_for: Callable[[int], nn.Mod
         return make_trainer(config, max_epochs, list(callbacks), logger)
 
     notes = {}
+    before: dict[str, float] = {}
     if config.ckpt is not None:
         load_float_weights(model, config.ckpt)
         notes["float checkpoint"] = config.ckpt
@@ -70,16 +66,28 @@ def float_to_int8(config: FloatToInt8Config, network_for: Callable[[int], nn.Mod
         trainer(epochs(config.train, data), *callbacks).fit(model, data)
         notes["float checkpoint"] = checkpoint.best_model_path
     if config.mode == "qat":
-        float_trainer = trainer(0)
-        before = float_trainer.validate(model, data, verbose=False)[0]
+        before = dict(trainer(0).validate(model, data, verbose=False)[0])
         notes["float before QAT"] = ", ".join(f"{name} {value:.4f}" for name, value in before.items())
-        tuned = Classifier(network, data.num_classes, lr=config.quant.lr, weight_decay=config.train.weight_decay)
+        tuned = fine_tuner(config.quant, config.train, network, data.num_classes)
         trainer(config.quant.epochs, quantize).fit(tuned, data)
 
-    assert quantize.result is not None
-    notes["INT8 model"] = ", ".join(quantize.result.exports)
+    result = quantize.result
+    assert result is not None
+    notes["INT8 model"] = ", ".join(result.exports)
     notes["TensorBoard"] = f"tensorboard --logdir {logger.log_dir}"
-    print_result(quantize.result, data.name, notes)
+    engines = None
+    if config.benchmark:
+        data.setup("test")
+        samples = next(iter(data.test_dataloader()))[0]
+        float_network = lq.unprepare(copy.deepcopy(network)).cpu().eval()
+        engines = lq.benchmark(
+            result.exports, float_model=float_network, folded=True, batch_sizes=config.benchmark, samples=samples
+        )
+    found = {"data": data.name, "float_before_qat": before, "result": result, "engines": engines}
+    notes["results"] = str(save_results(output, config, found))
+    print_result(result, data.name, notes)
+    if engines is not None:
+        print(engines)
 
 
 def plan_of(config: FloatToInt8Config, name: str) -> str:

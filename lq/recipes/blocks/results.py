@@ -1,0 +1,55 @@
+"""What a recipe ends with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+
+from lq.callback import QuantizationResult
+from lq.files import write_atomically
+from lq.runtime.cpu import cpu_name
+
+
+def print_result(result: QuantizationResult, data: str, notes: dict[str, str]) -> None:
+    """The one table a recipe ends with, and where its files lie."""
+    print(f"\nData: {data}")
+    print(result)
+    for name, value in notes.items():
+        print(f"{name + ':':20s} {value}")
+
+
+def save_results(output: Path, config: Any, found: Mapping[str, Any]) -> Path:
+    """Write what a recipe found to ``results.json``, with its config and the machine.
+
+    Args:
+        output: the folder.
+        config: of the recipe, a dataclass.
+        found: dataclasses, paths and plain values by name; what is None is left out.
+
+    Returns:
+        The path of the file.
+    """
+    versions = {"torch": torch.__version__, "lightning": lightning.__version__}
+    values = {name: value for name, value in found.items() if value is not None}
+    everything = {"config": config, "machine": cpu_name(), "versions": versions, **values}
+    path = output / "results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(everything, indent=2, default=_plain) + "\n"
+
+    def write(beside: Path) -> None:
+        beside.write_text(text)
+
+    write_atomically(path, write)
+    return path
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+    return str(value)
