@@ -16,13 +16,13 @@ from typing import Literal
 
 from lightning.pytorch import seed_everything
 from torch import nn
-from torchmetrics.classification import MulticlassAccuracy
 
 import lq
 from lq.calibration.calibrate import AUTO, calibrate_and_compare
 from lq.calibrators import CALIBRATORS
 from lq.config import field, main
 from lq.recipes.blocks.data import DataConfig, image_data
+from lq.recipes.blocks.evaluation import top1
 from lq.recipes.blocks.networks import NETWORKS
 from lq.recipes.blocks.trainer import RunConfig, make_trainer
 from lq.recipes.blocks.training import TrainConfig, classifier, epochs, float_checkpoint, load_float_weights
@@ -61,13 +61,10 @@ def run(config: Config) -> None:
         network, data.train_dataloader(), calibrator=AUTO, num_batches=config.num_batches, progress=config.progress
     )
 
-    def top1(network: nn.Module) -> dict[str, float]:
-        accuracy = MulticlassAccuracy(data.num_classes, average="micro")
-        for images, labels in data.val_dataloader():
-            accuracy.update(network(images), labels)
-        return {"top-1": float(accuracy.compute())}
+    def evaluate(network: nn.Module) -> dict[str, float]:
+        return {"top-1": top1(network, data.val_dataloader(), data.num_classes)}
 
-    comparison = lq.compare_calibrators(network, top1, config.calibrators)
+    comparison = lq.compare_calibrators(network, evaluate, config.calibrators)
     lq.save_statistics(network, f"{config.output_dir}/statistics.npz")
     assert chosen is not None
     print(f"\nData: {data.name}, {config.network} for {config.target}")

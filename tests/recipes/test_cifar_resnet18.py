@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from tiny_runs import TINY
 
 import lq
-from lq.config import main, parse
+from lq.config import main
 from lq.models import Classifier, build_resnet
 from lq.recipes import cifar_resnet18 as recipe
 
@@ -62,6 +63,9 @@ def test_without_cifar10_it_says_so_and_uses_shapes10(tmp_path: Path, capsys: py
         (["data.batchsize=3"], r"data\.batch_size"),
         (["mode=int8"], r"mode.*ptq.*qat"),
         (["quant.target=arm"], r"quant\.target.*x86"),
+        (["quant.export=[tflite]", "data.name=shapes10"], r"quant: export=\['tflite'\]"),
+        (["quant.overrides={fc: {bits: 3}}", "data.name=shapes10"], r"quant: overrides: 'fc' .*'bits'"),
+        (["mode=qat", "quant.distillation=2", *TINY], r"quant\.distillation=2\.0 must be in"),
         (["ckpt=nowhere.ckpt", "data.name=shapes10"], r"ckpt='nowhere\.ckpt': no such file"),
     ],
 )
@@ -86,6 +90,37 @@ def test_help_from_the_command_line() -> None:
         assert key in printed
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("configs/*.yaml")), ids=lambda path: path.name)
-def test_configs_are_valid(path: Path) -> None:
-    assert parse(recipe.Config, ["--config", str(path)]).config
+def test_a_checkpoint_of_an_interrupted_run_is_gone_on_with(tmp_path: Path) -> None:
+    run(*TINY, f"output_dir={tmp_path / 'first'}")
+    checkpoint = tmp_path / "first" / "checkpoints" / "float.ckpt"
+    run(*TINY, "train.epochs=2", f"resume={checkpoint}", f"output_dir={tmp_path / 'second'}")
+    epochs = [
+        torch.load(tmp_path / name / "checkpoints" / "float.ckpt", weights_only=True)["epoch"]
+        for name in ("first", "second")
+    ]
+    assert epochs == [0, 1]
+
+
+def test_fine_tuning_with_a_teacher_overrides_and_engines(tmp_path: Path) -> None:
+    run(
+        *TINY,
+        "mode=qat",
+        "quant.distillation=0.5",
+        "quant.schedule=cosine",
+        "quant.warmup=0.1",
+        "quant.overrides={layer4: {weight_bits: 6}, layer1.0.conv1: null}",
+        "benchmark=[1]",
+        f"output_dir={tmp_path}",
+    )
+    int8 = lq.load(tmp_path / "int8" / "int8.pt2")
+    assert isinstance(int8, lq.Int8Module)
+    assert [layer.name for layer in int8.report.float_layers if "overrides" in layer.reason] == ["layer1.0.conv1"]
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["config"]["quant"]["distillation"] == 0.5
+    assert found["result"]["mode"] == "qat"
+    assert set(found["float_before_qat"]) >= {"val_acc", "val_loss"}
+    assert [(row["model"], row["runtime"]) for row in found["engines"]["rows"]] == [
+        ("float", "eager"),
+        ("float", "folded"),
+        ("int8.pt2", "torch"),
+    ]

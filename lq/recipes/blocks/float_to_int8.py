@@ -27,6 +27,7 @@ class FloatToInt8Config(RunConfig):
 
     mode: Literal["ptq", "qat"] = field("ptq", help="quantize after training, or fine-tune with fake-quantizers")
     ckpt: str | None = field(None, help="float checkpoint to quantize instead of training one")
+    resume: str | None = field(None, help="checkpoint of a run that was interrupted in float training, to go on with")
     data: DataConfig = field(DataConfig(), help="the images")
     train: TrainConfig = field(TrainConfig(), help="float training")
     quant: QuantConfig = field(QuantConfig(), help="quantization")
@@ -63,7 +64,7 @@ def float_to_int8(config: FloatToInt8Config, network_for: Callable[[ImageData], 
     else:
         checkpoint = float_checkpoint(config)
         callbacks = (checkpoint, quantize) if config.mode == "ptq" else (checkpoint,)
-        trainer(epochs(config.train, data), *callbacks).fit(model, data)
+        trainer(epochs(config.train, data), *callbacks).fit(model, data, ckpt_path=config.resume)
         notes["float checkpoint"] = checkpoint.best_model_path
     if config.mode == "qat":
         before = dict(trainer(0).validate(model, data, verbose=False)[0])

@@ -1,0 +1,25 @@
+"""Accuracy of any network, float, simulated or INT8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy
+
+
+@torch.no_grad()
+def top1(network: Callable[[Tensor], Any], batches: Iterable[Any], num_classes: int) -> float:
+    """Share of the images, in [0, 1], whose largest logit is their label's.
+
+    Args:
+        network: gives logits ``(N, num_classes)``.
+        batches: images ``(N, C, H, W)`` with labels ``(N,)``.
+        num_classes: number of classes.
+    """
+    accuracy = MulticlassAccuracy(num_classes, average="micro")
+    for images, labels in batches:
+        accuracy.update(network(images), labels)
+    return float(accuracy.compute())

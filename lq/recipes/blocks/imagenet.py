@@ -1,0 +1,63 @@
+"""What the ImageNet recipes share: the images, and a network with torchvision's weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lq.config import ConfigError, field
+from lq.data import DatasetNotFoundError, ImageNet
+from lq.models import build_resnet
+from lq.recipes.blocks.training import load_float_weights
+
+
+@dataclass
+class ImageNetConfig:
+    """Which images, and how they are fed."""
+
+    dir: str = field("data/imagenet", help="folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG, of any classes")
+    batch_size: int = field(64, help="images per step")
+    num_workers: int | None = field(None, help="loader processes, by default one on each core")
+    calibration_images: int = field(1024, help="training images that ranges are taken from, chosen by the seed")
+
+
+@dataclass
+class PretrainedConfig:
+    """Where the float network's weights come from."""
+
+    weights: str | None = field("IMAGENET1K_V1", help="torchvision's, fetched on first use; null for random ones")
+    ckpt: str | None = field(None, help="float checkpoint to load on top of them")
+
+
+def imagenet(config: ImageNetConfig, network: str, weights: str | None) -> ImageNet:
+    """The data module, with the preprocessing that the weights were trained with.
+
+    Raises:
+        ConfigError: where the folder is not there or not complete, or the weights do not exist.
+    """
+    name = {"resnet18": "ResNet18", "resnet50": "ResNet50"}[network]
+    try:
+        return ImageNet(
+            config.dir,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            weights=f"{name}_Weights.{weights or 'IMAGENET1K_V1'}",
+        )
+    except (DatasetNotFoundError, ValueError) as error:
+        raise ConfigError(f"data.dir={config.dir!r}: {error}") from error
+
+
+def pretrained(config: PretrainedConfig, network: str, num_classes: int) -> nn.Module:
+    """The network, in evaluation mode. With other than 1000 classes its last layer is new: give ``ckpt`` then.
+
+    Raises:
+        ConfigError: where the weights do not exist or the checkpoint cannot be loaded.
+    """
+    try:
+        built: nn.Module = build_resnet(network, num_classes=num_classes, weights=config.weights)
+    except ValueError as error:
+        raise ConfigError(f"model.weights: {error}") from error
+    if config.ckpt is not None:
+        load_float_weights(nn.ModuleDict({"model": built}), config.ckpt)
+    return built.eval()

@@ -1,0 +1,131 @@
+"""ResNet-18 on ImageNet: PTQ with settings per module, a debug network in float arithmetic, before and after saving.
+
+python -m lq.recipes.imagenet_resnet18 data.dir=PATH                                             all layers in INT8
+python -m lq.recipes.imagenet_resnet18 data.dir=PATH "overrides={layer4: {weight_bits: 6}}"      a submodule otherwise
+python -m lq.recipes.imagenet_resnet18 data.dir=PATH "overrides={layer4.0.conv1: null, fc: null}"  layers in float
+
+The debug network simulates INT8 in float arithmetic and keeps its float weights where they were:
+`network.layer1[0].conv1.weight` is what was trained, `lq.quantizers(network)["layer1.0.conv1.weight"]` rounds it.
+
+Not measured on ImageNet yet: tried on generated folders of images.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import seed_everything
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import lq
+from lq.config import ConfigError, field, main
+from lq.recipes.blocks.evaluation import top1
+from lq.recipes.blocks.imagenet import ImageNetConfig, PretrainedConfig, imagenet, pretrained
+from lq.recipes.blocks.results import save_results
+from lq.recipes.blocks.trainer import RunConfig
+from lq.targets import TARGETS
+
+
+@dataclass
+class Config(RunConfig):
+    """ResNet-18 on ImageNet."""
+
+    target: str = field("x86", help="engine family", choices=tuple(TARGETS))
+    calibrator: str = field("auto", help="how ranges follow from the data; auto takes the best one")
+    overrides: dict[str, Any] = field({}, help="layers quantized in another way, null for those left in float")
+    benchmark: list[int] = field([1], help="batch sizes to time every installed engine at, against float")
+    output_dir: str = field("runs/imagenet_resnet18", help="folder for the INT8 network and the results")
+    data: ImageNetConfig = field(ImageNetConfig(), help="the images")
+    model: PretrainedConfig = field(PretrainedConfig(), help="the float weights")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One form of the network: top-1 in [0, 1], and the size of its file in 10^6 bytes, or None."""
+
+    network: str
+    top1: float
+    size_mb: float | None
+
+
+def run(config: Config) -> None:
+    seed_everything(config.seed, verbose=False)
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    data = imagenet(config.data, "resnet18", config.model.weights)
+    network = pretrained(config.model, "resnet18", data.num_classes)
+    float_network = copy.deepcopy(network)
+    calibration = data.calibration_dataloader(config.data.calibration_images, config.seed)
+    images = next(iter(calibration))[0]
+    try:
+        lq.prepare(network, images[:2], target=config.target, overrides=config.overrides)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+    lq.calibrate(network, calibration, calibrator=config.calibrator, progress=config.progress)
+    int8 = lq.convert(network)
+    torch.save(float_network.state_dict(), output / "float.pt")
+    files = [lq.export(int8, output / "int8.pt2", labels=data.classes).path]
+    try:
+        files.append(lq.export(network, output / "int8.onnx", labels=data.classes).path)
+    except lq.MissingRuntimeError as error:
+        print(f"no ONNX file: {error}")
+    loaded = lq.load(files[0])
+
+    def row(name: str, forward: Any, path: Path | None = None) -> Row:
+        size = None if path is None else path.stat().st_size / 1e6
+        return Row(name, top1(forward, data.val_dataloader(), data.num_classes), size)
+
+    rows = [
+        row("float", float_network, output / "float.pt"),
+        row("debug: INT8 in float arithmetic", network),
+        row("INT8, before saving", int8),
+        row("INT8, loaded from the file", loaded, files[0]),
+    ]
+    near = agreement(network, int8, loaded, images)
+    found: dict[str, Any] = {"data": data.name, "rows": rows, "agreement": near}
+    print(int8.report)
+    Console().print(table_of(rows))
+    print(", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in near.items()))
+    if config.benchmark:
+        found["engines"] = lq.benchmark(
+            files, float_model=float_network, folded=True, batch_sizes=config.benchmark, samples=images
+        )
+        print(found["engines"])
+    print(f"results: {save_results(output, config, found)}")
+
+
+@torch.no_grad()
+def agreement(debug: nn.Module, int8: nn.Module, loaded: Any, images: Tensor) -> dict[str, float]:
+    """How near the outputs are, relative to the largest one."""
+    simulated, computed, from_file = debug(images), int8(images), loaded(images)
+    largest = simulated.abs().max()
+    return {
+        "debug_against_int8": float((simulated - computed).abs().max() / largest),
+        "saved_against_loaded": float((computed - from_file).abs().max() / largest),
+    }
+
+
+def table_of(rows: list[Row]) -> Table:
+    table = Table()
+    for header in ("network", "top-1 %", "MB"):
+        table.add_column(header, justify="left" if header == "network" else "right")
+    for row in rows:
+        table.add_row(row.network, f"{100 * row.top1:.2f}", "" if row.size_mb is None else f"{row.size_mb:.2f}")
+    return table
+
+
+def plan(config: Config) -> str:
+    layers = f", with {len(config.overrides)} settings of single layers" if config.overrides else ""
+    return (
+        f"quantize ResNet-18 for {config.target}{layers}, images from {config.data.dir}; write to {config.output_dir}"
+    )
+
+
+if __name__ == "__main__":
+    main(Config, run, plan, description=__doc__ or "")
