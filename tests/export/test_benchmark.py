@@ -65,6 +65,17 @@ def test_every_runtime_against_float(network: nn.Module, files: list[Path], tmp_
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_folding_alone_is_a_contender(network: nn.Module, files: list[Path]) -> None:
+    found = lq.benchmark(files[1:], float_model=network, folded=True, threads=[1], samples=X, seconds=0.1)
+    assert [(row.model, row.runtime) for row in found.rows] == [
+        ("float", "eager"),
+        ("float", "folded"),
+        ("int8.pt2", "torch"),
+    ]
+    assert found.rows[1].top1_agreement == 1.0
+    assert found.rows[1].file_mb < found.rows[0].file_mb
+
+
 def test_a_contender_that_fails_is_named_and_the_others_go_on(files: list[Path], tmp_path: Path) -> None:
     (tmp_path / "half.onnx").write_bytes(files[0].read_bytes()[:5000])
     found = lq.benchmark([files[0], tmp_path / "half.onnx"], runtimes=["onnxruntime"], samples=X, seconds=0.1)

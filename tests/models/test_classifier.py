@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -333,3 +335,43 @@ def test_mistake_names_argument_value_and_what_is_allowed(kwargs: dict[str, Any]
 def test_model_must_be_a_module() -> None:
     with pytest.raises(TypeError, match=r"model='resnet18' must be an nn\.Module, for example build_resnet"):
         Classifier("resnet18", num_classes=4)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = np.exp(logits - logits.max(1, keepdims=True))
+    return shifted / shifted.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("distillation", [0.0, 0.3, 1.0])
+def test_distillation_is_the_published_loss(distillation: float) -> None:
+    model, teacher = network(), network()
+    classifier = Classifier(model, 4, teacher=teacher, distillation=distillation)
+    classifier.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    images, labels = images_and_labels()
+    loss = classifier.training_step((images, labels), 0)
+    with torch.no_grad():
+        model.train()
+        z, t = (net(images).double().numpy() for net in (copy.deepcopy(model), teacher.eval()))
+    hard = -np.log(softmax(z)[np.arange(len(z)), labels]).mean()
+    p, q = softmax(t / 2), softmax(z / 2)
+    soft = 4 * (p * np.log(p / q)).sum(1).mean()
+    assert loss.item() == pytest.approx((1 - distillation) * hard + distillation * soft, rel=1e-4)
+
+
+def test_the_teacher_is_neither_trained_nor_saved(tmp_path: Path) -> None:
+    teacher = network()
+    before = copy.deepcopy(teacher.state_dict())
+    classifier = Classifier(network(), 4, teacher=teacher)
+    trainer = tiny_trainer(tmp_path)
+    trainer.fit(classifier, loader(), loader())
+    assert not any("teacher" in name for name, _ in classifier.named_parameters())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    loaded = Classifier.load_from_checkpoint(tmp_path / "run.ckpt", model=network(), weights_only=True)
+    assert loaded.state_dict().keys() == Classifier(network(), 4).state_dict().keys()
+
+
+def test_a_model_is_not_its_own_teacher() -> None:
+    model = network()
+    with pytest.raises(TypeError, match="another nn.Module than model"):
+        Classifier(model, 4, teacher=model)

@@ -95,3 +95,21 @@ def test_pretrained_backbone_gets_a_new_classifier_for_other_classes(pretrained:
 def test_mistake_names_argument_value_and_choices(kwargs: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_resnet(**{"name": "resnet18", **kwargs})
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_grey_images(stem: str) -> None:
+    network = build_resnet("resnet18", num_classes=10, stem=stem, in_channels=1)  # type: ignore[arg-type]
+    assert network(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    # As torchvision initialises: He et al. 2015, by the fan out.
+    wanted = (2 / (64 * network.conv1.kernel_size[0] ** 2)) ** 0.5
+    assert abs(network.conv1.weight.std().item() / wanted - 1) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"in_channels": 0}, "in_channels=0 must be"), ({"in_channels": 1, "weights": "DEFAULT"}, "in_channels=1")],
+)
+def test_channels_that_cannot_be(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_resnet("resnet18", **arguments)
