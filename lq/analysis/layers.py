@@ -150,12 +150,9 @@ def elements(model: nn.Module, layer: Layer, analysis: GraphAnalysis) -> dict[st
     op = None if layer.node is None else weighted_op(layer.node, model)
     if op is not None and op.weight is not None:
         tensors = [analysis.values[op.weight], None if op.bias is None else analysis.values[op.bias]]
-        found = [tensor.numel() for tensor in tensors if isinstance(tensor, Tensor)]
-        return {"parameters": sum(found), "weights": found[0]}
-    if module is None:
-        return {}
-    weight = getattr(module, "weight", None) if isinstance(module, WEIGHTED_MODULES) else None
-    return {
-        "parameters": sum(parameter.numel() for parameter in module.parameters()),
-        "weights": weight.numel() if isinstance(weight, Tensor) else 0,
-    }
+    elif isinstance(module, WEIGHTED_MODULES):  # not its parameters: a weight may be computed from others
+        tensors = [module.weight, module.bias]
+    else:
+        return {} if module is None else {"parameters": sum(p.numel() for p in module.parameters())}
+    found = [tensor.numel() for tensor in tensors if isinstance(tensor, Tensor)]
+    return {"parameters": sum(found), "weights": found[0]}

@@ -14,7 +14,9 @@ from rich.table import Table
 #: has no more than 150.
 SQNR_LIMIT_DB = 200.0
 
-#: Gain in the SQNR of the outputs below which leaving a layer in float is not worth it.
+#: Gain in the SQNR of the outputs below which leaving a layer in float is not worth it. A layer that makes a share
+#: ``s`` of the noise gains ``-10 * log10(1 - s)``: 1 dB is a fifth of all noise, where in a sound network of 20 layers
+#: each makes about a twentieth (0.2 dB).
 MIN_GAIN_DB = 1.0
 
 #: Bytes by which an element of a weight grows.
