@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from lq.analysis import Advice, Analysis, LayerAnalysis, analyze
 from lq.calibration import (
     CalibrationError,
     CalibratorComparison,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TARGETS",
+    "Advice",
+    "Analysis",
     "Benchmark",
     "CalibrationError",
     "CalibratorComparison",
@@ -44,6 +47,7 @@ __all__ = [
     "FoldError",
     "InferenceModel",
     "Int8Module",
+    "LayerAnalysis",
     "LayerSpec",
     "MissingRuntimeError",
     "NothingToQuantizeError",
@@ -56,6 +60,7 @@ __all__ = [
     "RangeTable",
     "Target",
     "Verification",
+    "analyze",
     "benchmark",
     "calibrate",
     "compare_calibrators",

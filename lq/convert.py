@@ -49,7 +49,7 @@ def convert(model: nn.Module, target: str | Target | None = None) -> Int8Module:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype is not torch.float32:
             raise ValueError(f"parameter {name!r} is {parameter.dtype}; call model.float() before lq.convert(model)")
-    _check_calibrated(model)
+    check_calibrated(model, "lq.convert(model)")
     analysis = forward.analyse(resolved)
     found = _quantizers_for(forward.scheme(resolved), model, analysis)
     with quantizers_off(model), without_quantizers(model), evaluating(model):
@@ -62,13 +62,19 @@ def convert(model: nn.Module, target: str | Target | None = None) -> Int8Module:
     return int8
 
 
-def _check_calibrated(model: nn.Module) -> None:
+def check_calibrated(model: nn.Module, before: str) -> None:
+    """Refuse a prepared ``model`` that has a quantizer without a range.
+
+    Args:
+        model: prepared by :func:`lq.prepare`.
+        before: the call that needs the ranges, for the message.
+    """
     found = quantizers(model)
     missing = [n for n, q in found.items() if q.rounds and not q.calibrated and not isinstance(q, WeightQuantizer)]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(found)} quantizers have no range yet ({missing[0]!r} is the first): call "
-            f"lq.calibrate(model, batches), or train the model, before lq.convert(model)"
+            f"lq.calibrate(model, batches), or train the model, before {before}"
         )
 
 
@@ -79,12 +85,7 @@ def _quantizers_for(scheme: Scheme, model: nn.Module, analysis: GraphAnalysis) -
     for node in analysis.placement.activations:
         name = site(node)
         grid = scheme.activation(*analysis.placement.names_of(node))
-        chosen[name] = _on_grid(grid, found[name], name, scheme.target)
-        if not torch.isfinite(chosen[name].scale).all():
-            raise CalibrationError(
-                f"the range of {name!r} is not finite (scale {chosen[name].scale:g}): training met a NaN or an "
-                f"infinity there, or in front of it. Go back to a checkpoint from before that"
-            )
+        chosen[name] = on_grid(grid, found[name], name, scheme.target)
     for chain in analysis.placement.chains:
         quantizer = found[chain.weight_key]
         assert isinstance(quantizer, WeightQuantizer)
@@ -98,9 +99,15 @@ def _quantizers_for(scheme: Scheme, model: nn.Module, analysis: GraphAnalysis) -
     return chosen
 
 
-def _on_grid(grid: QuantSpec, quantizer: Quantizer, name: str, target: Target) -> Quantizer:
+def on_grid(grid: QuantSpec, quantizer: Quantizer, name: str, target: Target) -> Quantizer:
+    """``quantizer`` itself where it has that ``grid`` and a range, else one of its own from the same statistics.
+
+    Raises:
+        ValueError: where there are no statistics.
+        CalibrationError: where the range is not finite.
+    """
     if quantizer.spec == grid and quantizer.calibrated:
-        return quantizer
+        return _finite(quantizer, name)
     low, high = quantizer.observer.range()
     if low > high:
         raise ValueError(
@@ -110,4 +117,13 @@ def _on_grid(grid: QuantSpec, quantizer: Quantizer, name: str, target: Target) -
     # One of its own: what the prepared model rounds to is its own target's affair.
     retargeted = Quantizer(grid, quantizer.observer, quantizer.calibrator)
     retargeted.update_qparams()
-    return retargeted
+    return _finite(retargeted, name)
+
+
+def _finite(quantizer: Quantizer, name: str) -> Quantizer:
+    if not torch.isfinite(quantizer.scale).all():
+        raise CalibrationError(
+            f"the range of {name!r} is not finite (scale {quantizer.scale:g}): training met a NaN or an infinity "
+            f"there, or in front of it. Go back to a checkpoint from before that"
+        )
+    return quantizer

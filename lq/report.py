@@ -118,10 +118,18 @@ def make_report(
     fold_difference: float | None = None,
 ) -> QuantizationReport:
     """The report of a prepared model, from its float graph."""
+    layers = tuple(row for row, _ in report_rows(model, analysis, quantizers))
+    return QuantizationReport(type(model).__name__, target.name, layers, fold_difference)
+
+
+def report_rows(
+    model: nn.Module, analysis: GraphAnalysis, quantizers: Mapping[str, Quantizer]
+) -> list[tuple[LayerReport, fx.Node | None]]:
+    """The rows of the report, each with its first node in the float graph, or None where that does not reach it."""
     placement = analysis.placement
     chain_of = placement.chain_of()
     sums = {node: total for total in placement.sums for node in (total.add, total.end)}
-    layers = []
+    layers: list[tuple[LayerReport, fx.Node | None]] = []
     for node in analysis.graph.nodes:
         chain = chain_of.get(node)
         if chain is not None:
@@ -129,18 +137,17 @@ def make_report(
                 parts = [chain.op.kind, *(classify(part, model) for part in chain.nodes[1:])]
                 weight = quantizers[chain.weight_key]
                 source = site(source_of(chain.op.input, model))
-                layers.append(
-                    LayerReport(
-                        name=chain.name,
-                        kind=" + ".join(part.value for part in parts),
-                        precision="int8",
-                        weight=f"{weight.spec}, {_range(weight)}",
-                        input=f"{source}: {quantizers[source].spec}, {_range(quantizers[source])}",
-                    )
+                row = LayerReport(
+                    name=chain.name,
+                    kind=" + ".join(part.value for part in parts),
+                    precision="int8",
+                    weight=f"{weight.spec}, {_range(weight)}",
+                    input=f"{source}: {quantizers[source].spec}, {_range(quantizers[source])}",
                 )
+                layers.append((row, node))
         elif node in sums:
             if node is sums[node].add:
-                layers.append(_sum_row(sums[node], model, quantizers))
+                layers.append((_sum_row(sums[node], model, quantizers), node))
         elif _computes(node, model):
             kind = classify(node, model)
             name = site(node)
@@ -148,14 +155,15 @@ def make_report(
             path = name if module is None else str(node.target)  # a module's second call has a name of its own
             reason = placement.float_layers.get(path, _FLOAT_REASONS.get(kind, "its input or weight has no INT8 form"))
             label = _function_name(node) if module is None else type(module).__name__
-            layers.append(LayerReport(name, label, "float", reason=reason))
+            layers.append((LayerReport(name, label, "float", reason=reason), node))
     reached = {str(node.target) for node in analysis.graph.nodes if node.op == "call_module"}
     for name, module in model.named_modules():
         owner_reached = any(name == path or name.startswith(f"{path}.") for path in reached)
         chain_names = {chain.name for chain in placement.chains}
         if isinstance(module, nn.Conv2d | nn.Linear) and not owner_reached and name not in chain_names:
-            layers.append(LayerReport(name, type(module).__name__, "float", reason="the forward does not reach it"))
-    return QuantizationReport(type(model).__name__, target.name, tuple(layers), fold_difference)
+            row = LayerReport(name, type(module).__name__, "float", reason="the forward does not reach it")
+            layers.append((row, None))
+    return layers
 
 
 def _sum_row(total: Sum, model: nn.Module, quantizers: Mapping[str, Quantizer]) -> LayerReport:

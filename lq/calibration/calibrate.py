@@ -96,7 +96,7 @@ def calibrate_and_compare(
     for name, limit in (("num_batches", num_batches), ("num_samples", num_samples)):
         if limit is not None and limit < 1:
             raise ValueError(f"{name}={limit} must be at least 1")
-    run = forward or _default_forward(model)
+    run = forward or default_forward(model)
     auto = calibrator == AUTO
     chosen = None if calibrator is None or auto else get_calibrator(calibrator)
     candidates = [get_calibrator(name) for name in CALIBRATORS] if auto else [] if chosen is None else [chosen]
@@ -161,7 +161,8 @@ def observing(model: nn.Module) -> Iterator[None]:
 # Private helpers
 
 
-def _batch_size(batch: Any) -> int:
+def batch_size(batch: Any) -> int:
+    """Samples in a batch: the length of the first tensor's first axis, or 0 where there is none."""
     sizes = [len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
     return sizes[0] if sizes else 0
 
@@ -171,7 +172,7 @@ def _limit(batches: Iterable[Any], num_batches: int | None, num_samples: int | N
     samples = 0
     for index, batch in enumerate(batches, start=1):
         yield batch
-        samples += _batch_size(batch)
+        samples += batch_size(batch)
         if index == num_batches or (num_samples is not None and samples >= num_samples):
             return
 
@@ -184,8 +185,8 @@ def _expected_batches(
     if isinstance(batches, Sized):
         with suppress(TypeError):  # a DataLoader has a length but of an iterable data set it does not know it
             limits.append(len(batches))
-    if num_samples is not None and _batch_size(first):
-        limits.append(math.ceil(num_samples / _batch_size(first)))
+    if num_samples is not None and batch_size(first):
+        limits.append(math.ceil(num_samples / batch_size(first)))
     return min(limits, default=None)
 
 
@@ -203,7 +204,8 @@ def _check_ranges(model: nn.Module) -> None:
             )
 
 
-def _default_forward(model: nn.Module) -> Callable[[Any], Any]:
+def default_forward(model: nn.Module) -> Callable[[Any], Any]:
+    """What runs a prepared ``model`` on one batch of the forms that :func:`calibrate` takes."""
     prepared = prepared_forward(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     arguments = {**prepared.inputs, **prepared.settings}

@@ -14,7 +14,7 @@ from lq.graph.analysis import GraphAnalysis
 from lq.graph.folding import fold, round_bias
 from lq.graph.ops import OpKind, WeightedOp, argument, clamp_bounds, classify, module_of
 from lq.graph.placement import Chain, Sum, site, source_of
-from lq.graph.qdq import DEQUANTIZE_BUFFER, DEQUANTIZE_WEIGHT, QUANTIZE_BUFFER, lookup
+from lq.graph.qdq import DEQUANTIZE_BUFFER, DEQUANTIZE_WEIGHT, QUANTIZE_BUFFER, lookup, mark_origin
 from lq.quantizer import Quantizer
 
 aten = torch.ops.aten
@@ -55,6 +55,7 @@ class _Emitter:
     def emit(self) -> EmittedGraph:
         for node in self.analysis.graph.nodes:
             self._emit(node)
+            mark_origin(self.graph, site(node))
         self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
         self._drop_unread_buffers()
         self.graph.lint()

@@ -51,6 +51,23 @@ def lookup(root: nn.Module, target: str) -> Any:
     return getattr(root.get_submodule(path), name)
 
 
+def mark_origin(graph: fx.Graph, name: str | None) -> None:
+    """Note in the nodes written last which tensor of the float graph they are for; :func:`origin` tells."""
+    for node in reversed(graph.nodes):
+        if "origin" in node.meta:
+            return
+        node.meta["origin"] = name
+
+
+def origin(node: fx.Node) -> str | None:
+    """The tensor of the float graph (a node's ``meta["site"]``) that ``node`` of an INT8 graph was written for.
+
+    What a kernel computes was written for the tensor that leaves it. None where the graph came from a file.
+    """
+    name: str | None = node.meta.get("origin")
+    return name
+
+
 def constant_qparams(graph: fx.Graph, root: nn.Module) -> fx.Graph:
     """A copy of ``graph`` in which every per-tensor scale and zero point is the number its buffer holds now."""
     copy = fx.Graph()

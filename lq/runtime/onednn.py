@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from lq.graph.codegen import compile_graph
 from lq.graph.ops import OpKind, classify
-from lq.graph.qdq import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, Grid, lookup
+from lq.graph.qdq import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, Grid, lookup, mark_origin, origin
 from lq.runtime.cpu import has_vnni
 
 aten = torch.ops.aten
@@ -140,6 +140,7 @@ class _Lowering:
                 if _is(node, aten.linear.default, *_CONVOLUTIONS):
                     self.lowered.float_ops.append(node.name)
                 self.values[node] = self._copy(node, self._read_contiguous if self._is_foreign(node) else self._read)
+            mark_origin(self.graph, origin(node))
         self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
         self.graph.lint()
         return self.lowered
@@ -188,6 +189,7 @@ class _Lowering:
 
     def _copy(self, node: fx.Node, read: Callable[[fx.Node], fx.Node]) -> fx.Node:
         copied = self.graph.node_copy(node, read)
+        copied.meta = {}
         if node.op in ("get_attr", "call_module"):
             copied.target = f"module.{node.target}"
         # The kernels' channels lie last, so what was a view of a contiguous tensor may have to be a copy.

@@ -1,0 +1,129 @@
+"""The runs of a model that an analysis takes: in float, in INT8, and each layer's two variants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lq.analysis.layers import Layer, watch_outputs
+from lq.analysis.measures import energy, error_energy, float_leaves, sqnr_db
+from lq.analysis.rounding import Rounding, Roundings
+from lq.analysis.simulation import Plan, Simulator, Values
+from lq.graph.analysis import GraphAnalysis
+
+
+class Study:
+    """The runs of all variants of a model, and the noise of each in the outputs.
+
+    A variant with one layer alone in INT8 is the float model up to there, and one with all others in INT8 is the INT8
+    model: each runs what lies behind the layer, on values that those two runs left.
+
+    Args:
+        model: without quantizers, in evaluation mode.
+        analysis: its graph.
+        roundings: what is rounded in each variant.
+        layers: the rows; they collect what the runs show.
+        sensitivity: whether to run the layers' variants.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        analysis: GraphAnalysis,
+        roundings: Roundings,
+        layers: list[Layer],
+        sensitivity: bool,
+    ) -> None:
+        self.layers = layers
+        self.simulator = simulator = Simulator(model, analysis.graph)
+        self.placeholders = [node for node in analysis.graph.nodes if node.op == "placeholder"]
+        self.float_plan = simulator.plan(Rounding())
+        self.int8_plan = simulator.plan(roundings.whole, Rounding())
+        names = dict.fromkeys(layer.row.name for layer in layers if layer.kernel is not None) if sensitivity else {}
+        self.only = {name: simulator.plan(roundings.only(name), Rounding()) for name in names}
+        variants = {name: roundings.all_but(name) for name in names}
+        self.all_but = {name: simulator.plan(v, roundings.whole) for name, v in variants.items() if v is not None}
+        # What the float and the INT8 run have to leave behind for those that start from them.
+        starting = [self.int8_plan, *self.only.values()]
+        self.float_kept = {node for plan in starting for node in (*plan.made, *plan.read)}
+        self.float_kept |= {layer.end for layer in layers if layer.end is not None}
+        self.float_kept |= {statistics.node for layer in layers for statistics in layer.inputs}
+        self.int8_made = {node for plan in self.all_but.values() for node in plan.made}
+        self.int8_read = {node for plan in self.all_but.values() for node in plan.read}
+        reached = {node for node, _ in self.int8_plan.steps}
+        self.same_in_both = (self.int8_made | self.int8_read) - reached  # in front of all rounding
+        self.float_kept |= self.same_in_both
+        self.signal = 0.0
+        self.noise = 0.0
+        self.only_noise = dict.fromkeys(self.only, 0.0)
+        self.all_but_noise = dict.fromkeys(self.all_but, 0.0)
+
+    @property
+    def steps(self) -> int:
+        """How many runs a chunk takes."""
+        return 2 + len(self.only) + len(self.all_but)
+
+    def run(self, chunks: list[dict[str, Any]]) -> Iterator[None]:
+        """All runs on all chunks; yields after each."""
+        for inputs in chunks:
+            yield from self._run(inputs)
+
+    def _run(self, inputs: dict[str, Any]) -> Iterator[None]:
+        given = Values(made=dict(zip(self.placeholders, inputs.values(), strict=True)))
+        outputs, floats = self.simulator.run(self.float_plan, given, keep_read=self.float_kept)
+        floats.made = floats.read  # nothing is rounded
+        reference = float_leaves(outputs)
+        self._check(reference)
+        self.signal += energy(reference)
+        for layer in self.layers:
+            for statistics in layer.inputs:
+                statistics.add(floats.read[statistics.node])
+        yield
+
+        def noise(plan: Plan, base: Values, otherwise: float) -> float:
+            found, _ = self.simulator.run(plan, base)
+            return otherwise if found is None else error_energy(reference, float_leaves(found))
+
+        watch = watch_outputs(self.layers, floats)
+        found, int8 = self.simulator.run(self.int8_plan, floats, self.int8_made, self.int8_read, watch)
+        for node in watch.keys() - {node for node, _ in self.int8_plan.steps}:
+            watch[node](floats.read[node])
+        same = {node: floats.read[node] for node in self.same_in_both}
+        int8 = Values({**same, **int8.made}, {**same, **int8.read})
+        whole = 0.0 if found is None else error_energy(reference, float_leaves(found))
+        self.noise += whole
+        yield
+        for name, plan in self.only.items():
+            self.only_noise[name] += noise(plan, floats, 0.0)
+            yield
+        floats = Values()  # the runs that follow start from the INT8 model's
+        for name, plan in self.all_but.items():
+            self.all_but_noise[name] += noise(plan, int8, whole)
+            yield
+
+    def _check(self, reference: list[torch.Tensor]) -> None:
+        if not reference:
+            raise ValueError(
+                "the model returns no floating-point tensor, and lq.analyze compares its outputs: prepare the part of "
+                "it that does"
+            )
+        if not all(bool(torch.isfinite(leaf).all()) for leaf in reference):
+            raise ValueError(
+                "the float model's outputs on batches have a NaN or an infinity in them; check the data, and the "
+                "weights of the model"
+            )
+
+    @property
+    def output_sqnr_db(self) -> float:
+        return sqnr_db(self.signal, self.noise)
+
+    def figures(self, layer: Layer) -> dict[str, float]:
+        """The sensitivity of a layer, as far as it was measured."""
+        found = {}
+        for field, noises in (("only_sqnr_db", self.only_noise), ("all_but_sqnr_db", self.all_but_noise)):
+            if layer.kernel is not None and layer.row.name in noises:
+                found[field] = sqnr_db(self.signal, noises[layer.row.name])
+        return found

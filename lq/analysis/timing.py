@@ -1,0 +1,136 @@
+"""Where the time goes: each layer in the float model and in the INT8 network, node by node."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
+
+from lq.analysis.layers import Layer
+from lq.calibration.calibrate import batch_size
+from lq.convert import convert
+from lq.graph.analysis import GraphAnalysis
+from lq.graph.placement import site, source_of
+from lq.graph.qdq import origin
+from lq.modes import evaluating
+from lq.prepare import quantizers, unprepared
+from lq.quantizer import WeightQuantizer
+from lq.runtime.cpu import has_onednn_int8
+
+#: Rounds that warm caches up, that are made at least, and at most within so many seconds.
+_WARMUP, _FEWEST, _MOST, _SECONDS = 2, 5, 50, 3.0
+
+
+class _Stopwatch(fx.Interpreter):
+    """Runs a graph and notes how long each operator took, seconds."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(root, graph=graph)
+        self.seconds: dict[fx.Node, float] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op not in ("call_function", "call_method", "call_module"):
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        run: Callable[..., Any] = getattr(self, n.op)
+        start = time.perf_counter()
+        value = run(n.target, args, kwargs)
+        self.seconds[n] = time.perf_counter() - start
+        return value
+
+
+def layer_times(
+    model: nn.Module, analysis: GraphAnalysis, layers: list[Layer], inputs: dict[str, Any]
+) -> list[dict[str, float]]:
+    """``float_ms`` and ``int8_ms`` of each layer, milliseconds per sample: medians over rounds that take turns.
+
+    The float model runs as it is, batch norm and all; a layer's time is that of all operators fused into its kernel.
+    What turns a tensor into integers counts for the operator that makes it, or else (the model's input) for the first
+    layer that reads it; moves of values between layers (max-pooling, reshapes) count for none.
+
+    Args:
+        model: prepared, with ranges.
+        analysis: its float graph.
+        layers: its layers.
+        inputs: what to run it on, by name.
+
+    Returns:
+        For each layer a dict, without what was not measured: all of it where the model is not on the CPU or not in
+        float32, ``int8_ms`` where torch has no INT8 kernels for this CPU.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    floats = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    if any(t.device.type != "cpu" for t in tensors) or any(p.dtype is not torch.float32 for p in floats):
+        return [{} for _ in layers]
+    contenders = {"int8_ms": _int8_network(model)} if has_onednn_int8() else {}
+    with unprepared(model), evaluating(model):
+        contenders = {"float_ms": _Stopwatch(model, analysis.graph), **contenders}
+        rounds = _race(contenders, inputs)
+    samples = batch_size(inputs)
+    owners = {"float_ms": _float_owners(layers), "int8_ms": _int8_owners(layers, model)}
+    times: list[dict[str, float]] = [{} for _ in layers]
+    for name, found in rounds.items():
+        spent = [[0.0] * len(layers) for _ in found]
+        for seconds, total in zip(found, spent, strict=True):
+            for node, value in seconds.items():
+                owner = owners[name].get(site(node) if name == "float_ms" else origin(node))
+                if owner is not None:
+                    total[owner] += value
+        for index, layer in enumerate(layers):
+            if layer.node is not None:
+                times[index][name] = statistics.median(total[index] for total in spent) * 1e3 / samples
+    return times
+
+
+def _race(contenders: dict[str, _Stopwatch], inputs: dict[str, Any]) -> dict[str, list[dict[fx.Node, float]]]:
+    """The times of each contender's operators, round by round; they take turns, so that noise disturbs all alike."""
+    found: dict[str, list[dict[fx.Node, float]]] = {name: [] for name in contenders}
+    deadline = float("inf")
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for index in range(_WARMUP + _MOST):
+            if index == _WARMUP:
+                deadline = time.perf_counter() + _SECONDS
+            if index >= _WARMUP + _FEWEST and time.perf_counter() > deadline:
+                break
+            for name, contender in contenders.items():
+                copies = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, list(inputs.values()))
+                contender.run(*copies)
+                if index >= _WARMUP:
+                    found[name].append(dict(contender.seconds))
+    return found
+
+
+def _int8_network(model: nn.Module) -> _Stopwatch:
+    """The converted network as its kernels run it; one of its own, for they cache the shape they saw first."""
+    found = {name: q for name, q in quantizers(model).items() if isinstance(q, WeightQuantizer)}
+    kept = {q: ([(b, b.clone()) for b in q.buffers()], q.calibrated) for q in found.values()}
+    try:
+        int8 = convert(model)
+    finally:  # a weight's range was brought up to date
+        for quantizer, (buffers, calibrated) in kept.items():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            quantizer.calibrated = calibrated
+    lowered = int8.kernels()
+    root = nn.Module()
+    root.add_module("module", int8)
+    for name, value in lowered.constants.items():
+        setattr(root, name, value)
+    return _Stopwatch(root, lowered.graph)
+
+
+def _float_owners(layers: list[Layer]) -> dict[str | None, int]:
+    return {site(node): index for index, layer in enumerate(layers) for node in layer.nodes}
+
+
+def _int8_owners(layers: list[Layer], model: nn.Module) -> dict[str | None, int]:
+    owners = _float_owners(layers)
+    for index, layer in enumerate(layers):
+        for read in layer.inputs:
+            owners.setdefault(site(source_of(read.node, model)), index)
+    return owners
