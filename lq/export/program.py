@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
@@ -65,4 +65,10 @@ def export_program(model: Int8Module, *, free_sizes: bool) -> ExportedProgram:
 def write_program(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
     """Write a ``.pt2`` file that loads without lq and without the training code."""
     extra_files = {KEY: metadata.to_json()}
+    # torch takes a weight in another memory format, of a layer in float, for a part of some larger tensor, and warns.
+    weights = program.state_dict
+    for name, weight in weights.items():
+        if isinstance(weight, Tensor) and not weight.is_contiguous():
+            contiguous = weight.detach().contiguous()
+            weights[name] = nn.Parameter(contiguous, False) if isinstance(weight, nn.Parameter) else contiguous
     write_archive(path, lambda buffer: torch.export.save(program, buffer, extra_files=extra_files))

@@ -42,7 +42,7 @@ class Config(RunConfig):
     benchmark: list[int] = field([1], help="batch sizes to time every installed engine at, against float")
     output_dir: str = field("runs/imagenet_resnet18", help="folder for the INT8 network and the results")
     data: ImageNetConfig = field(ImageNetConfig(), help="the images")
-    model: PretrainedConfig = field(PretrainedConfig(), help="the float weights")
+    model: PretrainedConfig = field(PretrainedConfig(name="resnet18"), help="the float network")
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def run(config: Config) -> None:
     seed_everything(config.seed, verbose=False)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    data = imagenet(config.data, "resnet18", config.model.weights)
-    network = pretrained(config.model, "resnet18", data.num_classes)
+    data = imagenet(config.data, config.model)
+    network = pretrained(config.model, data.num_classes)
     float_network = copy.deepcopy(network)
     calibration = data.calibration_dataloader(config.data.calibration_images, config.seed)
     images = next(iter(calibration))[0]
@@ -122,9 +122,8 @@ def table_of(rows: list[Row]) -> Table:
 
 def plan(config: Config) -> str:
     layers = f", with {len(config.overrides)} settings of single layers" if config.overrides else ""
-    return (
-        f"quantize ResNet-18 for {config.target}{layers}, images from {config.data.dir}; write to {config.output_dir}"
-    )
+    what = f"quantize {config.model.name} for {config.target}{layers}"
+    return f"{what}, images from {config.data.dir}; write to {config.output_dir}"
 
 
 if __name__ == "__main__":

@@ -39,15 +39,15 @@ class Config(RunConfig):
     )
     output_dir: str = field("runs/imagenet_resnet50", help="folder for checkpoints, INT8 network and results")
     data: ImageNetConfig = field(ImageNetConfig(), help="the images")
-    model: PretrainedConfig = field(PretrainedConfig(), help="the float weights")
+    model: PretrainedConfig = field(PretrainedConfig(), help="the float network")
     train: TrainConfig = field(TrainConfig(nesterov=False, weight_decay=1e-4), help="the optimizer of fine-tuning")
     quant: QuantConfig = field(QuantConfig(target="tensorrt", export=["onnx"], lr=1e-4), help="quantization")
 
 
 def run(config: Config) -> None:
     seed_everything(config.seed, verbose=False)
-    data = imagenet(config.data, "resnet50", config.model.weights)
-    network = pretrained(config.model, "resnet50", data.num_classes)
+    data = imagenet(config.data, config.model)
+    network = pretrained(config.model, data.num_classes)
     if config.mode == "ptq":
         compare_and_export(config, network, data)
     else:
@@ -83,7 +83,7 @@ def fine_tune(config: Config, network: nn.Module, data: ImageNet) -> None:
     """Float weights to INT8 weights through training with fake-quantizers."""
     output = Path(config.output_dir)
     quantize = callback(config.quant, "qat", str(output / "int8"))
-    module = fine_tuner(config.quant, config.train, network, data.num_classes)
+    module = fine_tuner(config.quant, config.train, network.train(), data.num_classes)
     logger = TensorBoardLogger(save_dir=output, name="tensorboard")
     before = dict(make_trainer(config, 0, [], logger=False).validate(module, data, verbose=False)[0])
     trainer = make_trainer(config, config.quant.epochs, [quantize, float_checkpoint(config)], logger)
@@ -101,7 +101,8 @@ def plan(config: Config) -> str:
         how = f"calibrate on {config.data.calibration_images} images and compare {', '.join(config.calibrators)}"
     else:
         how = f"fine-tune for {config.quant.epochs} epochs with fake-quantizers"
-    return f"{how}, for {config.quant.target}, images from {config.data.dir}; write to {config.output_dir}"
+    what = f"{config.model.name} for {config.quant.target}: {how}"
+    return f"{what}, images from {config.data.dir}; write to {config.output_dir}"
 
 
 if __name__ == "__main__":

@@ -41,16 +41,19 @@ def measure(
         contenders: callables by name.
         inputs: their arguments, by name.
         batch_size: samples in one call.
-        seconds: about how long to measure in all; at least 10 rounds are made.
-        warmup: calls of each contender before the clock runs.
+        seconds: about how long to measure in all; at least 3 rounds are made.
+        warmup: calls of each contender before the clock runs; fewer, but one at least, where they take long.
     """
     for contender in contenders.values():
-        for _ in range(warmup):
+        deadline = time.perf_counter() + seconds / 4
+        for call in range(warmup):
+            if call and time.perf_counter() > deadline:
+                break
             contender(**inputs)
     times: dict[str, list[float]] = {name: [] for name in contenders}
     deadline = time.perf_counter() + seconds
     rounds = 0
-    while rounds < 10 or (time.perf_counter() < deadline and rounds < 500):
+    while rounds < 3 or (time.perf_counter() < deadline and rounds < 500):
         for name, contender in contenders.items():
             start = time.perf_counter()
             contender(**inputs)

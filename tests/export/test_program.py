@@ -163,3 +163,11 @@ def test_a_program_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(lq.ExportMismatchError, match=r"the \.pt2 file differs from the INT8 network: .*RMS"):
         lq.export(quantized(), tmp_path / "int8.pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_float_layer_in_channels_last(tmp_path: Path) -> None:
+    network = Residual().to(memory_format=torch.channels_last).eval()
+    first = next(name for name, module in network.named_modules() if isinstance(module, nn.Conv2d))
+    int8 = lq.convert(lq.calibrate(lq.prepare(network, X, overrides={first: None}, target="x86_avx2"), [X]))
+    lq.export(int8, tmp_path / "int8.pt2")  # warnings are errors here
+    assert torch.equal(lq.load(tmp_path / "int8.pt2")(X), int8(X))

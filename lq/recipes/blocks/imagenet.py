@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torchvision
 from torch import nn
 
 from lq.config import ConfigError, field
 from lq.data import DatasetNotFoundError, ImageNet
-from lq.models import build_resnet
+from lq.models import RESNETS, build_resnet
 from lq.recipes.blocks.training import load_float_weights
 
 
@@ -24,38 +25,41 @@ class ImageNetConfig:
 
 @dataclass
 class PretrainedConfig:
-    """Where the float network's weights come from."""
+    """The float network, and where its weights come from."""
 
+    name: str = field("resnet50", help="a ResNet of torchvision", choices=RESNETS)
     weights: str | None = field("IMAGENET1K_V1", help="torchvision's, fetched on first use; null for random ones")
     ckpt: str | None = field(None, help="float checkpoint to load on top of them")
 
 
-def imagenet(config: ImageNetConfig, network: str, weights: str | None) -> ImageNet:
-    """The data module, with the preprocessing that the weights were trained with.
+def imagenet(config: ImageNetConfig, model: PretrainedConfig) -> ImageNet:
+    """The data module, with the preprocessing that the network's weights were trained with.
 
     Raises:
         ConfigError: where the folder is not there or not complete, or the weights do not exist.
     """
-    name = {"resnet18": "ResNet18", "resnet50": "ResNet50"}[network]
+    published = torchvision.models.get_model_weights(model.name)
     try:
         return ImageNet(
             config.dir,
             batch_size=config.batch_size,
             num_workers=config.num_workers,
-            weights=f"{name}_Weights.{weights or 'IMAGENET1K_V1'}",
+            weights=f"{published.__name__}.{model.weights or 'DEFAULT'}",
         )
-    except (DatasetNotFoundError, ValueError) as error:
+    except DatasetNotFoundError as error:
         raise ConfigError(f"data.dir={config.dir!r}: {error}") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
-def pretrained(config: PretrainedConfig, network: str, num_classes: int) -> nn.Module:
+def pretrained(config: PretrainedConfig, num_classes: int) -> nn.Module:
     """The network, in evaluation mode. With other than 1000 classes its last layer is new: give ``ckpt`` then.
 
     Raises:
         ConfigError: where the weights do not exist or the checkpoint cannot be loaded.
     """
     try:
-        built: nn.Module = build_resnet(network, num_classes=num_classes, weights=config.weights)
+        built: nn.Module = build_resnet(config.name, num_classes=num_classes, weights=config.weights)
     except ValueError as error:
         raise ConfigError(f"model.weights: {error}") from error
     if config.ckpt is not None:
