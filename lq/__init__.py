@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from lq.analysis import Advice, Analysis, LayerAnalysis, analyze
 from lq.calibration import (
     CalibrationError,
     CalibratorComparison,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TARGETS",
+    "Advice",
+    "Analysis",
     "Benchmark",
     "CalibrationError",
     "CalibratorComparison",
@@ -43,6 +46,7 @@ __all__ = [
     "FoldError",
     "InferenceModel",
     "Int8Module",
+    "LayerAnalysis",
     "LayerSpec",
     "MissingRuntimeError",
     "NothingToQuantizeError",
@@ -55,6 +59,7 @@ __all__ = [
     "RangeTable",
     "Target",
     "Verification",
+    "analyze",
     "benchmark",
     "calibrate",
     "compare_calibrators",

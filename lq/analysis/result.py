@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.table import Table
+
 #: Signal-to-quantization-noise ratios lie within ± this many decibels: JSON knows no infinity, and float32 itself
 #: has no more than 150.
 SQNR_LIMIT_DB = 200.0
@@ -89,6 +91,39 @@ class Analysis:
     samples: int
     output_sqnr_db: float
     layers: tuple[LayerAnalysis, ...]
+
+    def by_harm(self) -> tuple[LayerAnalysis, ...]:
+        """The layers, most harmful first."""
+        return tuple(
+            sorted(
+                self.layers,
+                key=lambda layer: -(layer.all_but_sqnr_db if layer.all_but_sqnr_db is not None else -SQNR_LIMIT_DB),
+            )
+        )
+
+    def advice(self, limit: int = 3) -> tuple[Advice, ...]:
+        """Layers to leave in float."""
+        worth = [layer for layer in self.by_harm() if layer.all_but_sqnr_db is not None and layer.parameters]
+        return tuple(
+            Advice(
+                layer.name,
+                (layer.all_but_sqnr_db or 0.0) - self.output_sqnr_db,
+                3 * layer.parameters,
+                None if layer.float_ms is None or layer.int8_ms is None else layer.float_ms - layer.int8_ms,
+            )
+            for layer in worth[:limit]
+        )
+
+    def table(self) -> Table:
+        table = Table(title=f"{self.model} for {self.target}")
+        for header in ("layer", "operators", "runs in", "weight dB", "input dB", "only dB", "all but dB"):
+            table.add_column(header, overflow="fold")
+        for layer in self.by_harm():
+            numbers = (layer.weight_sqnr_db, layer.input_sqnr_db, layer.only_sqnr_db, layer.all_but_sqnr_db)
+            table.add_row(
+                layer.name, layer.kind, layer.precision, *("" if n is None else f"{n:.1f}" for n in numbers)
+            )
+        return table
 
     def to_dict(self) -> dict[str, Any]:
         """As plain dicts, lists, strings and numbers, for JSON."""
