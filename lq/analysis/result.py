@@ -120,9 +120,7 @@ class Analysis:
             table.add_column(header, overflow="fold")
         for layer in self.by_harm():
             numbers = (layer.weight_sqnr_db, layer.input_sqnr_db, layer.only_sqnr_db, layer.all_but_sqnr_db)
-            table.add_row(
-                layer.name, layer.kind, layer.precision, *("" if n is None else f"{n:.1f}" for n in numbers)
-            )
+            table.add_row(layer.name, layer.kind, layer.precision, *("" if n is None else f"{n:.1f}" for n in numbers))
         return table
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from matplotlib.figure import Figure
 
 from lq.analysis.result import Analysis, LayerAnalysis
@@ -36,7 +38,7 @@ def layer_sqnr(analysis: Analysis, theme: str | Theme = "light", limit: int | No
     rows = range(len(layers))
     axes.barh(
         rows,
-        [layer.input_sqnr_db for layer in layers],
+        [layer.input_sqnr_db or 0.0 for layer in layers],
         height=0.62,
         color=[theme.alarm if layer.name in advised else theme.int8 for layer in layers],
     )
@@ -54,7 +56,12 @@ def layer_sqnr(analysis: Analysis, theme: str | Theme = "light", limit: int | No
     axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.axvline(0, color=theme.muted, linewidth=0.8)
     style(axes, theme, "SQNR, dB (6 dB are one bit)")
-    beside = {"transform": axes.get_yaxis_transform(), "fontsize": 8, "color": theme.muted, "va": "center"}
+    beside: dict[str, Any] = {
+        "transform": axes.get_yaxis_transform(),
+        "fontsize": 8,
+        "color": theme.muted,
+        "va": "center",
+    }
     axes.text(1.01, -1.0, "gain in float, dB", **beside)
     for row, layer in enumerate(layers):
         axes.text(1.02, row, _gain(layer, analysis), **beside)

@@ -22,7 +22,7 @@ _BINS = 160
 def tensor_histogram(
     name: str, quantizer: Quantizer, theme: str | Theme = "light", observer: HistogramObserver | None = None
 ) -> Figure:
-    """The values that a quantizer has seen (log scale), with its range drawn in and what lies outside in another colour.
+    """The values that a quantizer has seen (log scale), with its range drawn in and another colour outside.
 
     Args:
         name: of the quantizer.

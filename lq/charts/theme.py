@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 @dataclass(frozen=True)
 class Theme:
-    """The colours of a chart; those of the data are Okabe and Ito's (2008), which all kinds of colour vision tell apart.
+    """The colours of a chart; those of data are Okabe and Ito's (2008), which all kinds of colour vision tell apart.
 
     Args:
         name: ``"light"`` or ``"dark"``.

@@ -26,7 +26,11 @@ _NUMBERS = (
     Column("range of the input", "smallest and largest value on the grid", css="name"),
     Column("observed", "smallest and largest value in the analysed data", css="name"),
 )
-_SCHEMES = (Column("weight", css="long"), Column("input (quantizer, range)", css="long"), Column("why float", css="long"))
+_SCHEMES = (
+    Column("weight", css="long"),
+    Column("input (quantizer, range)", css="long"),
+    Column("why float", css="long"),
+)
 
 
 def layer_table(report: QuantizationReport, analysis: Analysis | None) -> Table:
@@ -75,7 +79,7 @@ def _pair(values: tuple[float, float] | None) -> str:
 
 
 def overrides_line(analysis: Analysis, present: Mapping[str, Any] | None = None) -> str:
-    """``overrides={...}`` that keeps the advised layers in float, beside what is overridden already; ``""`` for none."""
+    """``overrides={...}`` that keeps the advised layers in float, beside what is overridden already; or ``""``."""
     advised = {advice.layer: None for advice in analysis.advice()}
     if not advised:
         return ""
@@ -93,8 +97,9 @@ def advice_markup(analysis: Analysis, present: Mapping[str, Any] | None = None) 
             "li",
             element("strong", item.layer),
             f": the outputs gain {item.gain_db:.2f} dB, the file grows by {_size(item.extra_bytes)}",
-            "" if item.extra_ms is None else f", a sample takes {abs(item.extra_ms):.3f} ms "
-            f"{'longer' if item.extra_ms >= 0 else 'less'}",
+            ""
+            if item.extra_ms is None
+            else f", a sample takes {abs(item.extra_ms):.3f} ms {'longer' if item.extra_ms >= 0 else 'less'}",
             ".",
         )
         for item in advice
@@ -102,8 +107,8 @@ def advice_markup(analysis: Analysis, present: Mapping[str, Any] | None = None) 
     return joined(
         element(
             "p",
-            f"The SQNR of the model's outputs is {analysis.output_sqnr_db:.1f} dB ({analysis.samples} samples; 6 dB are "
-            f"one bit). These layers do most of the harm; what leaving each of them alone in float would do:",
+            f"The SQNR of the model's outputs is {analysis.output_sqnr_db:.1f} dB ({analysis.samples} samples; 6 dB "
+            f"are one bit). These layers do most of the harm; what leaving each of them alone in float would do:",
         ),
         element("ol", *items),
         element("p", "To leave them in float:"),

@@ -30,7 +30,9 @@ def element(name: str, /, *children: Any, **attributes: Any) -> Markup:
     )
     if name in _VOID:
         return Markup(f"<{name}{written}>")
-    inner = "".join(child if isinstance(child, Markup) else escape(str(child)) for child in children if child is not None)
+    inner = "".join(
+        child if isinstance(child, Markup) else escape(str(child)) for child in children if child is not None
+    )
     return Markup(f"<{name}{written}>{inner}</{name}>")
 
 

@@ -26,7 +26,7 @@ th[aria-sort="ascending"] button::after { content: " \\25b2"; }
 th[aria-sort="descending"] button::after { content: " \\25bc"; }
 .wide { overflow-x: auto; max-height: 44rem; overflow-y: auto; border: 1px solid var(--line); }
 .wide:focus-visible { outline: 2px solid var(--int8); }
-pre { background: var(--soft); border: 1px solid var(--line); padding: .7rem 1rem; overflow-x: auto; }
+pre { white-space: pre-wrap; background: var(--soft); border: 1px solid var(--line); padding: .7rem 1rem; }
 figure { margin: 1.2rem 0 2rem; } figure img { max-width: 100%; height: auto; display: block; }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; }
   .wide { overflow: visible; max-height: none; border: 0; } table { font-size: 6.5pt; } th { position: static; }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lq.callback.result import QuantizationResult
 from lq.charts.chart import Chart
 from lq.charts.gallery import gallery
 from lq.charts.predictions import Predictions
@@ -13,7 +14,6 @@ from lq.page.layers import advice_markup, layer_table
 from lq.page.markup import element
 
 if TYPE_CHECKING:
-    from lq.callback.result import QuantizationResult
     from lq.runtime.benchmark import Benchmark
 
 
@@ -33,9 +33,10 @@ def result_page(
     """
     report = result.report
     comparisons = result.comparisons()
-    facts = Table([Column(""), Column("float", "", True), Column("INT8", "", True), Column("difference")], [
-        [item.name, f"{item.float_:.4g}", f"{item.int8:.4g}", item.note] for item in comparisons
-    ])
+    facts = Table(
+        [Column(""), Column("float", "", True), Column("INT8", "", True), Column("difference")],
+        [[item.name, f"{item.float_:.4g}", f"{item.int8:.4g}", item.note] for item in comparisons],
+    )
     sections = {"Result": section("Result", facts.markup(), element("p", result.measured_with, class_="muted"))}
     if runtimes is not None:
         sections["Runtimes"] = section("Runtimes", _runtimes(runtimes).markup())
