@@ -91,7 +91,7 @@ class QuantizationCallback(Callback):
             Runtime, OpenVINO and TensorRT) and ``"aoti"`` (``int8.aoti.pt2``, compiled for this machine's CPU); see
             :func:`lq.export`. Class names and mean and standard deviation of the images go into the files where the
             datamodule has attributes ``classes``, ``mean`` and ``std``.
-        output_dir: folder for ``int8.pt2``, ``int8.json`` and ``int8.html``; by default ``int8`` below the Trainer's log
+        output_dir: folder for ``int8.pt2``, ``int8.json`` and ``int8.html``; by default ``int8`` in the Trainer's log
             directory.
 
     Attributes:
