@@ -24,7 +24,7 @@ from lq.callback.averages import (
 from lq.callback.batches import train_batches
 from lq.callback.checkpoints import attach_hooks
 from lq.callback.fit_end import quantize_at_fit_end
-from lq.callback.logging import RangeLog, log_result
+from lq.callback.logging import RangeLog, log_result, make_room
 from lq.callback.preparation import prepare_for_batch
 from lq.callback.rescue import tell_how_to_finish
 from lq.callback.result import QuantizationResult
@@ -186,6 +186,7 @@ class QuantizationCallback(Callback):
                 ensure_writable_dir(self._int8_dir, "output_dir")
             for format in self.export:
                 check_dependencies(format)
+            make_room(trainer)
         if self.mode == "qat" and not staged.is_built:
             # Before a checkpoint is loaded and other callbacks copy the model; being called twice is in its contract.
             pl_module.configure_model()

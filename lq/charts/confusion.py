@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lq.charts.predictions import Predictions
-from lq.charts.theme import Theme, get_theme, new_figure, short_names, style
+from lq.charts.theme import Theme, get_theme, new_figure, nothing_to_show, short_names, style
 
 #: Most classes that have a row; of more, those that changed most.
 _CLASSES = 24
@@ -30,6 +30,8 @@ def confusion_difference(predictions: Predictions, theme: str | Theme = "light")
     difference = predictions.confusion(predictions.int8_classes) - predictions.confusion(predictions.float_classes)
     count = predictions.num_classes
     title = f"Confusion, INT8 minus float, {len(predictions.labels)} samples"
+    if not difference.any():
+        return nothing_to_show(theme, title, "no difference: the same number of samples in every cell")
     chosen = torch.arange(count)
     if count > _CLASSES:
         moved = difference.abs().sum(0) + difference.abs().sum(1)

@@ -34,3 +34,5 @@ def tensorboard(logdir: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(20)
+        if process.stdout is not None:
+            process.stdout.close()

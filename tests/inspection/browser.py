@@ -8,9 +8,19 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
+
+#: Becomes the browser, which reads from descriptor 3 and writes to descriptor 4.
+_START = """
+import fcntl, os, sys
+read, write = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3])
+os.dup2(read, 3), os.dup2(write, 4)
+os.close(read), os.close(write)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 #: Text of the whole document, inside shadow roots as well.
 _TEXT = """
@@ -65,8 +75,7 @@ class Browser:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
         flags += ["--remote-debugging-pipe", f"--user-data-dir={folder}", "--window-size=1400,1000", "about:blank"]
         self._process = subprocess.Popen(
-            # It reads from descriptor 3 and writes to descriptor 4.
-            ["sh", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "sh", path, *flags],
+            [sys.executable, "-S", "-c", _START, str(theirs_in), str(theirs_out), path, *flags],
             pass_fds=(theirs_in, theirs_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

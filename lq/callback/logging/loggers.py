@@ -9,11 +9,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 def tensorboard_writer(logger: Any) -> SummaryWriter | None:
     """The writer of a TensorBoardLogger; None of any other logger, and in processes whose logger writes nothing."""
-    # By name: `lightning` and `pytorch_lightning` have one each, and asking others for `experiment` may start a run.
-    if not any(cls.__name__ == "TensorBoardLogger" for cls in type(logger).__mro__):
+    if not is_tensorboard(logger):
         return None
     writer = logger.experiment
     return writer if isinstance(writer, SummaryWriter) else None
+
+
+def is_tensorboard(logger: Any) -> bool:
+    """Whether it is a TensorBoardLogger."""
+    # By name: `lightning` and `pytorch_lightning` have one each, and asking others for `experiment` may start a run.
+    return any(cls.__name__ == "TensorBoardLogger" for cls in type(logger).__mro__)
 
 
 def takes_images(logger: Any) -> bool:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.image import imread
 
 from lq.callback.inspection import Findings, going_on
+from lq.callback.logging.hparams import write_hparams
 from lq.callback.logging.layout import layout
 from lq.callback.logging.loggers import takes_images, tensorboard_writer
 from lq.callback.logging.model_graph import model_graph
-from lq.callback.logging.summaries import add_chart, add_graph, add_histogram, add_values, write_hparams
+from lq.callback.logging.summaries import add_chart, add_graph, add_histogram, add_values
 from lq.callback.logging.tables import advice_markdown, layers_markdown
 from lq.callback.result import QuantizationResult
 from lq.charts.gallery import gallery
@@ -93,7 +94,8 @@ def _write(writer: Any, trainer: Any, result: QuantizationResult, findings: Find
         writer.add_scalar(f"quantization/{name}/int8", comparison.int8, step)
     ranges = findings.activations if result.mode == "qat" else ()
     writer.add_custom_scalars(layout(result.scalars(), ranges))
-    writer.add_text("quantization/layers", layers_markdown(result.report, result.analysis), step)
+    for name, table in layers_markdown(result.report, result.analysis).items():
+        writer.add_text(f"quantization/{name}", table, step)
     if result.analysis is not None:
         writer.add_text("quantization/advice", advice_markdown(result.analysis), step)
     if findings.graph is not None:

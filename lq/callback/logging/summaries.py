@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +9,6 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.graph_pb2 import GraphDef
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from lq.charts.chart import Chart
 from lq.histogram import Histogram
@@ -78,22 +75,3 @@ def _add(
         bucket_counts=counts.tolist(),
         global_step=step,
     )
-
-
-def write_hparams(folder: Path, settings: dict[str, Any], metrics: dict[str, float], step: int) -> None:
-    """A row of the HParams view, as a run of its own.
-
-    A run has its hyperparameters from the first entry alone, and that may be Lightning's, written when training began
-    and without any of these metrics.
-
-    Args:
-        folder: of the new run.
-        settings: plain values by name.
-        metrics: by name.
-        step: of the metrics.
-    """
-    with SummaryWriter(str(folder)) as writer:
-        for summary in hparams(settings, metrics):
-            writer._get_file_writer().add_summary(summary)
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, step)

@@ -9,11 +9,26 @@ from lq.page.layers import layer_table, overrides_line
 from lq.report import QuantizationReport
 
 
-def layers_markdown(report: QuantizationReport, analysis: Analysis | None) -> str:
-    """The report's table, most harmful layer first where that is known."""
+def layers_markdown(report: QuantizationReport, analysis: Analysis | None) -> dict[str, str]:
+    """The tables of the layers by name, most harmful layer first where that is known.
+
+    ``"layers"`` has the scheme and the range of each; ``"measured"``, with an analysis, what each does. In one table
+    the columns would be a letter wide.
+    """
     table = layer_table(report, analysis)
-    rows = [[cell if isinstance(cell, str) else cell.text for cell in row] for row in table.rows]
-    return _markdown([column.title for column in table.columns], rows)
+    numbers = [index for index, column in enumerate(table.columns) if column.is_number]
+    schemes = [index for index, column in enumerate(table.columns) if not column.is_number]
+    chosen = {"layers": schemes, "measured": [0, *numbers]} if numbers else {"layers": schemes}
+    return {
+        name: _markdown(
+            [table.columns[index].title for index in columns],
+            [
+                [cell if isinstance(cell, str) else cell.text for cell in (row[i] for i in columns)]
+                for row in table.rows
+            ],
+        )
+        for name, columns in chosen.items()
+    }
 
 
 def advice_markdown(analysis: Analysis) -> str:
