@@ -35,7 +35,7 @@ def result_page(
     comparisons = result.comparisons()
     facts = Table(
         [Column(""), Column("float", "", True), Column("INT8", "", True), Column("difference")],
-        [[item.name, f"{item.float_:.4g}", f"{item.int8:.4g}", item.note] for item in comparisons],
+        [[item.name, *item.texts, item.note] for item in comparisons],
     )
     sections = {"Result": section("Result", facts.markup(), element("p", result.measured_with, class_="muted"))}
     if runtimes is not None:

@@ -30,6 +30,12 @@ class Comparison:
     int8: float
     note: str = ""
 
+    @property
+    def texts(self) -> tuple[str, str]:
+        """Both as they are read: four digits, and no powers of ten below a billion."""
+        float_, int8 = (f"{v:,.0f}" if 1e4 <= abs(v) < 1e9 else f"{v:.4g}" for v in (self.float_, self.int8))
+        return float_, int8
+
 
 def summary(comparisons: Sequence[Comparison], theme: str | Theme = "light") -> Figure:
     """A panel for each quantity, with a bar for float and one for INT8.
@@ -50,7 +56,7 @@ def summary(comparisons: Sequence[Comparison], theme: str | Theme = "light") -> 
     for axes, comparison in zip(panels, comparisons, strict=False):
         values = [comparison.float_, comparison.int8]
         bars = axes.bar(["float", "INT8"], values, width=0.62, color=[theme.float_, theme.int8])
-        axes.bar_label(bars, [f"{value:.4g}" for value in values], fontsize=8, color=theme.text, padding=2)
+        axes.bar_label(bars, comparison.texts, fontsize=8, color=theme.text, padding=2)
         axes.set_title(comparison.name, fontsize=9, color=theme.text)
         style(axes, theme, comparison.note, grid="y")
         axes.margins(y=0.16)

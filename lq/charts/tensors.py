@@ -73,6 +73,8 @@ def _panel(theme: Theme, title: str) -> tuple[Figure, Any]:
 
 def _finish(axes: Any, theme: Theme, xlabel: str) -> None:
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, high / 300), high)  # at least two powers of ten, or no tick has a label
     axes.yaxis.set_minor_locator(NullLocator())
     style(axes, theme, xlabel, "share of values per bar")
     legend(axes, theme, loc="upper left", bbox_to_anchor=(-0.02, -0.24), ncols=3)

@@ -44,7 +44,7 @@ def test_ranges_over_training(qat: EventAccumulator, ptq: EventAccumulator) -> N
     low, high = (qat.Scalars(f"ranges/input/{end}") for end in ("low", "high"))
     assert [event.step for event in high] == list(range(18))
     assert all(a.value < 0 < b.value for a, b in zip(low, high, strict=True))
-    assert len({event.value for event in high}) > 5
+    assert len({event.value for event in high}) > 1  # until they are frozen
     assert not any(tag.startswith("ranges/") for tag in ptq.Tags()["scalars"])
 
 
