@@ -31,7 +31,9 @@ from lq.spec import QuantSpec
 from lq.targets import TARGETS, Target
 
 if TYPE_CHECKING:
-    from lq.callback import QuantizationCallback, QuantizationResult, quantize_checkpoint
+    from lq.callback.callback import QuantizationCallback
+    from lq.callback.quantize_checkpoint import quantize_checkpoint
+    from lq.callback.result import QuantizationResult
 
 __all__ = [
     "TARGETS",

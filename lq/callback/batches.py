@@ -33,6 +33,24 @@ def train_batches(trainer: Any, pl_module: Any) -> Iterator[Any]:
     return _transferred(_train_dataloader(trainer), pl_module)
 
 
+def has_train_data(trainer: Any) -> bool:
+    """Whether there is a train dataloader, or can be."""
+    return trainer.train_dataloader is not None or bool(trainer.fit_loop._data_source.is_defined())
+
+
+def validation_batches(trainer: Any, pl_module: Any) -> Iterator[Any]:
+    """The batches of the first validation dataloader, as :func:`train_batches` gives them; none without any."""
+    loaders = validation_dataloaders(trainer)
+    while isinstance(loaders, (Mapping, list, tuple)) and len(loaders):
+        loaders = next(iter(loaders.values())) if isinstance(loaders, Mapping) else loaders[0]
+    return _transferred(() if loaders is None else loaders, pl_module)
+
+
+def count_samples(values: Any) -> int:
+    """Length of the first axis of the first tensor in ``values`` that has one; 0 without any."""
+    return next((len(leaf) for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.dim()), 0)
+
+
 def calibration_batches(trainer: Any, pl_module: Any, dataloader: Iterable[Any] | None) -> Iterator[Any]:
     """This process's share of the batches of ``dataloader``, or of the train dataloader in random order.
 

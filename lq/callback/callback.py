@@ -24,6 +24,7 @@ from lq.callback.averages import (
 from lq.callback.batches import train_batches
 from lq.callback.checkpoints import attach_hooks
 from lq.callback.fit_end import quantize_at_fit_end
+from lq.callback.logging import RangeLog, log_result, make_room
 from lq.callback.preparation import prepare_for_batch
 from lq.callback.rescue import tell_how_to_finish
 from lq.callback.result import QuantizationResult
@@ -53,7 +54,8 @@ class QuantizationCallback(Callback):
     With ``mode="ptq"`` training is untouched; when it is done the model is calibrated on the train dataloader and
     converted. With ``mode="qat"`` fake-quantizers are on the model while it trains, and it is converted at the end.
     Afterwards ``trainer.validate``, ``test`` and ``predict`` use the INT8 model, and every logger of the Trainer has
-    the float and the INT8 metrics of the user's own validation step, size, latency and throughput.
+    the float and the INT8 metrics of the user's own validation step, size, latency and throughput; TensorBoard has
+    charts, histograms, the graph and hyperparameters as well, and ``int8.html`` says it all on one page.
 
     Checkpoints of a run hold the float model's weights under ``state_dict``, whatever stage the model is in, and load
     into the plain LightningModule; ranges lie beside them. ``fit(ckpt_path=...)`` resumes either kind of run exactly.
@@ -82,11 +84,15 @@ class QuantizationCallback(Callback):
             monitors one; ``"last"`` those that training ended with. By default the best ones where there are such,
             except with StochasticWeightAveraging, whose average is there only at the end; the log says which.
         evaluate: whether to run the validation data through the float and the INT8 model, and to time both.
+        analyze: whether to look for the layers that do harm, on a few samples of the validation data (without such, of
+            the calibration data): SQNR, sensitivity and, with ``evaluate``, time of each, for the charts and the advice
+            in ``int8.html`` and in the loggers. What fails there is a warning.
         export: formats to write beside ``int8.pt2``, which is always written: ``"onnx"`` (``int8.onnx``, for ONNX
             Runtime, OpenVINO and TensorRT) and ``"aoti"`` (``int8.aoti.pt2``, compiled for this machine's CPU); see
             :func:`lq.export`. Class names and mean and standard deviation of the images go into the files where the
             datamodule has attributes ``classes``, ``mean`` and ``std``.
-        output_dir: folder for ``int8.pt2`` and ``int8.json``; by default ``int8`` below the Trainer's log directory.
+        output_dir: folder for ``int8.pt2``, ``int8.json`` and ``int8.html``; by default ``int8`` in the Trainer's log
+            directory.
 
     Attributes:
         result: a :class:`~lq.callback.result.QuantizationResult` once ``fit`` has ended, else None.
@@ -115,6 +121,7 @@ class QuantizationCallback(Callback):
         convert: bool = True,
         weights: Weights | None = None,
         evaluate: bool = True,
+        analyze: bool = True,
         export: Sequence[Format] = ("pt2",),
         output_dir: str | None = None,
     ) -> None:
@@ -151,11 +158,13 @@ class QuantizationCallback(Callback):
         self.convert = convert
         self.weights: Weights | None = weights
         self.evaluate = evaluate
+        self.analyze = analyze
         self.export: tuple[Format, ...] = tuple(export)
         self.output_dir = output_dir
         self.result: QuantizationResult | None = None
         self._int8_dir = Path()
         self._frozen_norms: set[nn.Module] = set()
+        self._range_log = RangeLog()
         self._phase: Phase = "setup"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -165,6 +174,7 @@ class QuantizationCallback(Callback):
             return
         self.result = None
         self._phase = "setup"
+        self._range_log.reset()
         staged.fit_mode = self.mode
         check_trainer(trainer)
         if self.mode == "qat":
@@ -176,6 +186,7 @@ class QuantizationCallback(Callback):
                 ensure_writable_dir(self._int8_dir, "output_dir")
             for format in self.export:
                 check_dependencies(format)
+            make_room(trainer)
         if self.mode == "qat" and not staged.is_built:
             # Before a checkpoint is loaded and other callbacks copy the model; being called twice is in its contract.
             pl_module.configure_model()
@@ -210,8 +221,11 @@ class QuantizationCallback(Callback):
                     self._frozen_norms.add(submodule.eval())
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if self.mode == "qat" and trainer.world_size > 1:
-            all_reduce_ranges(staged_unit(pl_module).unit)
+        if self.mode == "qat":
+            unit = staged_unit(pl_module).unit
+            if trainer.world_size > 1:
+                all_reduce_ranges(unit)
+            self._range_log.log(trainer, unit)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._thaw()
@@ -231,11 +245,9 @@ class QuantizationCallback(Callback):
         self._phase = "conversion"
         if self.convert:
             staged = staged_unit(pl_module)
-            self.result, failure = quantize_at_fit_end(self, trainer, staged, self._int8_dir)
+            self.result, failure, findings = quantize_at_fit_end(self, trainer, staged, self._int8_dir)
             if self.result is not None:
-                for logger in trainer.loggers:
-                    logger.log_metrics(self.result.scalars(), step=trainer.global_step)
-                    logger.save()
+                log_result(self, trainer, self.result, findings)
             if failure is not None:
                 raise failure
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -15,6 +15,8 @@ from torch import nn
 
 from lq.calibration.comparison import CalibratorComparison
 from lq.callback.batches import repeat_samples
+from lq.callback.inspection import Findings, going_on
+from lq.callback.page import result_page
 from lq.callback.result import QuantizationResult, Side
 from lq.callback.stages import StagedUnit
 from lq.convert import convert
@@ -33,6 +35,21 @@ _BATCH_SIZE = 32
 _OTHER_FORMATS: dict[Format, str] = {"onnx": ".onnx", "aoti": ".aoti.pt2"}
 
 
+class Outcome(NamedTuple):
+    """How a conversion ended.
+
+    Args:
+        result: of the first process; the others have None.
+        failure: the error of an export beside ``int8.pt2`` that failed, for the caller to raise: by then the INT8
+            network is there.
+        findings: what was seen of the unit before INT8 took its place.
+    """
+
+    result: QuantizationResult | None
+    failure: Exception | None
+    findings: Findings
+
+
 @dataclass(frozen=True)
 class Conversion:
     """What is done with a unit whose ranges are known.
@@ -46,6 +63,8 @@ class Conversion:
         preprocessing: of the images, for the files.
         evaluate: metrics of the LightningModule as it is; None to measure nothing, not even latency.
         comparison: what ``calibrator="auto"`` compared.
+        inspect: looks at the prepared unit and its INT8 network; None not to.
+        settings: what to tell of the run.
     """
 
     output_dir: Path
@@ -56,8 +75,10 @@ class Conversion:
     preprocessing: Mapping[str, Any] | None = None
     evaluate: Callable[[], dict[str, float]] | None = None
     comparison: CalibratorComparison | None = None
+    inspect: Callable[[Int8Module], Findings] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def run(self, staged: StagedUnit, float_metrics: dict[str, float]) -> tuple[QuantizationResult, Exception | None]:
+    def run(self, staged: StagedUnit, float_metrics: dict[str, float]) -> Outcome:
         """Write, measure, and put INT8 in the unit's place.
 
         Args:
@@ -65,8 +86,7 @@ class Conversion:
             float_metrics: of the same weights in float.
 
         Returns:
-            The result, which is also written to ``int8.json``; and the error of an export beside ``int8.pt2`` that
-            failed, for the caller to raise: by then the INT8 network is there.
+            The result, which is also written to ``int8.json`` and ``int8.html``, with what was seen on the way.
         """
         unit = staged.unit.cpu()
         int8 = convert(unit, self.target)
@@ -90,6 +110,7 @@ class Conversion:
             )
         with unprepared(unit):
             float_side, int8_side = self._measure(unit, int8, artifact)
+        findings = Findings() if self.inspect is None else self.inspect(int8)
         calibrator = next(iter(activation_quantizers(unit).values())).calibrator
         staged.put_int8(int8)
         int8_metrics = {} if self.evaluate is None else self.evaluate()
@@ -106,11 +127,18 @@ class Conversion:
             artifact=str(artifact),
             exports=tuple(str(written.path) for written in exports),
             weights=self.weights,
+            settings=dict(self.settings),
+            analysis=findings.analysis,
         )
         artifact.with_suffix(".json").write_text(result.to_json())
+        with going_on("writing the page"):
+            advised = [] if result.analysis is None else [advice.layer for advice in result.analysis.advice()]
+            page = result_page(result, findings.predictions, findings.tensor_charts(advised))
+            artifact.with_suffix(".html").write_text(page, encoding="utf-8")
+            rank_zero_info(f"lq: what was done, layer by layer, is in {artifact.with_suffix('.html')}")
         for written in exports:
             rank_zero_info(f"lq: INT8 model written to {written}")
-        return result, failure
+        return Outcome(result, failure, findings)
 
     def _measure(self, float_unit: nn.Module, int8: Int8Module, artifact: Path) -> tuple[Side, Side]:
         """Size, latency and throughput of both, CPU against CPU: there INT8 kernels run in process, also after a fit

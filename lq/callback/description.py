@@ -1,11 +1,21 @@
-"""What the user's data say about the model's inputs and outputs, for the metadata of exported files."""
+"""What is to be told of a run: what the data say of the model's inputs and outputs, and what was set."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Trainer
+
+from lq.callback.batches import validation_dataloaders
+from lq.metadata import package_version
+from lq.runtime.cpu import cpu_name
+
+if TYPE_CHECKING:
+    from lq.callback.callback import QuantizationCallback
 
 
 def class_names(trainer: Trainer) -> list[str] | None:
@@ -23,6 +33,50 @@ def normalization(trainer: Trainer) -> dict[str, list[float]] | None:
         return {name: [float(number) for number in value] for name, value in values.items()}
     except TypeError:
         return None
+
+
+def settings(callback: QuantizationCallback, trainer: Any, path: str) -> dict[str, Any]:
+    """What was set, on which data and machine, as JSON values.
+
+    Args:
+        callback: whose arguments it was set with.
+        trainer: whose data it was.
+        path: of what was quantized in the LightningModule.
+    """
+    found: dict[str, Any] = {
+        "module": f"{type(trainer.lightning_module).__name__}{'.' if path else ''}{path}",
+        "overrides": callback.overrides.as_dict(),
+        "training data": _data_name(trainer.train_dataloader, trainer),
+        "validation data": _data_name(validation_dataloaders(trainer), trainer),
+    }
+    if callback.mode == "ptq":
+        source = callback.calibration_dataloader
+        found["calibration data"] = "training data" if source is None else _data_name(source, trainer)
+        for name in ("calibration_batches", "calibration_samples"):
+            limit = getattr(callback, name)
+            found[name] = "no limit" if limit is None else limit
+    else:
+        found["epochs"] = trainer.current_epoch
+        for name in ("observer_freeze", "batch_norm_freeze"):
+            found[name] = getattr(callback, name)
+    found["machine"] = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    found["versions"] = {"lq": package_version(), "torch": str(torch.__version__)}
+    found["written"] = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return found
+
+
+def _data_name(loader: Any, trainer: Any) -> str:
+    """The data set's class and length, as far as they can be told."""
+    if isinstance(loader, (list, tuple)) and len(loader) == 1:
+        loader = loader[0]
+    if loader is None:
+        return "none"
+    dataset = getattr(loader, "dataset", loader)
+    name = type(dataset).__name__
+    with suppress(TypeError):
+        name += f", {len(dataset)} samples"
+    datamodule = _datamodule(trainer)
+    return name if datamodule is None else f"{type(datamodule).__name__} ({name})"
 
 
 def _datamodule(trainer: Trainer) -> Any:

@@ -24,7 +24,7 @@ def evaluate(trainer: Any, pl_module: Any) -> dict[str, float]:
         Metric by name; empty where there is nothing to validate with.
     """
     dataloaders = validation_dataloaders(trainer)
-    if dataloaders is None or not _is_overridden("validation_step", pl_module):
+    if dataloaders is None or not is_overridden("validation_step", pl_module):
         return {}
     accelerator = type(trainer.accelerator).__name__.removesuffix("Accelerator").lower()
     try:
@@ -88,7 +88,8 @@ def _trainer_class(trainer: Any) -> type[Any]:
     return type(trainer)
 
 
-def _is_overridden(name: str, pl_module: Any) -> bool:
+def is_overridden(name: str, pl_module: Any) -> bool:
+    """Whether the user's LightningModule has a method of its own of that name."""
     for cls in type(pl_module).__mro__:
         if name in cls.__dict__:
             return cls.__name__ != "LightningModule"

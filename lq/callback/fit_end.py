@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,11 @@ from lq.calibration.comparison import CalibratorComparison
 from lq.calibration.error import CalibrationError
 from lq.callback.averages import averages_buffers, refresh_averaged_ranges
 from lq.callback.batches import calibration_batches
-from lq.callback.conversion import Conversion
-from lq.callback.description import class_names, normalization
+from lq.callback.conversion import Conversion, Outcome
+from lq.callback.description import class_names, normalization, settings
 from lq.callback.evaluation import evaluate
+from lq.callback.inspection import Findings, inspect_unit
 from lq.callback.preparation import prepare_for_batch
-from lq.callback.result import QuantizationResult
 from lq.callback.stages import StagedUnit
 from lq.callback.unit import run_unit
 from lq.callback.weights import choose_weights, load_weights
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 def quantize_at_fit_end(
     callback: QuantizationCallback, trainer: Any, staged: StagedUnit, output_dir: Path, source: str | None = None
-) -> tuple[QuantizationResult | None, Exception | None]:
+) -> Outcome:
     """Convert the unit, and measure what that did.
 
     Every process calibrates on its share of the data. The first one converts, writes and measures while the others
@@ -51,7 +52,7 @@ def quantize_at_fit_end(
         source: what the weights are, where they are not to be chosen.
 
     Returns:
-        As :meth:`Conversion.run` does; the first process has the result, the others have None.
+        As :meth:`Conversion.run` does.
     """
     pl_module: Any = trainer.lightning_module
     trained = {key: value.detach().cpu().clone() for key, value in _tensors(pl_module).items()}
@@ -71,7 +72,7 @@ def quantize_at_fit_end(
 
 def _quantize(
     callback: QuantizationCallback, trainer: Any, staged: StagedUnit, output_dir: Path, source: str | None
-) -> tuple[QuantizationResult | None, Exception | None]:
+) -> Outcome:
     pl_module = trainer.lightning_module
     path, weights = (None, source) if source is not None else choose_weights(trainer, callback.weights)
     rank_zero_info(f"lq: INT8 is made of {weights}")
@@ -103,14 +104,16 @@ def _quantize(
         preprocessing=normalization(trainer),
         evaluate=(lambda: evaluate(trainer, pl_module)) if evaluates else None,
         comparison=comparison,
+        inspect=partial(inspect_unit, callback, trainer, staged) if callback.analyze else None,
+        settings=settings(callback, trainer, staged.path),
     )
-    result, failure = None, None
+    outcome = Outcome(None, None, Findings())
     with agreed("converting to INT8"):
         if trainer.is_global_zero:
-            result, failure = conversion.run(staged, float_metrics)
-    if result is None:
+            outcome = conversion.run(staged, float_metrics)
+    if outcome.result is None:
         staged.put_int8(convert(staged.unit.cpu(), callback.target))
-    return result, failure
+    return outcome
 
 
 def _calibrate(callback: QuantizationCallback, trainer: Any, staged: StagedUnit) -> CalibratorComparison | None:

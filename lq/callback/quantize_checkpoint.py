@@ -33,6 +33,7 @@ def quantize_checkpoint(
     calibration_batches: int | None = 32,
     overrides: dict[str, LayerSpec | dict[str, Any] | None] | None = None,
     evaluate: bool = True,
+    analyze: bool = True,
     export: Sequence[Format] = ("pt2",),
     output_dir: str | Path | None = None,
     accelerator: str = "auto",
@@ -56,6 +57,7 @@ def quantize_checkpoint(
         overrides: layers that are quantized in another way, see :class:`~lq.QuantizationCallback`; those of a
             quantization-aware run are in its checkpoint.
         evaluate: whether to validate (with a datamodule) and time the float and the INT8 model.
+        analyze: whether to look for the layers that do harm, see :class:`~lq.QuantizationCallback`.
         export: formats to write beside ``int8.pt2``, see :class:`~lq.QuantizationCallback`.
         output_dir: folder for what is written; by default ``int8`` beside the checkpoint.
         accelerator: where to calibrate, see the Trainer.
@@ -87,6 +89,7 @@ def quantize_checkpoint(
         calibrator=calibrator,
         overrides=overrides,
         evaluate=evaluate,
+        analyze=analyze,
         export=export,
     )
     output = path.parent / "int8" if output_dir is None else Path(output_dir)
@@ -105,7 +108,7 @@ def quantize_checkpoint(
     else:
         restore(staged, loaded, section, strict=pl_module.strict_loading)
     trainer = _attached_trainer(pl_module, data, accelerator)
-    result, failure = quantize_at_fit_end(callback, trainer, staged, output, source=f"the weights of {path}")
+    result, failure, _ = quantize_at_fit_end(callback, trainer, staged, output, source=f"the weights of {path}")
     if failure is not None:
         raise failure
     assert result is not None

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from lq.analysis.result import Analysis
+from lq.charts.summary import Comparison
 from lq.report import QuantizationReport
 from lq.runtime.timing import Timing
 
@@ -46,6 +50,8 @@ class QuantizationResult:
         artifact: path of the INT8 file that ``lq.load`` runs in process.
         exports: paths of all files that were written.
         weights: which weights were converted: those training ended with, or of which checkpoint.
+        settings: what else was set, and on which data and machine, as JSON values.
+        analysis: what quantization does layer by layer, or None where that was not asked for.
     """
 
     mode: str
@@ -59,6 +65,8 @@ class QuantizationResult:
     artifact: str
     exports: tuple[str, ...] = ()
     weights: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    analysis: Analysis | None = None
 
     def scalars(self) -> dict[str, float]:
         """Everything as flat numbers for loggers: ``float/…``, ``int8/…``, ``drop/…`` (float − INT8), ``speedup/…``."""
@@ -81,8 +89,58 @@ class QuantizationResult:
             numbers["speedup/throughput"] = self.int8_side.batch.throughput / self.float_side.batch.throughput
         return numbers
 
+    def comparisons(self) -> list[Comparison]:
+        """What was measured of both models, with units and with the difference or the ratio."""
+        a, b = self.float_side, self.int8_side
+        found = [
+            Comparison(name, value, b.metrics[name], f"{b.metrics[name] - value:+.4f}")
+            for name, value in a.metrics.items()
+            if name in b.metrics
+        ]
+        if a.size_bytes is not None and b.size_bytes is not None:
+            ratio = _times(a.size_bytes / b.size_bytes, "smaller", "larger")
+            found.append(Comparison("size, MB", a.size_bytes / 1e6, b.size_bytes / 1e6, ratio))
+        if a.latency is not None and b.latency is not None:
+            ratio = _times(a.latency.p50_ms / b.latency.p50_ms, "faster", "slower")
+            found.append(Comparison("latency p50, ms, batch 1", a.latency.p50_ms, b.latency.p50_ms, ratio))
+        if a.batch is not None and b.batch is not None:
+            ratio = _times(b.batch.throughput / a.batch.throughput, "more", "fewer")
+            name = f"samples/s, batch {self.batch_size}"
+            found.append(Comparison(name, a.batch.throughput, b.batch.throughput, ratio))
+        return found
+
+    @property
+    def measured_with(self) -> str:
+        """What the latencies are of; ``""`` where there are none."""
+        if self.float_side.latency is None:
+            return ""
+        return "latency and throughput: PyTorch eager against INT8, both on this machine's CPU"
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> QuantizationResult:
+        """The result that :meth:`to_json` gave.
+
+        Raises:
+            ValueError: where ``text`` is none.
+        """
+
+        def side(row: Mapping[str, Any]) -> Side:
+            timings = {key: Timing(**row[key]) for key in ("latency", "batch") if row.get(key) is not None}
+            return Side(**{**row, **timings})
+
+        try:
+            values = json.loads(text)
+            values["float_side"], values["int8_side"] = side(values["float_side"]), side(values["int8_side"])
+            values["report"] = QuantizationReport.from_dict(values["report"])
+            values["exports"] = tuple(values.get("exports", ()))
+            if values.get("analysis") is not None:
+                values["analysis"] = Analysis.from_dict(values["analysis"])
+            return cls(**values)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not what lq writes to int8.json: {error!r}") from error
 
     def table(self) -> Table:
         """Float against INT8 with the difference or the ratio."""
@@ -109,7 +167,7 @@ class QuantizationResult:
             x, y = a.batch.throughput, b.batch.throughput
             table.add_row(f"throughput, batch {self.batch_size}", f"{x:.0f} /s", f"{y:.0f} /s", f"{y / x:.2f}x")
         if a.latency is not None:
-            table.caption = "latency and throughput: PyTorch eager against INT8, both on this machine's CPU"
+            table.caption = self.measured_with
         return table
 
     def __str__(self) -> str:

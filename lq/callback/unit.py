@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from lq.graph.ops import WEIGHTED_MODULES
 
 #: The module that ``torch.compile(module)`` wraps, as a child of the wrapper.
 COMPILED = "_orig_mod"
+
+#: The user's own steps that a batch is for.
+Step = Literal["training_step", "validation_step"]
 
 
 def has_weighted_layers(module: nn.Module) -> bool:
@@ -81,8 +84,10 @@ def _not_logging(pl_module: Any) -> Iterator[None]:
         del pl_module.log, pl_module.log_dict
 
 
-def unit_arguments(pl_module: Any, unit: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``(args, kwargs)`` that the user's own ``training_step`` calls the unit with.
+def unit_arguments(
+    pl_module: Any, unit: nn.Module, batch: Any, step: Step = "training_step"
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``(args, kwargs)`` that the user's own step calls the unit with.
 
     Whatever the step does before (unpacking a dict, normalising, calling another method) is done as in training, so a
     batch of any form reaches the unit as it does there. The unit itself does not run.
@@ -91,32 +96,35 @@ def unit_arguments(pl_module: Any, unit: nn.Module, batch: Any) -> tuple[tuple[A
         pl_module: the LightningModule.
         unit: the submodule that is quantized, or ``pl_module`` itself.
         batch: a batch of the dataloader, on the module's device.
+        step: which step the batch is for.
 
     Raises:
         ValueError: where the step never calls the unit.
     """
-    args, kwargs = _step_until(unit.register_forward_pre_hook, pl_module, unit, batch)
+    args, kwargs = _step_until(unit.register_forward_pre_hook, pl_module, unit, batch, step)
     return args, kwargs
 
 
-def run_unit(pl_module: Any, unit: nn.Module, batch: Any) -> Any:
-    """Run ``training_step`` up to the end of its first call of the unit, and return what that returns.
+def run_unit(pl_module: Any, unit: nn.Module, batch: Any, step: Step = "training_step") -> Any:
+    """Run a step up to the end of its first call of the unit, and return what that returns.
 
     Nothing behind the unit runs: no loss, no logging. See :func:`unit_arguments`.
     """
-    _, _, output = _step_until(unit.register_forward_hook, pl_module, unit, batch)
+    _, _, output = _step_until(unit.register_forward_hook, pl_module, unit, batch, step)
     return output
 
 
-def _step_until(register: Callable[..., RemovableHandle], pl_module: Any, unit: nn.Module, batch: Any) -> Any:
+def _step_until(
+    register: Callable[..., RemovableHandle], pl_module: Any, unit: nn.Module, batch: Any, step: Step
+) -> Any:
     calls: list[Any] = []
     # Compiled code was made for the module as it was, and does not know of hooks.
     with torch.compiler.set_stance("force_eager"), _stop_behind(register, calls), _not_logging(pl_module):
-        pl_module.training_step(batch, 0)
+        getattr(pl_module, step)(batch, 0)
     if not calls:
         name = type(unit).__name__
         raise ValueError(
-            f"training_step never called the {name} that is to be quantized; name the submodule that it does call "
+            f"{step} never called the {name} that is to be quantized; name the submodule that it does call "
             f"with QuantizationCallback(module='...')"
         )
     return calls[0]

@@ -1,0 +1,117 @@
+"""What the loggers are given when a model was quantized."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.image import imread
+
+from lq.callback.inspection import Findings, going_on
+from lq.callback.logging.hparams import write_hparams
+from lq.callback.logging.layout import layout
+from lq.callback.logging.loggers import takes_images, tensorboard_writer
+from lq.callback.logging.model_graph import model_graph
+from lq.callback.logging.summaries import add_chart, add_graph, add_histogram, add_values
+from lq.callback.logging.tables import advice_markdown, layers_markdown
+from lq.callback.result import QuantizationResult
+from lq.charts.gallery import gallery
+from lq.functional import fake_quantize
+from lq.histogram import Histogram
+
+if TYPE_CHECKING:
+    from lq.callback.callback import QuantizationCallback
+
+#: Layers whose weight gets a figure as well; a histogram each of them has.
+_WEIGHT_FIGURES = 8
+
+
+def log_result(callback: QuantizationCallback, trainer: Any, result: QuantizationResult, findings: Findings) -> None:
+    """Give every logger of the Trainer what it can show.
+
+    All get the scalars and the settings, those with ``log_image`` the charts as well, and TensorBoard everything.
+
+    Args:
+        callback: whose arguments are hyperparameters.
+        trainer: the Trainer.
+        result: of the conversion.
+        findings: of the inspection.
+    """
+    charts = gallery(result.comparisons(), result.analysis, findings.predictions)
+    settings = hyperparameters(callback, result)
+    for logger in trainer.loggers:
+        logger.log_metrics(result.scalars(), step=trainer.global_step)
+        writer = tensorboard_writer(logger)
+        if writer is not None:
+            with going_on("writing to TensorBoard"):
+                _write(writer, trainer, result, findings)
+                for chart in charts:
+                    add_chart(writer, f"quantization/{chart.name}", chart, trainer.global_step)
+                mine = {key: value for key, value in getattr(logger, "hparams", {}).items() if _is_plain(value)}
+                metrics = result.scalars()
+                write_hparams(Path(logger.log_dir) / "quantization", {**mine, **settings}, metrics, trainer.global_step)
+        else:
+            with going_on(f"logging to {type(logger).__name__}"):
+                logger.log_hyperparams({f"quantization/{name}": value for name, value in settings.items()})
+                if takes_images(logger):
+                    for chart in charts:
+                        image = imread(io.BytesIO(chart.png()), format="png")
+                        pixels = (image[..., :3] * 255).round().astype("uint8")
+                        logger.log_image(key=f"quantization/{chart.name}", images=[pixels])
+        logger.save()
+
+
+def hyperparameters(callback: QuantizationCallback, result: QuantizationResult) -> dict[str, Any]:
+    """What runs are told apart by."""
+    found: dict[str, Any] = {
+        "mode": result.mode,
+        "target": result.target,
+        "calibrator": result.calibrator,
+        "weights": callback.weights or "default",
+        "overrides": len(callback.overrides.specs),
+        "int8_layers": len(result.report.int8_layers),
+        "float_layers": len(result.report.float_layers),
+    }
+    if callback.mode == "ptq":
+        found["calibration_batches"] = callback.calibration_batches or "no limit"
+    else:
+        for name in ("observer_freeze", "batch_norm_freeze"):
+            value = getattr(callback, name)
+            found[name] = "never" if value is None else value
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str)
+
+
+def _write(writer: Any, trainer: Any, result: QuantizationResult, findings: Findings) -> None:
+    step = trainer.global_step
+    for comparison in result.comparisons():
+        name = comparison.name.replace(", ", "_").replace(" ", "_")
+        writer.add_scalar(f"quantization/{name}/float", comparison.float_, step)
+        writer.add_scalar(f"quantization/{name}/int8", comparison.int8, step)
+    ranges = findings.activations if result.mode == "qat" else ()
+    writer.add_custom_scalars(layout(result.scalars(), ranges))
+    for name, table in layers_markdown(result.report, result.analysis).items():
+        writer.add_text(f"quantization/{name}", table, step)
+    if result.analysis is not None:
+        writer.add_text("quantization/advice", advice_markdown(result.analysis), step)
+    if findings.graph is not None:
+        activations = {name: quantizer for name, (quantizer, _) in findings.activations.items()}
+        add_graph(writer, model_graph(findings.graph, findings.graph_root, activations))
+    for name, (_, observer) in findings.activations.items():
+        if observer.counts.any():
+            add_histogram(writer, f"activations/{name}", Histogram.of(observer), step)
+    for name, found in findings.weights.items():
+        weight, quantizer = found.weight.cpu(), found.quantizer.cpu()
+        rounded = fake_quantize(weight, quantizer.scale, quantizer.zero_point, quantizer.spec)
+        layer = name.removesuffix(".weight")
+        add_values(writer, f"weights/{layer}/float", weight, step)
+        add_values(writer, f"weights/{layer}/int8", rounded, step)
+    harmful = [] if result.analysis is None else [layer.name for layer in result.analysis.by_harm()]
+    shown = {f"weights/{layer}" for layer in harmful[:_WEIGHT_FIGURES]}
+    for chart in findings.tensor_charts():
+        if chart.name.startswith("activations/") or chart.name in shown:
+            add_chart(writer, chart.name, chart, step, dpi=75)

@@ -1,0 +1,102 @@
+"""The page of a quantized model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lq.callback.result import QuantizationResult
+from lq.charts.chart import Chart
+from lq.charts.gallery import gallery
+from lq.charts.predictions import Predictions
+from lq.page.document import Column, Table, figure, page, section
+from lq.page.layers import advice_markup, layer_table
+from lq.page.markup import element
+
+if TYPE_CHECKING:
+    from lq.runtime.benchmark import Benchmark
+
+
+def result_page(
+    result: QuantizationResult,
+    predictions: Predictions | None = None,
+    tensors: Sequence[Chart] = (),
+    runtimes: Benchmark | None = None,
+) -> str:
+    """What was done, what it cost and bought, layer by layer, with charts and advice, as one HTML file.
+
+    Args:
+        result: of the conversion.
+        predictions: of both models, for the charts of them.
+        tensors: charts of single tensors to show as well.
+        runtimes: latencies on every runtime.
+    """
+    report = result.report
+    comparisons = result.comparisons()
+    facts = Table(
+        [Column(""), Column("float", "", True), Column("INT8", "", True), Column("difference")],
+        [[item.name, *item.texts, item.note] for item in comparisons],
+    )
+    sections = {"Result": section("Result", facts.markup(), element("p", result.measured_with, class_="muted"))}
+    if runtimes is not None:
+        sections["Runtimes"] = section("Runtimes", _runtimes(runtimes).markup())
+    if result.analysis is not None:
+        sections["Advice"] = section("Advice", advice_markup(result.analysis, result.settings.get("overrides")))
+    charts = gallery(comparisons, result.analysis, predictions)
+    if charts or tensors:
+        sections["Charts"] = section("Charts", *map(figure, [*charts, *tensors]))
+    sections["Layers"] = section("Layers", layer_table(report, result.analysis).markup())
+    sections["Settings"] = section("Settings", settings_table(_settings(result)).markup())
+    count = len(report.int8_layers)
+    title = f"{report.model} in INT8"
+    lead = f"{result.mode.upper()} for {result.target}: {count} layers in INT8, {len(report.float_layers)} in float."
+    return page(title, lead, list(sections.values()), list(sections))
+
+
+def settings_table(settings: dict[str, Any]) -> Table:
+    """Names and values; of a mapping its items."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{key}: {text(item)}" for key, item in value.items()) or "none"
+        if isinstance(value, list | tuple):
+            return ", ".join(map(text, value)) or "none"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    return Table([Column("setting"), Column("value")], [[name, text(value)] for name, value in settings.items()])
+
+
+def _settings(result: QuantizationResult) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "mode": result.mode,
+        "target": result.target,
+        "calibrator": result.calibrator,
+        "weights": result.weights,
+        **result.settings,
+        "files": list(result.exports) or [result.artifact],
+    }
+    if result.calibrator_scores:
+        settings["calibrators compared"] = result.calibrator_scores
+    if result.report.fold_difference is not None:
+        difference = f"{result.report.fold_difference:.1e} (largest relative difference)"
+        settings["batch norm folded"] = difference
+    return settings
+
+
+def _runtimes(runtimes: Benchmark) -> Table:
+    columns = [Column("model"), Column("runtime"), Column("batch", "", True), Column("threads", "", True)]
+    columns += [Column(name, "", True) for name in ("p50, ms", "p95, ms", "samples/s", "against float")]
+    rows = [
+        [
+            row.model,
+            row.runtime,
+            str(row.batch_size),
+            str(row.threads),
+            f"{row.p50_ms:.3g}",
+            f"{row.p95_ms:.3g}",
+            f"{row.throughput:.0f}",
+            "" if row.speedup is None else f"{row.speedup:.2f}×",
+        ]
+        for row in runtimes.rows
+    ]
+    return Table(columns, rows, f"on {runtimes.machine}" if runtimes.machine else "")
