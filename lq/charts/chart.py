@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lq.charts.theme import THEMES, Theme, save_svg
@@ -31,7 +32,9 @@ class Chart:
     def png(self, theme: str | Theme = "light", dpi: int = 100) -> bytes:
         """The figure as PNG."""
         buffer = io.BytesIO()
-        self.draw(theme).savefig(buffer, format="png", dpi=dpi)
+        figure = self.draw(theme)
+        figure.set_dpi(dpi)
+        FigureCanvasAgg(figure).print_png(buffer)  # as savefig does, which draws everything twice
         return buffer.getvalue()
 
     def svg(self) -> tuple[bytes, bytes]:
