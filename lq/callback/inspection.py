@@ -39,7 +39,7 @@ from lq.quantizer import Quantizer
 if TYPE_CHECKING:
     from lq.callback.callback import QuantizationCallback
 
-#: Samples that the layers are analysed on.
+#: Samples that are looked at; of a large network the analysis takes fewer.
 SAMPLES = 32
 
 
@@ -137,7 +137,6 @@ def inspect_unit(callback: QuantizationCallback, trainer: Any, staged: StagedUni
             analysis = analyze(
                 unit,
                 batches,
-                num_samples=SAMPLES,
                 timing=callback.evaluate,
                 forward=lambda batch: run_unit(staged.pl_module, unit, batch, step),
                 progress=bar is not None and getattr(bar, "is_enabled", True),
