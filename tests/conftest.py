@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # One worker a core, each with the processes it starts on one thread: with more they would wait for each other.
-    torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What is computed here is small: on busy cores, threads would wait for each other for most of the time. The processes
+# that tests start have one, too.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
