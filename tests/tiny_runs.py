@@ -8,6 +8,7 @@ TINY = [
     "train.epochs=1",
     "quant.calibration_batches=2",
     "quant.target=x86_avx2",
+    "quant.analyze=false",
     "accelerator=cpu",
     "progress=false",
 ]

@@ -27,7 +27,7 @@ def run(*argv: str) -> None:
 
 @pytest.mark.parametrize("mode", ["ptq", "qat"])
 def test_trains_quantizes_and_ends_with_a_table(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(*TINY, f"mode={mode}", f"output_dir={tmp_path}")
+    run(*TINY, f"quant.analyze={mode == 'ptq'}", f"mode={mode}", f"output_dir={tmp_path}")
     printed = capsys.readouterr().out
     assert "Data: Shapes10" in printed
     for row in ("val_acc", "size", "latency p50, batch 1", "throughput", "INT8 model", "TensorBoard"):
@@ -37,6 +37,8 @@ def test_trains_quantizes_and_ends_with_a_table(mode: str, tmp_path: Path, capsy
     assert int8(torch.zeros(3, 3, 32, 32)).shape == (3, 10)
     assert len(int8.report.int8_layers) == 21  # 20 convolutions and the classifier
     assert list(tmp_path.glob("tensorboard/version_*/events*"))
+    page = (tmp_path / "int8" / "int8.html").read_text()
+    assert ("layer1.0.conv1" in page) and ("What each layer does to the model" in page) == (mode == "ptq")
 
 
 def test_a_float_checkpoint_is_quantized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,11 @@ class QuantConfig:
     observer_freeze: float | None = field(0.8, help="QAT: share of the steps after which ranges stay fixed")
     batch_norm_freeze: float | None = field(0.8, help="QAT: share after which batch norm's statistics stay fixed")
     distillation: float = field(0.0, help="QAT: weight of the float model's outputs in the loss, in [0, 1]")
+    analyze: bool = field(True, help="look for the layers that do harm, for the charts and the advice")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.distillation <= 1:
+            raise ValueError(f"quant.distillation={self.distillation} must be in [0, 1]; 0 is without")
 
 
 def callback(config: QuantConfig, mode: Literal["ptq", "qat"], output_dir: str) -> QuantizationCallback:
@@ -53,6 +58,7 @@ def callback(config: QuantConfig, mode: Literal["ptq", "qat"], output_dir: str) 
             overrides=config.overrides,
             observer_freeze=config.observer_freeze,
             batch_norm_freeze=config.batch_norm_freeze,
+            analyze=config.analyze,
             export=config.export,  # type: ignore[arg-type]
             output_dir=output_dir,
         )
@@ -61,13 +67,7 @@ def callback(config: QuantConfig, mode: Literal["ptq", "qat"], output_dir: str) 
 
 
 def fine_tuner(config: QuantConfig, train: TrainConfig, network: nn.Module, num_classes: int) -> Classifier:
-    """The LightningModule that fine-tunes ``network`` while it is quantized.
-
-    Raises:
-        ConfigError: where the weight of distillation is out of its range.
-    """
-    if not 0 <= config.distillation <= 1:
-        raise ConfigError(f"quant.distillation={config.distillation} must be in [0, 1]; 0 is without")
+    """The LightningModule that fine-tunes ``network`` while it is quantized."""
     return Classifier(
         network,
         num_classes,
