@@ -6,6 +6,11 @@ python -m lq.recipes.mnist_resnet18 data.name=shapes10                         n
 
 The float network is trained once, and each target sees the calibration data once: the calibrators work from the same
 statistics. Prints a table, and writes it with a chart (sweep.png) and every INT8 network (TARGET_CALIBRATOR.pt2).
+
+Top-1 on the 10,000 test images of Fashion-MNIST (configs/mnist_resnet18_fashion.yaml, 3 epochs), float 88.44, one run
+on two cores of an AMD EPYC (Zen 3; without VNNI, so that x86 runs with its weights rounded to 7 bits), 44.7 to 11.6 MB:
+x86      minmax 88.46  moving_average 88.43  percentile 88.28  mse 88.37  entropy 88.39
+xnnpack  minmax 88.43  moving_average 88.37  percentile 88.29  mse 88.41  entropy 88.34
 """
 
 from __future__ import annotations
