@@ -28,7 +28,7 @@ from lq.config import ConfigError, field, main
 from lq.recipes.blocks.evaluation import top1
 from lq.recipes.blocks.imagenet import ImageNetConfig, PretrainedConfig, imagenet, pretrained
 from lq.recipes.blocks.results import save_results
-from lq.recipes.blocks.trainer import RunConfig
+from lq.recipes.blocks.trainer import RunConfig, device_of
 from lq.targets import TARGETS
 
 
@@ -61,14 +61,15 @@ def run(config: Config) -> None:
     data = imagenet(config.data, config.model)
     network = pretrained(config.model, data.num_classes)
     float_network = copy.deepcopy(network)
+    device = device_of(config)
     calibration = data.calibration_dataloader(config.data.calibration_images, config.seed)
     images = next(iter(calibration))[0]
     try:
-        lq.prepare(network, images[:2], target=config.target, overrides=config.overrides)
+        lq.prepare(network.to(device), images[:2].to(device), target=config.target, overrides=config.overrides)
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
     lq.calibrate(network, calibration, calibrator=config.calibrator, progress=config.progress)
-    int8 = lq.convert(network)
+    int8 = lq.convert(network.cpu())
     torch.save(float_network.state_dict(), output / "float.pt")
     files = [lq.export(int8, output / "int8.pt2", labels=data.classes).path]
     try:
@@ -82,19 +83,19 @@ def run(config: Config) -> None:
         return Row(name, top1(forward, data.val_dataloader(), data.num_classes), size)
 
     rows = [
-        row("float", float_network, output / "float.pt"),
-        row("debug: INT8 in float arithmetic", network),
+        row("float", float_network.to(device), output / "float.pt"),
+        row("debug: INT8 in float arithmetic", network.to(device)),
         row("INT8, before saving", int8),
         row("INT8, loaded from the file", loaded, files[0]),
     ]
-    near = agreement(network, int8, loaded, images)
+    near = agreement(network.cpu(), int8, loaded, images)
     found: dict[str, Any] = {"data": data.name, "rows": rows, "agreement": near}
     print(int8.report)
     Console().print(table_of(rows))
     print(", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in near.items()))
     if config.benchmark:
         found["engines"] = lq.benchmark(
-            files, float_model=float_network, folded=True, batch_sizes=config.benchmark, samples=images
+            files, float_model=float_network.cpu(), folded=True, batch_sizes=config.benchmark, samples=images
         )
         print(found["engines"])
     print(f"results: {save_results(output, config, found)}")

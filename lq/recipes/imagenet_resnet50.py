@@ -19,13 +19,14 @@ from torch import nn
 
 import lq
 from lq.callback import QuantizationResult
-from lq.config import field, main
+from lq.config import ConfigError, field, main
 from lq.data import ImageNet
+from lq.export import check_dependencies
 from lq.recipes.blocks.evaluation import top1
 from lq.recipes.blocks.imagenet import ImageNetConfig, PretrainedConfig, imagenet, pretrained
 from lq.recipes.blocks.quantization import QuantConfig, callback, fine_tuner
 from lq.recipes.blocks.results import print_result, save_results
-from lq.recipes.blocks.trainer import RunConfig, make_trainer
+from lq.recipes.blocks.trainer import RunConfig, device_of, make_trainer
 from lq.recipes.blocks.training import TrainConfig, float_checkpoint
 
 
@@ -57,9 +58,14 @@ def run(config: Config) -> None:
 def compare_and_export(config: Config, network: nn.Module, data: ImageNet) -> None:
     """Every calibrator from one pass over the calibration images; the best one's network goes to ONNX."""
     output = Path(config.output_dir)
+    try:
+        check_dependencies("onnx")
+    except lq.MissingRuntimeError as error:
+        raise ConfigError(str(error)) from error
+    device = device_of(config)
     calibration = data.calibration_dataloader(config.data.calibration_images, config.seed)
-    images = next(iter(calibration))[0][:2]
-    lq.prepare(network, images, target=config.quant.target, overrides=config.quant.overrides)
+    images = next(iter(calibration))[0][:2].to(device)
+    lq.prepare(network.to(device), images, target=config.quant.target, overrides=config.quant.overrides)
     lq.calibrate(network, calibration, progress=config.progress)
 
     def evaluate(network: nn.Module) -> dict[str, float]:
@@ -67,7 +73,7 @@ def compare_and_export(config: Config, network: nn.Module, data: ImageNet) -> No
 
     comparison = lq.compare_calibrators(network, evaluate, config.calibrators)
     best = config.quant.calibrator or comparison.best("top-1")
-    ranges = lq.ranges(lq.recalibrate(network, best))
+    ranges = lq.ranges(lq.recalibrate(network.cpu(), best))
     output.mkdir(parents=True, exist_ok=True)
     preprocessing = {"mean": list(data.mean), "std": list(data.std)}
     written = lq.export(network, output / "int8.onnx", labels=data.classes, preprocessing=preprocessing)

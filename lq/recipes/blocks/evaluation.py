@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 
@@ -15,11 +15,13 @@ def top1(network: Callable[[Tensor], Any], batches: Iterable[Any], num_classes: 
     """Share of the images, in [0, 1], whose largest logit is their label's.
 
     Args:
-        network: gives logits ``(N, num_classes)``.
+        network: gives logits ``(N, num_classes)``; runs where its parameters are, one without any on the CPU.
         batches: images ``(N, C, H, W)`` with labels ``(N,)``.
         num_classes: number of classes.
     """
-    accuracy = MulticlassAccuracy(num_classes, average="micro")
+    parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
+    device = next((parameter.device for parameter in parameters), torch.device("cpu"))
+    accuracy = MulticlassAccuracy(num_classes, average="micro").to(device)
     for images, labels in batches:
-        accuracy.update(network(images), labels)
+        accuracy.update(network(images.to(device)), labels.to(device))
     return float(accuracy.compute())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
@@ -38,3 +39,9 @@ def make_trainer(config: RunConfig, max_epochs: int, callbacks: list[Callback], 
         num_sanity_val_steps=0,
         log_every_n_steps=10,
     )
+
+
+def device_of(config: RunConfig) -> torch.device:
+    """Where a recipe runs what no Trainer runs."""
+    wants_gpu = config.accelerator in ("auto", "gpu", "cuda")
+    return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
