@@ -33,5 +33,6 @@ class AotiModel(InferenceModel):
 
     def _run(self, inputs: list[Tensor]) -> Sequence[Tensor]:
         with torch.no_grad(), torch_threads(self.threads):
-            outputs = self._package.loader.run(inputs)  # type: ignore[attr-defined]
+            # The compiled code reads memory as the example's lay, without a look at the strides.
+            outputs = self._package.loader.run([x.contiguous() for x in inputs])  # type: ignore[attr-defined]
         return list(outputs)

@@ -44,6 +44,9 @@ def test_it_computes_what_the_network_does(network: lq.Int8Module, package: Path
         torch.testing.assert_close(model(X[:size].numpy()), network(X[:size]), atol=0.02, rtol=0.02)
     one = lq.load(package, threads=1)
     torch.testing.assert_close(one(X), model(X))
+    # Channels last, as a Classifier has its batches; a view into a larger batch.
+    assert torch.equal(model(X.to(memory_format=torch.channels_last)), model(X))
+    torch.testing.assert_close(model(X[::2]), model(X)[::2])
 
 
 def test_int8_kernels_are_in_it(package: Path) -> None:
