@@ -3,6 +3,10 @@
 python -m lq.recipes.cifar_resnet18 data.dir=PATH           post-training quantization (PTQ)
 python -m lq.recipes.cifar_resnet18 data.dir=PATH mode=qat  quantization-aware fine-tuning (QAT) behind it
 python -m lq.recipes.cifar_resnet18 data.name=shapes10      no files needed
+
+Top-1 on the 10,000 test images of CIFAR-10 stored as JPEGs, two cores of an AMD EPYC (Zen 3, no VNNI), one run each,
+train.epochs=12, quant.target=x86_avx2, 44.8 to 11.6 MB: float 80.11; PTQ 80.03; QAT with
+configs/cifar_resnet18_qat.yaml (5 epochs) 80.52, the same weights in float 80.50.
 """
 
 from __future__ import annotations
