@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import tempfile
+import threading
 import zipfile
 from pathlib import Path
 
@@ -23,6 +24,10 @@ _VERSION = 1
 # A damaged file can fail in the zip container (BadZipFile), in an array's header (ValueError, EOFError) or for lack of
 # an array (KeyError).
 _READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+
+# numpy parses an array's header with Python's ast, which in CPython 3.11 fails at random in several threads at once
+# (python/cpython#106905).
+_READING = threading.Lock()
 
 
 def default_cache_dir() -> Path | None:
@@ -67,7 +72,7 @@ def _key(tree: ImageTree) -> str:
 def _read(path: Path, tree: ImageTree) -> ImageData | None:
     try:
         # Zip members carry a CRC, which numpy's reader checks: a damaged array raises.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with _READING, path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             if str(arrays["key"]) != _key(tree):
                 return None
             train, test = (

@@ -16,6 +16,7 @@ import lq
 from lq.config import main
 from lq.models import Classifier, build_resnet
 from lq.recipes import cifar_resnet18 as recipe
+from lq.recipes.blocks.training import load_float_weights
 
 # Four batches a run, where Lightning would log every ten.
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
@@ -25,37 +26,34 @@ def run(*argv: str) -> None:
     main(recipe.Config, recipe.run, recipe.plan, description=recipe.__doc__ or "", argv=argv)
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
-def test_trains_quantizes_and_ends_with_a_table(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(*TINY, f"quant.analyze={mode == 'ptq'}", f"mode={mode}", f"output_dir={tmp_path}")
-    printed = capsys.readouterr().out
-    assert "Data: Shapes10" in printed
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_trains_quantizes_and_ends_with_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(*TINY, "quant.analyze=true", f"data.dir={tmp_path / 'nowhere'}", "data.name=cifar10", f"output_dir={tmp_path}")
+    printed = capsys.readouterr()
+    assert "CIFAR-10 IS NOT AT" in printed.err
+    assert "Data: Shapes10" in printed.out
     for row in ("val_acc", "size", "latency p50, batch 1", "throughput", "INT8 model", "TensorBoard"):
-        assert row in printed
-    assert ("float before QAT" in printed) == (mode == "qat")
+        assert row in printed.out
     int8 = lq.load(tmp_path / "int8" / "int8.pt2")
     assert int8(torch.zeros(3, 3, 32, 32)).shape == (3, 10)
     assert len(int8.report.int8_layers) == 21  # 20 convolutions and the classifier
     assert list(tmp_path.glob("tensorboard/version_*/events*"))
-    page = (tmp_path / "int8" / "int8.html").read_text()
-    assert ("layer1.0.conv1" in page) and ("What each layer does to the model" in page) == (mode == "ptq")
+    assert "What each layer does to the model" in (tmp_path / "int8" / "int8.html").read_text()
+
+    checkpoint = tmp_path / "checkpoints" / "float.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 0
+    run(*TINY, "train.epochs=2", f"resume={checkpoint}", f"output_dir={tmp_path}")
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
 
 
-def test_a_float_checkpoint_is_quantized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_float_weights_of_a_trainer_or_of_the_network_alone(prefix: str, tmp_path: Path) -> None:
     network = build_resnet("resnet18", num_classes=10)
-    torch.save(network.state_dict(), tmp_path / "bare.pt")
-    run(*TINY, f"ckpt={tmp_path / 'bare.pt'}", f"output_dir={tmp_path / 'run'}")
-    assert "bare.pt" in capsys.readouterr().out
-    model = Classifier(network, 10)
-    torch.save({"state_dict": model.state_dict()}, tmp_path / "lightning.ckpt")
-    run(*TINY, f"ckpt={tmp_path / 'lightning.ckpt'}", f"output_dir={tmp_path / 'run'}")
-
-
-def test_without_cifar10_it_says_so_and_uses_shapes10(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(*TINY[1:], f"data.dir={tmp_path / 'nowhere'}", f"output_dir={tmp_path}")
-    printed = capsys.readouterr()
-    assert "CIFAR-10 IS NOT AT" in printed.err
-    assert "Data: Shapes10" in printed.out
+    state = {f"{prefix}{name}": value for name, value in network.state_dict().items()}
+    torch.save({"state_dict": state} if prefix else state, tmp_path / "float.ckpt")
+    module = Classifier(build_resnet("resnet18", num_classes=10), 10)
+    load_float_weights(module, str(tmp_path / "float.ckpt"))
+    assert all(torch.equal(value, module.model.state_dict()[name]) for name, value in network.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -92,18 +90,13 @@ def test_help_from_the_command_line() -> None:
         assert key in printed
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_a_checkpoint_of_an_interrupted_run_is_gone_on_with(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "checkpoints" / "float.ckpt"
-    for epochs in (1, 2):
-        resume = [] if epochs == 1 else [f"resume={checkpoint}"]
-        run(*TINY, f"train.epochs={epochs}", *resume, f"output_dir={tmp_path}")
-        assert torch.load(checkpoint, weights_only=True)["epoch"] == epochs - 1
-
-
-def test_fine_tuning_with_a_teacher_overrides_and_engines(tmp_path: Path) -> None:
+def test_fine_tuning_of_a_checkpoint_with_a_teacher_overrides_and_engines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(build_resnet("resnet18", num_classes=10).state_dict(), tmp_path / "bare.pt")
     run(
         *TINY,
+        f"ckpt={tmp_path / 'bare.pt'}",
         "mode=qat",
         "quant.distillation=0.5",
         "quant.schedule=cosine",
@@ -112,6 +105,8 @@ def test_fine_tuning_with_a_teacher_overrides_and_engines(tmp_path: Path) -> Non
         "benchmark=[1]",
         f"output_dir={tmp_path}",
     )
+    printed = capsys.readouterr().out
+    assert "bare.pt" in printed and "float before QAT" in printed
     int8 = lq.load(tmp_path / "int8" / "int8.pt2")
     assert isinstance(int8, lq.Int8Module)
     assert [layer.name for layer in int8.report.float_layers if "overrides" in layer.reason] == ["layer1.0.conv1"]
