@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
 
+from lq.display import as_text
 from lq.graph.analysis import GraphAnalysis
 from lq.graph.ops import OpKind, classify, module_of
 from lq.graph.placement import Sum, site, source_of
@@ -87,9 +86,7 @@ class QuantizationReport:
         return table
 
     def __str__(self) -> str:
-        buffer = io.StringIO()
-        Console(file=buffer, width=150).print(self.table())
-        return buffer.getvalue()
+        return as_text(self.table(), 150)
 
 
 def _range(quantizer: Quantizer) -> str:

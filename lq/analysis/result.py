@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from lq.display import as_text
 
 #: Signal-to-quantization-noise ratios lie within ± this many decibels: JSON knows no infinity, and float32 itself
 #: has no more than 150.
@@ -178,9 +178,7 @@ class Analysis:
         return table
 
     def __str__(self) -> str:
-        buffer = io.StringIO()
-        Console(file=buffer, width=150).print(self.table())
-        return buffer.getvalue()
+        return as_text(self.table(), 150)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain dicts, lists, strings and numbers, for JSON."""

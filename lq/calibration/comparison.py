@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -19,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from lq.calibration.error import CalibrationError
 from lq.calibration.recalibrate import recalibrate
 from lq.calibrators import CALIBRATORS, Calibrator, get_calibrator
+from lq.display import as_text
 from lq.distributed import agreed, world_size
 from lq.modes import evaluating
 from lq.prepare import activation_quantizers, quantizers, quantizers_off, simulate
@@ -66,9 +65,7 @@ class CalibratorComparison:
         return table
 
     def __str__(self) -> str:
-        buffer = io.StringIO()
-        Console(file=buffer, width=100).print(self.table())
-        return buffer.getvalue()
+        return as_text(self.table(), 100)
 
 
 def compare_calibrators(

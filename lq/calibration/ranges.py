@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from lq.display import as_text
 from lq.graph.captured import WeightQuantizedForward
 from lq.histogram import Histogram
 from lq.observers import HistogramObserver
@@ -70,9 +69,7 @@ class RangeTable:
         return table
 
     def __str__(self) -> str:
-        buffer = io.StringIO()
-        Console(file=buffer, width=150).print(self.table())
-        return buffer.getvalue()
+        return as_text(self.table(), 150)
 
 
 def ranges(model: nn.Module) -> RangeTable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -141,16 +141,12 @@ def inspect_unit(callback: QuantizationCallback, trainer: Any, staged: StagedUni
                 forward=lambda batch: run_unit(staged.pl_module, unit, batch, step),
                 progress=bar is not None and getattr(bar, "is_enabled", True),
             )
-            found = _with(found, analysis=analysis)
+            found = replace(found, analysis=analysis)
     with going_on("comparing predictions"):
-        found = _with(found, predictions=compare_predictions(trainer, staged, int8))
+        found = replace(found, predictions=compare_predictions(trainer, staged, int8))
     with going_on("collecting histograms"):
-        found = _with(found, activations=_activations(staged, step, batches))
+        found = replace(found, activations=_activations(staged, step, batches))
     return found
-
-
-def _with(found: Findings, **more: Any) -> Findings:
-    return Findings(**{**found.__dict__, **more})
 
 
 def _samples(callback: QuantizationCallback, trainer: Any, staged: StagedUnit) -> tuple[Step, list[Any]]:

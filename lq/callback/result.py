@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from lq.analysis.result import Analysis
 from lq.charts.summary import Comparison
+from lq.display import as_text, file_size
 from lq.report import QuantizationReport
 from lq.runtime.timing import Timing
 
@@ -156,7 +155,7 @@ class QuantizationResult:
                 table.add_row(name, f"{value:.4f}", f"{b.metrics[name]:.4f}", f"{b.metrics[name] - value:+.4f}")
         if a.size_bytes is not None and b.size_bytes is not None:
             ratio = _times(a.size_bytes / b.size_bytes, "smaller", "larger")
-            table.add_row("size", _megabytes(a.size_bytes), _megabytes(b.size_bytes), ratio)
+            table.add_row("size", file_size(a.size_bytes), file_size(b.size_bytes), ratio)
         if a.latency is not None and b.latency is not None:
             for label, x, y in (
                 ("latency p50, batch 1", a.latency.p50_ms, b.latency.p50_ms),
@@ -171,14 +170,8 @@ class QuantizationResult:
         return table
 
     def __str__(self) -> str:
-        buffer = io.StringIO()
-        Console(file=buffer, width=100).print(self.table())
-        return buffer.getvalue()
+        return as_text(self.table(), 100)
 
 
 def _times(ratio: float, more: str, less: str) -> str:
     return f"{ratio:.2f}x {more}" if ratio >= 1 else f"{1 / ratio:.2f}x {less}"
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.2f} kB"

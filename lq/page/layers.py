@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lq.analysis.result import Analysis, LayerAnalysis
+from lq.display import file_size
 from lq.page.document import Cell, Column, Table
 from lq.page.markup import Markup, element, joined
 from lq.report import QuantizationReport
@@ -96,7 +97,7 @@ def advice_markup(analysis: Analysis, present: Mapping[str, Any] | None = None) 
         element(
             "li",
             element("strong", item.layer),
-            f": the outputs gain {item.gain_db:.2f} dB, the file grows by {_size(item.extra_bytes)}",
+            f": the outputs gain {item.gain_db:.2f} dB, the file grows by {file_size(item.extra_bytes)}",
             ""
             if item.extra_ms is None
             else f", a sample takes {abs(item.extra_ms):.3f} ms {'longer' if item.extra_ms >= 0 else 'less'}",
@@ -114,7 +115,3 @@ def advice_markup(analysis: Analysis, present: Mapping[str, Any] | None = None) 
         element("p", "To leave them in float:"),
         element("pre", element("code", f"QuantizationCallback({overrides_line(analysis, present)})")),
     )
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.2f} kB"

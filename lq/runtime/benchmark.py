@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,10 +12,10 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from lq.display import as_text
 from lq.files import write_atomically
 from lq.fold import fold_batch_norm
 from lq.runtime.cpu import cpu_name
@@ -99,10 +98,8 @@ class Benchmark:
         return table
 
     def __str__(self) -> str:
-        buffer = io.StringIO()
-        Console(file=buffer, width=150).print(self.table())
         failures = [f"{name} did not run: {reason.strip().splitlines()[-1]}" for name, reason in self.failures.items()]
-        return buffer.getvalue() + "\n".join(failures)
+        return as_text(self.table(), 150) + "\n".join(failures)
 
     def save_csv(self, path: str | Path) -> None:
         """Write the rows to a CSV file with a header."""
