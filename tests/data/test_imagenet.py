@@ -13,8 +13,8 @@ import pytest
 import torch
 import torchvision
 from image_files import encode, write_folder
-from lightning.pytorch import Trainer
 from PIL import Image
+from small_trainer import small_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
@@ -187,17 +187,7 @@ def test_a_fit_with_the_callback(root: Path, tmp_path: Path) -> None:
         output_dir=str(tmp_path / "int8"),
         evaluate=False,
     )
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
-        callbacks=[quantization],
-    )
+    trainer = small_trainer(tmp_path, quantization)
     trainer.fit(Classifier(network, num_classes=data.num_classes), datamodule=data)
     (metrics,) = trainer.test(trainer.lightning_module, datamodule=data, verbose=False)
     assert metrics["test_loss"] > 0

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from image_files import tree, write_zip
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
+from small_trainer import small_trainer
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, Subset
 
 from lq.data import CIFAR10, InMemoryDataset, Shapes10
@@ -192,16 +193,7 @@ def test_every_stage_of_a_trainer(tmp_path: Path, kind: str) -> None:
     else:
         data = Shapes10(train_size=24, test_size=12, batch_size=6, val_fraction=0.25)
     model = Linear(data.num_classes)
-    trainer = Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
-    )
+    trainer = small_trainer(tmp_path, max_epochs=2)
     trainer.fit(model, datamodule=data)
     trainer.test(model, datamodule=data, verbose=False)
     predictions = trainer.predict(model, datamodule=data)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
+from small_trainer import small_trainer
 
 from lq.data import MNIST, DatasetNotFoundError, FashionMNIST
 from lq.models import Classifier, build_vgg
@@ -130,16 +131,7 @@ def test_splits_and_limits(tmp_path: Path) -> None:
 def test_a_fit(tmp_path: Path) -> None:
     data = FashionMNIST(str(write(tmp_path / "data")), batch_size=8)
     network = build_vgg([4, "M", 8, "M"], data.num_classes, classifier="cifar", in_channels=1, hidden=8)
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
-    )
+    trainer = small_trainer(tmp_path)
     model: LightningModule = Classifier(network, num_classes=data.num_classes)
     trainer.fit(model, datamodule=data)
     (metrics,) = trainer.test(model, datamodule=data, verbose=False)

@@ -14,6 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+from lq.analysis import Analysis, LayerAnalysis
+from lq.callback.logging.tables import advice_markdown
+
 
 def events(folder: Path) -> EventAccumulator:
     found = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0, "histograms": 0, "tensors": 0})
@@ -152,3 +155,10 @@ def test_a_logger_that_takes_images_gets_the_charts(ptq_run: FinishedRun) -> Non
     (pixels,) = logger.images["quantization/sqnr"]
     assert pixels.dtype == "uint8"
     assert pixels.shape[2] == 3
+
+
+def test_advice_keeps_what_is_overridden_already() -> None:
+    layers = (LayerAnalysis("0", "conv", "int8", all_but_sqnr_db=40.0, only_sqnr_db=12.0, parameters=9, weights=9),)
+    analysis = Analysis("Net", "x86", samples=2, output_sqnr_db=10.0, layers=layers)
+    text = advice_markdown(analysis, {"3": {"weight_bits": 6}})
+    assert "`QuantizationCallback(overrides={'3': {'weight_bits': 6}, '0': None})`" in text

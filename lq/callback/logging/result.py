@@ -97,7 +97,8 @@ def _write(writer: Any, trainer: Any, result: QuantizationResult, findings: Find
     for name, table in layers_markdown(result.report, result.analysis).items():
         writer.add_text(f"quantization/{name}", table, step)
     if result.analysis is not None:
-        writer.add_text("quantization/advice", advice_markdown(result.analysis), step)
+        advice = advice_markdown(result.analysis, result.settings.get("overrides"))
+        writer.add_text("quantization/advice", advice, step)
     if findings.graph is not None:
         activations = {name: quantizer for name, (quantizer, _) in findings.activations.items()}
         add_graph(writer, model_graph(findings.graph, findings.graph_root, activations))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lq.analysis.result import Analysis
 from lq.page.layers import layer_table, overrides_line
@@ -31,8 +32,8 @@ def layers_markdown(report: QuantizationReport, analysis: Analysis | None) -> di
     }
 
 
-def advice_markdown(analysis: Analysis) -> str:
-    """Which layers to leave in float, with the line to write."""
+def advice_markdown(analysis: Analysis, present: Mapping[str, Any] | None = None) -> str:
+    """Which layers to leave in float, with the line to write: beside what is overridden already."""
     advice = analysis.advice()
     if not advice:
         return "No layer stands out."
@@ -46,7 +47,7 @@ def advice_markdown(analysis: Analysis) -> str:
         for item in advice
     ]
     table = _markdown(["leave in float", "gain, dB", "extra bytes", "extra ms per sample"], rows)
-    return f"{table}\n\n`QuantizationCallback({overrides_line(analysis)})`"
+    return f"{table}\n\n`QuantizationCallback({overrides_line(analysis, present)})`"
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
