@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from lq.graph.convolution import conv_settings
 from lq.graph.qdq import DEQUANTIZE_WEIGHT, lookup
 from lq.int8 import Int8Module
 from lq.metadata import KEY, Metadata
 from lq.quiet import quiet
 from lq.runtime.cpu import has_onednn_int8
-from lq.runtime.onednn import conv_settings, is_racy, weight_for_this_cpu
+from lq.runtime.onednn import is_racy, weight_for_this_cpu
 
 
 class CompilerError(RuntimeError):

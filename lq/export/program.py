@@ -17,12 +17,16 @@ from lq.metadata import KEY, Metadata
 from lq.quiet import quiet
 
 
-def example(value: Any) -> Any:
-    """Zeros of the example's shape: the file keeps its example inputs, and a training image is nobody else's."""
-    if not isinstance(value, Tensor):
-        return value
-    # An export of a batch of one would be for a batch of one.
-    return value.new_zeros((2, *value.shape[1:]) if value.dim() else ())
+def examples(model: Int8Module) -> dict[str, Any]:
+    """Zeros of the example inputs' shapes: a file keeps its example inputs, and a training image is nobody else's."""
+
+    def zeros(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        # An export of a batch of one would be for a batch of one.
+        return value.new_zeros((2, *value.shape[1:]) if value.dim() else ())
+
+    return {name: tree_map(zeros, value) for name, value in model.example_inputs.items()}
 
 
 #: They tell of every size that turned out to be fixed; that is for the network to decide.
@@ -48,7 +52,7 @@ def export_program(model: Int8Module, *, free_sizes: bool) -> ExportedProgram:
         axes = [axis for axis in range(value.dim()) if axis != 1] if free_sizes else range(min(value.dim(), 1))
         return dict.fromkeys(axes, Dim.AUTO)
 
-    inputs = {name: tree_map(example, value) for name, value in model.example_inputs.items()}
+    inputs = examples(model)
     module = fx.GraphModule(model, constant_qparams(model.graph, model))
     try:
         with torch.no_grad(), quiet(*_TALKATIVE):

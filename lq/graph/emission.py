@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from lq.graph.analysis import GraphAnalysis
+from lq.graph.convolution import CONVOLUTIONS
 from lq.graph.folding import fold, round_bias
 from lq.graph.ops import OpKind, WeightedOp, argument, clamp_bounds, classify, module_of
 from lq.graph.placement import Chain, Sum, site, source_of
@@ -244,10 +245,9 @@ class _Emitter:
                 key = self.integers[op.input][1]
                 x = self._qdq(DEQUANTIZE_BUFFER, self._quantize(x, key), key)
             padding = [(0, 0)] * len(padding)
-        target = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}[op.spatial_dims]
         sides = [before for before, _ in padding]
         args = (x, weight, bias, list(op.stride), sides, list(op.dilation), op.groups)
-        return self.graph.call_function(target, args)
+        return self.graph.call_function(CONVOLUTIONS[op.spatial_dims], args)
 
     def _weight_shape(self, op: WeightedOp) -> torch.Size:
         weight = op.module.weight if op.module is not None else self.analysis.values[op.weight]  # type: ignore[index]

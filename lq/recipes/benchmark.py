@@ -32,7 +32,7 @@ class Config:
     models: list[str] = field(help="files from lq.export, .onnx and .pt2", positional=True)
     network: Literal["resnet18", "mobilenet_v2"] = field("resnet18", help="the float network, where ckpt is given")
     ckpt: str | None = field(None, help="float checkpoint to compare with: latency, and classes of the images")
-    folded: bool = field(True, help="time the float network with batch norm folded, too: that gain is not INT8's")
+    folded: bool = field(True, help="time the float network folded as the files are, too: that gain is not INT8's")
     batch_sizes: list[int] = field([1, 32], help="samples in one call")
     threads: list[int] = field([], help="numbers of CPU threads; by default torch's own")
     runtimes: list[str] = field([], help=f"of {', '.join(n for r in RUNTIMES.values() for n in r)}; by default all")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lq.display import as_text
 from lq.files import write_atomically
 from lq.fold import fold_batch_norm
+from lq.graph.cropping import crop_kernels
 from lq.runtime.cpu import cpu_name
 from lq.runtime.load import RUNTIMES, file_format, installed_runtimes, load
 from lq.runtime.race import ContenderError, Measurement, race
@@ -32,7 +33,8 @@ class BenchmarkRow:
 
     Args:
         model: name of the file, or ``"float"``.
-        runtime: the engine; for the float model ``"eager"``, or ``"folded"``: eager, with batch norm folded.
+        runtime: the engine; for the float model ``"eager"``, or ``"folded"``: eager, with batch norm folded and kernels
+            cropped.
         batch_size: samples in one call.
         threads: CPU threads.
         p50_ms: median time of a call, milliseconds.
@@ -153,7 +155,8 @@ def benchmark(
         models: files from :func:`lq.export`, of networks with one input.
         float_model: what they were made from: measured in PyTorch eager, and asked for the classes to agree with. It
             travels to its process, so it must pickle.
-        folded: measure it with batch norm folded, too: what of the gain is not INT8's.
+        folded: measure it as the files have it but for INT8, too: with batch norm folded, and without the weights
+            that meet nothing but padding at the samples' size. That gain is not INT8's.
         batch_sizes: samples in one call.
         threads: numbers of CPU threads; by default torch's own.
         runtimes: those to measure; by default all that are installed.
@@ -184,7 +187,8 @@ def benchmark(
         samples = _random_samples(*pairs[0], count=max(64, *batch_sizes))
     floats: dict[str, nn.Module] = {} if float_model is None else {FLOAT: float_model}
     if float_model is not None and folded:
-        floats[f"{FLOAT}, folded"] = fold_batch_norm(float_model, samples[:2])
+        inputs = samples[:2]
+        floats[f"{FLOAT}, folded"] = crop_kernels(fold_batch_norm(float_model, inputs), {"input": inputs})
     pickled = {name: _pickle(network) for name, network in floats.items()}
     rows: list[BenchmarkRow] = []
     failures: dict[str, str] = {}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lq.graph.codegen import compile_graph
+from lq.graph.convolution import conv_settings
 from lq.graph.ops import OpKind, classify
 from lq.graph.qdq import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, Grid, lookup, mark_origin, origin
 from lq.runtime.cpu import has_vnni
@@ -332,14 +333,6 @@ def is_racy(weight: Tensor, stride: list[int], padding: list[int]) -> bool:
     no multiple of 16 (seen with oneDNN of torch 2.15; right with one thread, with 16 channels, or without a stride).
     """
     return tuple(weight.shape[2:]) == (1, 1) and max(stride) > 1 and not any(padding) and weight.shape[1] % 16 != 0
-
-
-def conv_settings(op: Any) -> tuple[list[int], list[int], list[int], int]:
-    dims = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}[op.target]
-    defaults: tuple[Any, ...] = ([1] * dims, [0] * dims, [1] * dims, 1)
-    given = tuple(op.args[3:])
-    stride, padding, dilation, groups = (*given, *defaults[len(given) :])
-    return list(stride), list(padding), list(dilation), int(groups)
 
 
 def lower(graph: fx.Graph, root: nn.Module) -> LoweredGraph:
