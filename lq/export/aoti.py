@@ -23,6 +23,24 @@ class CompilerError(RuntimeError):
     """AOTInductor could not compile the network."""
 
 
+def check_compiler() -> None:
+    """Check that there is the C++ compiler that Inductor will ask for.
+
+    Raises:
+        CompilerError: where there is none.
+    """
+    from torch._inductor import config, cpp_builder
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except RuntimeError as error:
+        asked = ", ".join(name for name in config.cpp.cxx if name)
+        raise CompilerError(
+            f"an AOTInductor package takes a C++ compiler to write, and there is none here (looked for: {asked}); "
+            f"install g++ or clang++, name one in the environment variable CXX, or choose the format 'pt2'"
+        ) from error
+
+
 def for_this_cpu(model: Int8Module) -> Int8Module:
     """``model`` as this CPU's kernels compute it right: with weights that their sums cannot overflow with, and without
     the convolutions that :func:`lq.runtime.onednn.is_racy` knows; itself where it is like that already."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lq.convert import convert
-from lq.export.aoti import for_this_cpu, write_package
+from lq.export.aoti import check_compiler, for_this_cpu, write_package
 from lq.export.onnx import OPSET, import_onnx, to_onnx, write_onnx
 from lq.export.program import examples, export_program, write_program
 from lq.export.verify import (
@@ -115,7 +115,7 @@ def export(
             cannot be expressed in the format.
         OSError: where the path cannot be written.
         MissingRuntimeError: where a package that the format needs is not installed; the message names the extra.
-        CompilerError: where the format is ``"aoti"`` and the network cannot be compiled.
+        CompilerError: where the format is ``"aoti"`` and there is no C++ compiler, or the network cannot be compiled.
         ExportMismatchError: where the file does not compute what the network does; with the first layer that differs.
     """
     path = Path(path)
@@ -140,7 +140,10 @@ def check_dependencies(format: Format, *, verify: bool = True) -> None:
 
     Raises:
         MissingRuntimeError: where it is not; the message names the extra.
+        CompilerError: where the format is ``"aoti"`` and there is no C++ compiler.
     """
+    if format == "aoti":
+        check_compiler()
     if format == "onnx":
         import_onnx()
         if verify:

@@ -11,6 +11,7 @@ import torch
 from callback.classifiers import TwoParts, Unquantizable, Wrapped, loader
 from callback.fits import TARGET, fit, quantization
 from jsonargparse import ArgumentParser
+from torch._inductor import config as inductor_config
 from torch.utils.data import DataLoader
 
 import lq
@@ -57,6 +58,13 @@ def test_unwritable_output_is_found_before_training(mode: str, tmp_path: Path) -
     (tmp_path / "file").write_text("")
     callback = quantization(tmp_path, mode=mode, output_dir=str(tmp_path / "file" / "int8"))
     with pytest.raises(OSError, match=r"output_dir='.*file/int8' cannot be written to.*choose another"):
+        fit(_NeverTrained(), tmp_path, callback)
+
+
+def test_a_missing_compiler_is_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor_config.cpp, "cxx", ("no-such-compiler",))
+    callback = quantization(tmp_path, export=["aoti"])
+    with pytest.raises(lq.CompilerError, match=r"none here \(looked for: no-such-compiler\); install g\+\+"):
         fit(_NeverTrained(), tmp_path, callback)
 
 
