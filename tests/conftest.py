@@ -5,10 +5,18 @@ import os
 import pytest
 import torch
 
+from lq.runtime import timing
+
 # What is computed here is small: on busy cores, threads would wait for each other for most of the time. The processes
 # that tests start have one, too.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test looks at how fast anything is; that fits time their models is tested with a few calls as well."""
+    monkeypatch.setattr(timing, "SECONDS", 0.05)
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ from lq.runtime.timing import measure
 from lq.targets import Target
 
 #: Samples in the batch that throughput is measured with.
-_BATCH_SIZE = 32
+BATCH_SIZE = 32
 
 #: Formats that are written on request, with the endings of their files.
 _OTHER_FORMATS: dict[Format, str] = {"onnx": ".onnx", "aoti": ".aoti.pt2"}
@@ -123,7 +123,7 @@ class Conversion:
             float_side=replace(float_side, metrics=float_metrics),
             int8_side=replace(int8_side, metrics=int8_metrics),
             report=int8.report,
-            batch_size=_BATCH_SIZE,
+            batch_size=BATCH_SIZE,
             artifact=str(artifact),
             exports=tuple(str(written.path) for written in exports),
             weights=self.weights,
@@ -151,7 +151,7 @@ class Conversion:
         inputs = {**int8.settings, **int8.example_inputs}
         with evaluating(float_unit):
             one = measure(models, repeat_samples(inputs, 1), 1)
-            many = measure(models, repeat_samples(inputs, _BATCH_SIZE), _BATCH_SIZE)
+            many = measure(models, repeat_samples(inputs, BATCH_SIZE), BATCH_SIZE)
         return (
             replace(float_side, latency=one["float"], batch=many["float"]),
             replace(int8_side, latency=one["int8"], batch=many["int8"]),

@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
@@ -134,4 +135,5 @@ def _svg_settings() -> Iterator[None]:
 def save_svg(figure: Figure, file: Any) -> None:
     """Write ``figure`` as SVG, the same bytes each time."""
     with _svg_settings():
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        FigureCanvasSVG(figure).print_svg(file, metadata=metadata)  # savefig does it, too, but draws everything twice

@@ -79,7 +79,7 @@ def run(config: Config) -> None:
             networks[name] = int8
             accuracy = top1(int8, data.val_dataloader(), data.num_classes)
             rows[name] = Row(target, calibrator, accuracy, path.stat().st_size / 1e6)
-    times = measure(networks, {"x": torch.zeros(1, *data.input_shape)}, 1, seconds=3.0)
+    times = measure(networks, {"x": torch.zeros(1, *data.input_shape)}, 1)
     found = [replace(row, p50_ms=times[name].p50_ms) for name, row in rows.items()]
     save_chart(found, data.name, output / "sweep.png")
     results = save_results(output, config, {"data": data.name, "rows": found})

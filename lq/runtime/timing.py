@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+#: About how long to measure, seconds.
+SECONDS = 2.0
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -32,7 +35,7 @@ def measure(
     inputs: Mapping[str, Any],
     batch_size: int,
     *,
-    seconds: float = 2.0,
+    seconds: float | None = None,
     warmup: int = 5,
 ) -> dict[str, Timing]:
     """Time each contender on the same inputs, taking turns, so that a noisy neighbour disturbs all alike.
@@ -41,9 +44,10 @@ def measure(
         contenders: callables by name.
         inputs: their arguments, by name.
         batch_size: samples in one call.
-        seconds: about how long to measure in all; at least 3 rounds are made.
+        seconds: about how long to measure in all, :data:`SECONDS` by default; at least 3 rounds are made.
         warmup: calls of each contender before the clock runs; fewer, but one at least, where they take long.
     """
+    seconds = SECONDS if seconds is None else seconds
     for contender in contenders.values():
         deadline = time.perf_counter() + seconds / 4
         for call in range(warmup):

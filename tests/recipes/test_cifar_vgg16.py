@@ -20,7 +20,10 @@ def run(*argv: str) -> None:
     main(recipe.Config, recipe.run, recipe.plan, description=recipe.__doc__ or "", argv=argv)
 
 
-def test_linear_and_batch_norm_are_one_int8_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_linear_and_batch_norm_are_one_int8_layer_and_a_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(*TINY, "model.name=RA", "model.hidden=32", f"output_dir={tmp_path}")
     assert "val_acc" in capsys.readouterr().out
     int8 = lq.load(tmp_path / "int8" / "int8.pt2")
@@ -29,6 +32,11 @@ def test_linear_and_batch_norm_are_one_int8_layer(tmp_path: Path, capsys: pytest
     assert len(int8.report.int8_layers) == 8 + 2
     assert "linear + batch_norm + relu" in {layer.kind for layer in int8.report.int8_layers}
     assert not any("BatchNorm" in layer.kind for layer in int8.report.float_layers)
+
+    checkpoint = tmp_path / "checkpoints" / "float.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 0
+    run(*TINY, "model.name=RA", "model.hidden=32", "train.epochs=2", f"resume={checkpoint}", f"output_dir={tmp_path}")
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
 
 
 @pytest.mark.parametrize(
