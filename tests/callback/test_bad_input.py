@@ -61,10 +61,10 @@ def test_unwritable_output_is_found_before_training(mode: str, tmp_path: Path) -
         fit(_NeverTrained(), tmp_path, callback)
 
 
-def test_a_missing_compiler_is_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor_config.cpp, "cxx", ("no-such-compiler",))
+def test_a_missing_compiler_is_found_before_training(tmp_path: Path) -> None:
     callback = quantization(tmp_path, export=["aoti"])
-    with pytest.raises(lq.CompilerError, match=r"none here \(looked for: no-such-compiler\); install g\+\+"):
+    said = r"none here \(looked for: no-such-compiler\); install g\+\+"
+    with inductor_config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(lq.CompilerError, match=said):
         fit(_NeverTrained(), tmp_path, callback)
 
 
