@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lq.graph.codegen import compile_graph
 from lq.graph.eager import never_compiled
+from lq.graph.guards import check_guards
 from lq.graph.qdq import constant_qparams
 from lq.graph.signature import CallSignature
 from lq.metadata import Metadata, TensorSpec, dtype_name
@@ -23,7 +24,7 @@ Execution = Literal["auto", "kernels", "simulation"]
 
 
 #: Attributes of an Int8Module that a submodule of the same name would hide.
-_ATTRIBUTES = ("graph", "report", "example_inputs", "settings", "metadata", "threads")
+_ATTRIBUTES = ("graph", "guards", "report", "example_inputs", "settings", "metadata", "threads")
 
 
 def _as_tensor(value: Any) -> Any:
@@ -78,6 +79,8 @@ class Int8Module(nn.Module):
         self._input_names = tuple(str(node.target) for node in graph.nodes if node.op == "placeholder")
         self._signature: CallSignature | None = None
         self.settings: dict[str, Any] = {}
+        #: What the sizes of the inputs have to fulfil, see :class:`~lq.graph.capture.CapturedGraph`.
+        self.guards: tuple[str, ...] = ()
         self._compiled: dict[str, Callable[..., Any]] = {}
         self.execution = execution
         self.eval()
@@ -107,6 +110,8 @@ class Int8Module(nn.Module):
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self._bind(args, kwargs)
+        if self.guards:
+            check_guards(self.guards, inputs)
         # Autocast would take float convolutions of the simulation to 16 bits, below the steps of the INT8 grids.
         device = next((leaf.device.type for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), "cpu")
         with torch.no_grad(), torch.autocast(device, enabled=False), torch_threads(self.threads):

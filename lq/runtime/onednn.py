@@ -228,7 +228,7 @@ class _Lowering:
     def _moves_integers(self, x: Any, grid: Grid) -> fx.Node | None:
         """dequantize → move or select → quantize on the same grid: the operator itself, on the integers."""
         source: Any = x.args[0] if x.args else None
-        if classify(x, self.root) is not OpKind.SAME_SCALE or not _is(source, DEQUANTIZE):
+        if classify(x) is not OpKind.SAME_SCALE or not _is(source, DEQUANTIZE):
             return None
         if _grid(source) != grid:
             return None
@@ -300,7 +300,7 @@ class _Lowering:
     def _is_still_read(self, quantize: Any, chain: _Chain) -> bool:
         """Whether the kernel itself, as its input, or anything executed behind it reads the integers or a view."""
         made_by = quantize.args[0]
-        if classify(made_by, self.root) is OpKind.SAME_SCALE and not _is(made_by, aten.max_pool2d.default):
+        if classify(made_by) is OpKind.SAME_SCALE and not _is(made_by, aten.max_pool2d.default):
             return True  # perhaps itself a view of integers that others read
         position = self.order[chain.end]
         pending, seen = [quantize], set()
@@ -315,7 +315,7 @@ class _Lowering:
                 reads_at = [user] if not _is(user, DEQUANTIZE) else list(user.users)
                 if any(self.order[self._written_at(reader)] >= position for reader in reads_at):
                     return True
-                pending.extend(reader for reader in reads_at if classify(reader, self.root) is OpKind.SAME_SCALE)
+                pending.extend(reader for reader in reads_at if classify(reader) is OpKind.SAME_SCALE)
         return False
 
     def _written_at(self, node: fx.Node) -> Any:

@@ -1,0 +1,503 @@
+"""From a module to a graph of ATen operators, by ``torch.export``; what cannot be exported is a leaf in it."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import traceback
+from torch.fx.experimental import proxy_tensor
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from lq.graph import leaves
+from lq.graph.calls import UNKNOWN, CallTracker, FollowedForward, Positions, followed
+from lq.graph.functional import WriteThroughViewError, without_writes
+from lq.graph.normalize import name_sites, normalize
+from lq.graph.preserve import preserved
+from lq.graph.registry import registered_forward
+from lq.graph.signature import signature_of
+from lq.quiet import quiet
+
+#: What `torch.export` says of sizes that turn out to be fixed; that is for the network to decide.
+_TALKATIVE = ("torch.export", "torch._export", "torch.fx.experimental", "torch._subclasses", "torch._dynamo")
+
+
+class CaptureError(RuntimeError):
+    """The model cannot be captured as a graph; the message names the module and the reason."""
+
+
+@dataclass
+class CapturedGraph:
+    """A module's forward, hooks included, as a graph of ATen operators without writes.
+
+    Of a node's ``meta``, ``"site"`` names the tensor it makes, after where in the module that happens; ``"path"`` is
+    that of the module whose code makes it; ``"layer"`` that of the ``torch.nn`` layer or leaf that it is (or is part
+    of), or None; ``"position"`` is there where the tensor is what a call returns (see :mod:`lq.graph.calls`).
+
+    Args:
+        graph: reads the module's attributes and ``constants``.
+        constants: tensors that the forward makes of numbers, by the name that the graph reads them under.
+        positions: of the calls that make the nodes.
+        float_leaves: paths of the modules that are called as they are, with the reason.
+        registered: classes of the layers whose registered function was captured in the place of their forward.
+        guards: what the sizes of the inputs have to fulfil, as Python expressions of ``L["tensors"]``.
+    """
+
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+    positions: Positions
+    float_leaves: dict[str, str] = field(default_factory=dict)
+    registered: frozenset[str] = frozenset()
+    guards: tuple[str, ...] = ()
+
+    def read(self, module: nn.Module, target: str) -> Any:
+        """The attribute of ``module``, or the constant, that a ``get_attr`` node reads."""
+        if target in self.constants:
+            return self.constants[target]
+        path, _, name = target.rpartition(".")
+        return getattr(module.get_submodule(path), name)
+
+
+class Recorder(CallTracker):
+    """Runs a forward as it is, and keeps what its calls return.
+
+    Args:
+        root: see :class:`CallTracker`.
+        positions: likewise.
+        values: whether to keep the values of functions, too, by position.
+    """
+
+    def __init__(self, root: nn.Module, positions: Positions, *, values: bool = False) -> None:
+        super().__init__(root, positions, adds=True, start=(UNKNOWN, ""))
+        self.calls: dict[int, leaves.Shapes] = {}
+        self.values: dict[int, Tensor] | None = {} if values else None
+        self.registered: set[str] = set()
+
+    def on_module(self, followed: FollowedForward, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if registered_forward(followed.module) is not None:
+            self.registered.add(type(followed.module).__name__)
+        inputs = leaves.shapes((args, kwargs))  # before the forward may write to them
+        result = followed.run(*args, **kwargs)
+        self.calls[position] = leaves.Shapes(inputs, *leaves.flatten_shapes(result))
+        return result
+
+    def on_function(
+        self, function: Callable[..., Any], position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        result = function(*args, **kwargs)
+        if self.values is not None and position != UNKNOWN and isinstance(result, Tensor):
+            self.values[position] = result.detach().clone()
+        return result
+
+
+class _Exporter(CallTracker):
+    """Marks the nodes that ``torch.export`` writes with where they come from, and calls leaves as one operator."""
+
+    def __init__(self, root: nn.Module, reference: Recorder, float_leaves: dict[str, str]) -> None:
+        super().__init__(root, reference.positions, adds=True, start=(UNKNOWN, ""))
+        self.reference = reference
+        self.float_leaves = float_leaves
+        self.failed: dict[str, str] = {}
+        self.calls: dict[int, leaves.LeafCall] = {}
+        self.shape_env: Any = None
+        self._asked_by_functions: set[int] = set()
+
+    def _number_of_guards(self) -> int:
+        return 0 if self.shape_env is None else len(self.shape_env.guards)
+
+    @property
+    def asks_for_one(self) -> bool:
+        """Whether the forward itself, and not a torch function, asks whether a size is one."""
+        guards = [] if self.shape_env is None else self.shape_env.guards
+        own = (guard.expr for index, guard in enumerate(guards) if index not in self._asked_by_functions)
+        return any(1 in expression.args for expression in own)
+
+    def on_module(self, followed: FollowedForward, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        shapes = self.reference.calls.get(position)
+        if followed.path in self.float_leaves and shapes is not None:
+            return self._call_leaf(followed.path, position, shapes, args, kwargs)
+        try:
+            return followed.run(*args, **kwargs)
+        except Exception as error:
+            # It ran with real tensors; the innermost module that does not with stand-ins becomes a leaf.
+            if shapes is None or not followed.path:
+                raise
+            self.failed[followed.path] = _first_line(error)
+            return self._call_leaf(followed.path, position, shapes, args, kwargs)
+
+    def _call_leaf(
+        self, path: str, position: int, shapes: leaves.Shapes, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        call, result, number = leaves.call(path, shapes, args, kwargs)
+        call.position = position
+        self.calls[number] = call
+        return result
+
+    def on_function(
+        self, function: Callable[..., Any], position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        before = self._number_of_guards()
+        with traceback.annotate({"lq_path": self.path, "lq_module": self.module_position}):
+            result = function(*args, **kwargs)
+        self._asked_by_functions.update(range(before, self._number_of_guards()))
+        if isinstance(result, Tensor) and position != UNKNOWN:
+            node = _node_of(result)
+            if node is not None:
+                node.meta.setdefault("custom", {})["lq_position"] = position
+        return result
+
+
+def _node_of(value: Tensor) -> fx.Node | None:
+    """The node that makes a tensor in the graph that is being written."""
+    mode = proxy_tensor.get_proxy_mode()
+    slot = None if mode is None else proxy_tensor.get_proxy_slot(value, mode.tracer, None)
+    return None if slot is None else slot.proxy.node  # type: ignore[no-any-return]
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+class _Call(nn.Module):
+    """A call of ``module`` with its tensors as arguments and all else fixed, for ``torch.export``."""
+
+    def __init__(self, module: nn.Module, arguments: _Arguments, exporter: _Exporter) -> None:
+        super().__init__()
+        self.module = module
+        self._arguments = arguments
+        self._exporter = exporter
+
+    def forward(self, *tensors: Tensor) -> Any:
+        sizes = (size for tensor in tensors for size in tensor.shape if isinstance(size, torch.SymInt))
+        self._exporter.shape_env = next((size.node.shape_env for size in sizes), None)
+        args, kwargs = self._arguments.call(tensors)
+        return self.module(*args, **kwargs)
+
+
+class _Arguments:
+    """The arguments of a call, taken apart into tensors and the rest."""
+
+    def __init__(self, module: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        own = module.__dict__.get("forward")
+        own = getattr(own, "own", own)
+        self._signature = signature_of(module, own)
+        self._settings = settings
+        paths, self._spec = pytree.tree_flatten_with_path(dict(inputs))
+        self._values = [value for _, value in paths]
+        #: For each tensor the argument's name and the keys within.
+        self.paths = [leaves.keys_of(path) for path, value in paths if isinstance(value, Tensor)]
+        self.tensors = tuple(value for value in self._values if isinstance(value, Tensor))
+
+    def call(self, tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = iter(tensors)
+        values = [next(given) if isinstance(value, Tensor) else value for value in self._values]
+        return self._signature.arguments({**pytree.tree_unflatten(values, self._spec), **self._settings})
+
+
+def call_arguments(
+    module: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``(args, kwargs)`` of a call of ``module`` with these values of its forward's parameters."""
+    arguments = _Arguments(module, inputs, settings)
+    return arguments.call(arguments.tensors)
+
+
+@contextmanager
+def followed_whole(module: nn.Module) -> Iterator[None]:
+    """Inside, the forward of ``module`` and those of its submodules are known to a :class:`CallTracker`."""
+    replaced = module.__dict__.get("forward")
+    with followed(module):
+        whole = FollowedForward(module, module, "")
+        whole.own = getattr(replaced, "own", replaced)
+        module.forward = whole
+        try:
+            yield
+        finally:
+            del module.forward
+            if replaced is not None:
+                module.forward = replaced
+
+
+def run_followed(module: nn.Module, tracker: CallTracker, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    """Call ``module``, hooks and all, under ``tracker``."""
+    with followed_whole(module):
+        args, kwargs = call_arguments(module, inputs, settings)
+        with tracker:
+            return module(*args, **kwargs)
+
+
+def capture(
+    module: nn.Module,
+    inputs: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    float_leaves: Mapping[str, str] | None = None,
+) -> CapturedGraph:
+    """Capture what ``module`` computes, in the training mode its submodules are in now.
+
+    A submodule that cannot be exported (control flow that depends on data, for example) becomes a leaf that is called
+    as it is; the innermost one is taken, so that as much as possible of the model stays visible.
+
+    Args:
+        module: the module.
+        inputs: example inputs by the names of the forward's arguments (see :class:`CallSignature`).
+        settings: its other arguments, with their values.
+        float_leaves: modules that are to be leaves, by path, with the reason.
+
+    Raises:
+        CaptureError: where the module's own forward cannot be exported.
+    """
+    leaves_by_path = dict(float_leaves or {})
+    with preserved(module), torch.no_grad():
+        reference = Recorder(module, Positions())
+        run_followed(module, reference, inputs, settings)
+        with followed_whole(module):
+            arguments = _Arguments(module, inputs, settings)
+            while True:
+                exporter = _Exporter(module, reference, leaves_by_path)
+                try:
+                    program = _export(_Call(module, arguments, exporter), arguments.tensors, exporter)
+                    if not exporter.failed:
+                        guards = _guards(program, exporter)
+                        program, graph = _functional_graph(program)
+                        captured = _Assembly(module, program, graph, exporter, arguments).build()
+                        break
+                except _UnsupportedNodeError as error:
+                    if not error.path or error.path in leaves_by_path:
+                        raise _refusal(module, error) from error
+                    leaves_by_path[error.path] = error.reason
+                except Exception as error:
+                    if not exporter.failed:
+                        raise _refusal(module, error) from error
+                finally:
+                    leaves.forget(exporter.calls)
+                # What a failed attempt left in the graph is gone when it is made anew without the attempt.
+                leaves_by_path.update(exporter.failed)
+    captured.registered = frozenset(reference.registered)
+    captured.guards = guards
+    return captured
+
+
+def _refusal(module: nn.Module, error: Exception) -> CaptureError:
+    return CaptureError(
+        f"the forward of {type(module).__name__} cannot be captured as a graph: {_first_line(error)}. "
+        f"Move the part that depends on data into a submodule of its own (that one then stays in float), or "
+        f"quantize only a part of the model by naming it"
+    )
+
+
+def _export(call: _Call, tensors: tuple[Tensor, ...], exporter: _Exporter) -> ExportedProgram:
+    """``call`` as a program, with sizes as free as the network lets them be."""
+
+    def axes(value: Tensor, free_sizes: bool) -> dict[int, Any]:
+        free = range(value.dim()) if free_sizes else range(min(value.dim(), 1))
+        # One is a size of its own to torch.export, which an example of one would fix.
+        return {axis: Dim.AUTO for axis in free if axis != 1 and value.shape[axis] > 1}
+
+    attempts = (True, False)
+    for free_sizes in attempts:
+        exporter.calls.clear()
+        exporter.failed.clear()
+        exporter._stack[:] = exporter._stack[:1]
+        dynamic = (tuple(axes(value, free_sizes) for value in tensors),)
+        try:
+            with quiet(*_TALKATIVE), warnings.catch_warnings(), traceback.preserve_node_meta(), exporter:
+                warnings.simplefilter("ignore")
+                return torch.export.export(call, tensors, dynamic_shapes=dynamic, strict=False)
+        except Exception:
+            if free_sizes is attempts[-1]:
+                raise
+    raise AssertionError
+
+
+def _functional_graph(program: ExportedProgram) -> tuple[ExportedProgram, fx.Graph]:
+    """The program and its graph without writes."""
+    try:
+        return program, without_writes(program.graph)
+    except WriteThroughViewError:
+        pass
+    with quiet(*_TALKATIVE), warnings.catch_warnings(), traceback.preserve_node_meta():
+        warnings.simplefilter("ignore")
+        decomposed = program.run_decompositions({})
+    return decomposed, decomposed.graph
+
+
+class _UnsupportedNodeError(Exception):
+    """A node that no graph of ours can hold; the module whose code wrote it has to be a leaf."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(reason)
+        self.path = path
+        self.reason = reason
+
+
+def _guards(program: ExportedProgram, exporter: _Exporter) -> tuple[str, ...]:
+    """What sizes have to fulfil for the program to hold, as far as it is not about sizes of one."""
+    guards = getattr(program, "_guards_code", None) or []
+    # torch.export asks of every size whether it is one, for strides and for broadcasting, which operators do anew
+    # when they run; a forward that asks the same decides by it.
+    return tuple(guard for guard in guards if exporter.asks_for_one or not guard.endswith("!= 1"))
+
+
+#: Checks, which say nothing of what is computed.
+_CHECKS = ("_assert", "sym_constrain_range", "_functional_assert")
+
+#: Operators that torch.export writes around a part of the forward.
+_INPUT_KINDS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
+
+
+class _Assembly:
+    """Writes our graph from the program's."""
+
+    def __init__(
+        self, module: nn.Module, program: ExportedProgram, graph: fx.Graph, exporter: _Exporter, arguments: _Arguments
+    ) -> None:
+        self.module = module
+        self.program = program
+        self.source = graph
+        self.exporter = exporter
+        self.arguments = arguments
+        self.graph = fx.Graph()
+        self.constants: dict[str, Tensor] = {}
+        self.values: dict[fx.Node, Any] = {}
+
+    def build(self) -> CapturedGraph:
+        self._placeholders()
+        for node in self.source.nodes:
+            if node.op == "call_function":
+                self._function(node)
+            elif node.op == "get_attr":
+                self.values[node] = node  # a graph of its own, which only a region reads
+            elif node.op == "output":
+                self._output(node)
+        self._mark_positions()
+        normalize(self.graph)
+        name_sites(self.graph, self.module)
+        self.graph.lint()
+        float_leaves = {call.path: self.exporter.float_leaves[call.path] for call in self.exporter.calls.values()}
+        return CapturedGraph(self.graph, self.constants, self.exporter.positions, float_leaves)
+
+    def _placeholders(self) -> None:
+        nodes = [node for node in self.source.nodes if node.op == "placeholder"]
+        specs = list(self.program.graph_signature.input_specs)
+        tensors = []
+        attributes = []
+        for node, spec in zip(nodes, specs, strict=True):
+            if spec.kind is InputKind.USER_INPUT:
+                tensors.append(node)
+            elif spec.kind in _INPUT_KINDS:
+                attributes.append((node, str(spec.target)))
+            else:
+                raise _UnsupportedNodeError("", f"it uses an object that is no tensor ({spec.target})")
+        placeholders: dict[str, fx.Node] = {}
+        for keys in self.arguments.paths:
+            name = str(keys[0])
+            if name not in placeholders:
+                placeholders[name] = self.graph.placeholder(name)
+                placeholders[name].meta = {"path": "", "name": name}
+        for node, keys in zip(tensors, self.arguments.paths, strict=True):
+            self.values[node] = self._item(placeholders[str(keys[0])], keys[1:])
+        for node, target in attributes:
+            self.values[node] = self._attribute(target, node)
+
+    def _attribute(self, target: str, node: fx.Node) -> fx.Node:
+        path = target.removeprefix("module.")
+        if not target.startswith("module.") or not _has(self.module, path):
+            path = f"lq_constant_{len(self.constants)}"
+            self.constants[path] = self.program.constants[target].detach()
+        made = self.graph.create_node("get_attr", path)
+        made.meta = {"path": "", "name": path}
+        return made
+
+    def _item(self, value: fx.Node, keys: Iterable[Any]) -> fx.Node:
+        for key in keys:
+            item = self.graph.call_function(operator.getitem, (value, key))
+            item.meta = {**value.meta, "name": "item", "position": None}
+            del item.meta["position"]
+            value = item
+        return value
+
+    def _function(self, node: fx.Node) -> None:
+        custom = node.meta.get("custom") or {}
+        path = str(custom.get("lq_path", ""))
+        name = getattr(node.target, "__name__", str(node.target))
+        if name.startswith(_CHECKS):
+            return
+        if node.target is leaves.operator_of_leaves():
+            self._leaf(node)
+            return
+        source = node.args[0] if node.args else None
+        if node.target is operator.getitem and isinstance(self.values.get(source), list):
+            self.values[node] = self.values[source][node.args[1]]
+            return
+        if isinstance(node.target, torch._ops.HigherOrderOperator) or any(n.op == "get_attr" for n in node.all_input_nodes):
+            raise _UnsupportedNodeError(path, f"it runs a part of its forward in a region of its own ({name})")
+        made = self.graph.node_copy(node, lambda n: self.values[n])
+        made.meta = {
+            "path": path,
+            "module": custom.get("lq_module"),
+            "name": _operator_name(node),
+            "is_size": not isinstance(node.meta.get("val"), (Tensor, tuple, list)),
+            "exported": node,
+        }
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            made.meta["shape"] = tuple(size if isinstance(size, int) else None for size in value.shape)
+            made.meta["dtype"] = value.dtype
+        self.values[node] = made
+
+    def _leaf(self, node: fx.Node) -> None:
+        call = self.exporter.calls[int(node.args[1])]  # type: ignore[arg-type]
+        tensors: Any = map_arg(node.args[0], lambda n: self.values[n])
+        args, kwargs = call.arguments(tensors)
+        made = self.graph.call_module(call.path, args, kwargs)
+        made.meta = {"path": call.path, "module": call.position, "name": call.path}
+        self.values[node] = [self._item(made, keys) for keys in call.result_paths]
+        if call.result_paths == [()]:
+            made.meta["position"] = call.position
+
+    def _output(self, node: fx.Node) -> None:
+        kinds = [spec.kind.name for spec in self.program.graph_signature.output_specs]
+        outputs: Any = node.args[0]
+        wanted = [value for value, kind in zip(outputs, kinds, strict=True) if kind == "USER_OUTPUT"]
+        flat = [self.values[value] if isinstance(value, fx.Node) else value for value in wanted]
+        try:
+            result = pytree.tree_unflatten(flat, self.program.call_spec.out_spec)
+            made = self.graph.output(result)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise _UnsupportedNodeError("", f"it returns what no graph can hold: {_first_line(error)}") from error
+        made.meta = {"path": "", "name": "output"}
+
+    def _mark_positions(self) -> None:
+        """Note the position of each call with the node that makes what it returns."""
+        last: dict[int, fx.Node] = {}
+        for node in self.graph.nodes:
+            exported = node.meta.pop("exported", None)
+            position = None if exported is None else (exported.meta.get("custom") or {}).get("lq_position")
+            if position is not None:
+                last[position] = node
+        for position, node in last.items():
+            node.meta["position"] = position
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    owner, _, name = path.rpartition(".")
+    try:
+        return isinstance(getattr(module.get_submodule(owner), name), Tensor)
+    except AttributeError:
+        return False
+
+
+def _operator_name(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target._schema.name.partition("::")[2]).strip("_")
+    return str(getattr(node.target, "__name__", "op")).strip("_")
