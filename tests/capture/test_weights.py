@@ -143,9 +143,7 @@ def _lazy() -> nn.Module:
 
 
 def _pruned() -> nn.Module:
-    layer = conv(8, 8)
-    prune.l1_unstructured(layer, "weight", 0.5)
-    return layer
+    return _old_style(lambda layer: prune.l1_unstructured(layer, "weight", 0.5), conv(8, 8))
 
 
 def _tied_modules() -> nn.Module:

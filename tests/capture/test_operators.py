@@ -1,0 +1,275 @@
+"""Operators in company: those that crashed at conversion, at the first INT8 forward, or after a file was read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from capture.checks import TARGET, as_tensors, check, sqnr, through_file
+from core.networks import randomize_batch_norm
+from core.patterns import Forward, conv
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lq
+
+X = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+class SqueezeExcite(nn.Module):
+    """Gates a tensor; the block lends it its ReLU."""
+
+    def __init__(self, relu: nn.Module) -> None:
+        super().__init__()
+        self.reduce, self.relu, self.expand = nn.Conv2d(8, 4, 1), relu, nn.Conv2d(4, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.expand(self.relu(self.reduce(x.mean((2, 3), keepdim=True)))))
+
+
+class SharedReluBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU()
+        self.a, self.b, self.gate = conv(8, 8), conv(8, 8), SqueezeExcite(self.relu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.gate(self.b(self.relu(self.a(x)))) + x)
+
+
+def _transposed_residual(self: Any, x: Tensor) -> Tensor:
+    x = F.relu(self.a(x))
+    return F.relu(self.b(x) + x.transpose(2, 3)).mean((2, 3))
+
+
+def _permuted_residual(self: Any, x: Tensor) -> Tensor:
+    x = F.relu(self.a(x)).permute(0, 3, 2, 1)
+    return F.relu(self.b(x.permute(0, 3, 2, 1)).permute(0, 3, 2, 1) + x).mean((1, 2))
+
+
+def _token_residual(self: Any, x: Tensor) -> Tensor:
+    x = F.relu(self.a(x)).flatten(2).transpose(1, 2)
+    return (self.fc(x) + x).mean(1)
+
+
+def _max_pool1d(self: Any, x: Tensor) -> Tensor:
+    x = F.max_pool1d(F.relu(self.a(x)).flatten(2), 3, stride=2)
+    return self.one(x).mean(2)
+
+
+def _max_pool3d(self: Any, x: Tensor) -> Tensor:
+    x = F.max_pool3d(F.relu(self.a(x)), (2, 3, 3), stride=(2, 2, 2))
+    return self.half(x).mean((2, 3))
+
+
+def _adaptive_max_pool2d(self: Any, x: Tensor) -> Tensor:
+    return self.b(F.adaptive_max_pool2d(F.relu(self.a(x)), (5, 4))).mean((2, 3))
+
+
+def _adaptive_max_pool1d(self: Any, x: Tensor) -> Tensor:
+    return self.one(F.adaptive_max_pool1d(F.relu(self.a(x)).flatten(2), 7)).mean(2)
+
+
+def _pool_with_indices(self: Any, x: Tensor) -> Tensor:
+    x, indices = F.max_pool2d(F.relu(self.a(x)), 2, return_indices=True)
+    return self.b(F.max_unpool2d(x, indices, 2)).mean((2, 3))
+
+
+def _reductions_between(self: Any, x: Tensor) -> Tensor:
+    x = F.relu(self.a(x))
+    best, _ = x.max(dim=3, keepdim=True)
+    return self.b(best.expand_as(x)).amax((2, 3)) + self.b(x.amin(2, keepdim=True) + x).mean((2, 3))
+
+
+def _add_with_alpha(self: Any, x: Tensor) -> Tensor:
+    return torch.add(self.a(x), self.skip(x), alpha=2).mean((2, 3))
+
+
+def _sub_with_alpha(self: Any, x: Tensor) -> Tensor:
+    return F.relu(torch.sub(self.a(x), self.skip(x), alpha=0.5)).mean((2, 3))
+
+
+def _method_with_alpha(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.skip(x).add(self.a(x), alpha=-1.5)).mean((2, 3))
+
+
+def _broadcast_add(self: Any, x: Tensor) -> Tensor:
+    x = F.relu(self.a(x))
+    return F.relu(self.b(x) + x.mean((2, 3), keepdim=True)).mean((2, 3))
+
+
+def _broadcast_row(self: Any, x: Tensor) -> Tensor:
+    x = F.relu(self.a(x))
+    return F.relu(self.b(x)[:, :, :1] + x).mean((2, 3))
+
+
+def _broadcast_batch(self: Any, x: Tensor) -> Tensor:
+    x = F.relu(self.a(x))
+    return F.relu(self.b(x) + x[:1]).mean((2, 3))
+
+
+def _sum_of_a_constant(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.b(F.relu(self.a(x) + 0.5)) + torch.ones(8, 1, 1)).mean((2, 3))
+
+
+def _sum_relu6(self: Any, x: Tensor) -> Tensor:
+    return F.relu6(self.a(x) * 3 + self.skip(x) + self.skip(x)).mean((2, 3))
+
+
+def _conv_sum_relu6(self: Any, x: Tensor) -> Tensor:
+    return F.relu6(self.a(x) + self.skip(x)).mean((2, 3))
+
+
+def _conv_sum_hardtanh(self: Any, x: Tensor) -> Tensor:
+    return F.hardtanh(self.a(x) + self.skip(x), -0.5, 0.75).mean((2, 3))
+
+
+def _conv_sum_clamp(self: Any, x: Tensor) -> Tensor:
+    return (self.a(x) + self.skip(x)).clamp(max=0.5).mean((2, 3))
+
+
+def _convolution_of_its_own_sum(self: Any, x: Tensor) -> Tensor:
+    x = self.a(x)
+    return self.b(x + x).mean((2, 3))
+
+
+def _same_operand_twice(self: Any, x: Tensor) -> Tensor:
+    x = F.relu(self.a(x))
+    y = self.b(x)
+    return F.relu(y + y + x).mean((2, 3))
+
+
+def _cat_of_one(self: Any, x: Tensor) -> Tensor:
+    return self.b(torch.cat([F.relu(self.a(x))], 1)).mean((2, 3))
+
+
+def _stack_and_unbind(self: Any, x: Tensor) -> Tensor:
+    first, second = torch.stack([F.relu(self.a(x)), self.skip(x)]).unbind(0)
+    return (self.b(first) + second).mean((2, 3))
+
+
+FORWARDS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "transposed residual": (_transposed_residual, ("a", "b")),
+    "permuted residual": (_permuted_residual, ("a", "b")),
+    "token residual": (_token_residual, ("a", "fc")),
+    "max_pool1d": (_max_pool1d, ("a", "one")),
+    "max_pool3d": (_max_pool3d, ("a", "half")),
+    "adaptive_max_pool2d": (_adaptive_max_pool2d, ("a", "b")),
+    "adaptive_max_pool1d": (_adaptive_max_pool1d, ("a", "one")),
+    "pool with indices": (_pool_with_indices, ("a", "b")),
+    "reductions between": (_reductions_between, ("a", "b")),
+    "add with alpha": (_add_with_alpha, ("a", "skip")),
+    "sub with alpha": (_sub_with_alpha, ("a", "skip")),
+    "method with alpha": (_method_with_alpha, ("a", "skip")),
+    "broadcast add": (_broadcast_add, ("a", "b")),
+    "broadcast row": (_broadcast_row, ("a", "b")),
+    "sum of a constant": (_sum_of_a_constant, ("a", "b")),
+    "sum + ReLU6": (_sum_relu6, ("a", "skip")),
+    "conv + sum + ReLU6": (_conv_sum_relu6, ("a", "skip")),
+    "conv + sum + Hardtanh": (_conv_sum_hardtanh, ("a", "skip")),
+    "conv + sum + clamp": (_conv_sum_clamp, ("a", "skip")),
+    "sum with itself": (_convolution_of_its_own_sum, ("a", "b")),
+    "one operand twice": (_same_operand_twice, ("a", "b")),
+    "cat of one": (_cat_of_one, ("a", "b")),
+    "stack and unbind": (_stack_and_unbind, ("a", "b", "skip")),
+}
+
+
+def network(name: str) -> nn.Module:
+    forward, layers = FORWARDS[name]
+    every = {
+        "a": conv(3, 8),
+        "b": conv(8, 8),
+        "skip": conv(3, 8, 1),
+        "one": nn.Conv1d(8, 8, 3),
+        "half": conv(4, 8),
+        "fc": nn.Linear(8, 8),
+    }
+    return Forward(forward, **{layer: every[layer] for layer in layers})
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_operators(name: str) -> None:
+    check(network(name), X)
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_operators_after_a_program(name: str, tmp_path: Path) -> None:
+    model = network(name).eval()
+    lq.calibrate(lq.prepare(model, X, target=TARGET), [X])
+    int8 = lq.convert(model)
+    loaded = through_file(int8, tmp_path / "int8.pt2")
+    assert sqnr(loaded(X), int8(X)) > 40
+    assert sqnr(loaded(X[:3]), int8(X[:3])) > 40
+    assert loaded.report.int8_layers == int8.report.int8_layers
+
+
+def test_a_batch_wise_broadcast_is_right_for_its_batch(tmp_path: Path) -> None:
+    # The first sample alone means something else here than in its batch.
+    model = Forward(_broadcast_batch, a=conv(3, 8), b=conv(8, 8)).eval()
+    expected = model(X)
+    lq.calibrate(lq.prepare(model, X, target=TARGET), [X])
+    int8 = lq.convert(model)
+    assert sqnr(int8(X), expected) > 20
+    assert sqnr(through_file(int8, tmp_path / "int8.pt2")(X), expected) > 20
+
+
+def test_a_relu_shared_with_squeeze_and_excitation() -> None:
+    blocks = (SharedReluBlock(), SharedReluBlock())
+    check(nn.Sequential(conv(3, 8), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)), X)
+
+
+def test_one_relu_for_the_whole_network() -> None:
+    relu = nn.ReLU(inplace=True)
+    pool = (nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    layers = (conv(3, 8), relu, conv(8, 8), nn.BatchNorm2d(8), relu, SqueezeExcite(relu), conv(8, 8), relu, *pool)
+    check(randomize_batch_norm(nn.Sequential(*layers)), X)
+
+
+@pytest.mark.parametrize("add", ["conv + sum + ReLU6", "sum + ReLU6"])
+def test_the_report_of_a_clamped_sum(add: str) -> None:
+    model = network(add).eval()
+    lq.prepare(model, X)
+    assert "add" in str(lq.report(model))
+    report = lq.convert(lq.calibrate(model, [X])).report
+    assert str(report)
+    assert lq.QuantizationReport.from_dict(report.to_dict()) == report
+    # A line says where the bound is applied, whether in a kernel or by itself.
+    assert "relu6" in str(report).lower()
+
+
+def _padded(mode: str, layers: int = 1) -> nn.Module:
+    padded = [nn.Conv2d(8, 8, 3, padding=(2, 1), padding_mode=mode) for _ in range(layers)]
+    return nn.Sequential(conv(3, 8), nn.ReLU(), *padded, nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Linear(32, 10))
+
+
+def _twice() -> nn.Module:
+    again = conv(8, 8)
+    layers = (conv(3, 8), nn.ReLU(), again, nn.ReLU(), again, nn.AdaptiveMaxPool2d(2), nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(32, 10))
+
+
+FILES = {
+    "layer twice": _twice,
+    "circular": lambda: _padded("circular"),
+    "circular twice": lambda: _padded("circular", 2),
+    "reflect": lambda: _padded("reflect"),
+    "replicate": lambda: _padded("replicate"),
+    "add with alpha": lambda: network("add with alpha"),
+    "broadcast add": lambda: network("broadcast add"),
+    "transposed residual": lambda: network("transposed residual"),
+    "conv + sum + ReLU6": lambda: network("conv + sum + ReLU6"),
+}
+
+
+@pytest.mark.parametrize("ending", ["pt2", "onnx"])
+@pytest.mark.parametrize("name", FILES)
+def test_files(name: str, ending: str, tmp_path: Path) -> None:
+    model = FILES[name]().eval()
+    expected = model(X)
+    lq.calibrate(lq.prepare(model, X, target=TARGET), [X])
+    loaded = through_file(model, tmp_path / f"int8.{ending}", "auto" if ending == "pt2" else "onnxruntime")
+    assert sqnr(as_tensors(loaded(X)), expected) > 20
+    assert sqnr(as_tensors(loaded(X[:1])), expected[:1]) > 20
