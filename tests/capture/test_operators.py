@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from capture.checks import TARGET, as_tensors, check, sqnr, through_file
+from capture.checks import SAME_GRIDS, TARGET, as_tensors, check, sqnr, through_file
 from core.networks import randomize_batch_norm
 from core.patterns import Forward, conv
 from torch import Tensor, nn
@@ -112,6 +112,14 @@ def _add_in_place_with_alpha(self: Any, x: Tensor) -> Tensor:
     return F.relu_(y).mean((2, 3))
 
 
+def _add_with_alpha_and_a_float_operand(self: Any, x: Tensor) -> Tensor:
+    return torch.add(self.a(x), torch.sigmoid(self.skip(x)), alpha=2).mean((2, 3))
+
+
+def _add_a_constant_with_alpha(self: Any, x: Tensor) -> Tensor:
+    return torch.add(self.a(x), self.b.bias[:, None, None], alpha=2).mean((2, 3)) + self.b(self.a(x)).mean((2, 3))
+
+
 def _broadcast_add(self: Any, x: Tensor) -> Tensor:
     x = F.relu(self.a(x))
     return F.relu(self.b(x) + x.mean((2, 3), keepdim=True)).mean((2, 3))
@@ -192,6 +200,8 @@ FORWARDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "method with alpha": (_method_with_alpha, ("a", "skip")),
     "add with alpha onto the input": (_add_with_alpha_onto_the_input, ("a", "b")),
     "add with alpha of the convolution": (_add_with_alpha_of_the_convolution, ("a", "b")),
+    "add with alpha and a float operand": (_add_with_alpha_and_a_float_operand, ("a", "skip")),
+    "add a constant with alpha": (_add_a_constant_with_alpha, ("a", "b")),
     "add in place with alpha": (_add_in_place_with_alpha, ("a", "b")),
     "broadcast add": (_broadcast_add, ("a", "b")),
     "broadcast convolution": (_broadcast_convolution, ("a", "b")),
@@ -235,6 +245,8 @@ def test_operators_after_a_program(name: str, tmp_path: Path) -> None:
     loaded = through_file(int8, tmp_path / "int8.pt2")
     assert sqnr(loaded(X), int8(X)) > 40
     assert sqnr(loaded(X[:3]), int8(X[:3])) > 40
+    loaded.execution = "simulation"
+    assert sqnr(loaded(X), model(X)) > SAME_GRIDS
     assert loaded.report.int8_layers == int8.report.int8_layers
 
 
