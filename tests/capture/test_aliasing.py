@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ def network(forward: Any, layers: str, **children: nn.Module) -> nn.Module:
         return self.head(F.adaptive_max_pool2d(forward(self, self.stem(x)), 2).flatten(1))
 
     convolutions = {name: conv(8, 8) for name in layers}
-    return Forward(whole, stem=conv(3, 8), head=nn.Linear(32, 10), **convolutions, **children)
+    return Forward(whole, stem=conv(3, 8), head=nn.Linear(32, 10), **convolutions, **copy.deepcopy(children))
 
 
 def _sum_into_the_skip(self: Any, x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from capture.checks import Call, as_tensors, assert_same, check, check_float, check_int8, right_or_refused, sqnr
+from capture.checks import as_tensors, check, check_float, check_int8, right_or_refused
+from capture.steps import Call, assert_same, sqnr
 from core.networks import Residual, randomize_batch_norm
 from core.patterns import conv
 from torch import Tensor, nn

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from capture.checks import Call, assert_same, assert_same_step, check, check_float, check_qat, seed, training_step
+from capture.checks import check, check_float, check_qat
+from capture.steps import Call, assert_same, assert_same_step, seed, training_step
 from core.patterns import Forward, conv
 from torch import Tensor, nn
 from torch.nn import functional as F

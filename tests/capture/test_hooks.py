@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from capture.checks import Call, assert_same, check, check_float, check_int8, check_qat, right_or_refused
+from capture.checks import check, check_float, check_int8, check_qat, right_or_refused
+from capture.steps import Call, assert_same
 from core.patterns import Forward, conv
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from capture.checks import TARGET, assert_same, check, check_qat, right_or_refused, through_file
+from capture.checks import TARGET, check, check_qat, right_or_refused, through_file
+from capture.steps import assert_same
 from core.patterns import Forward, conv
 from torch import Tensor, nn
 from torch.nn import functional as F

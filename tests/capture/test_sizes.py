@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from capture.checks import TARGET, as_tensors, assert_same, check, is_lq_error, right_or_refused, through_file
+from capture.checks import TARGET, as_tensors, check, is_lq_error, right_or_refused, through_file
+from capture.steps import assert_same
 from core.patterns import conv
 from torch import Tensor, nn
 from torch.nn import functional as F

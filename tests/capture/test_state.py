@@ -9,17 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from capture.checks import (
-    Call,
-    assert_same,
-    assert_same_step,
-    check,
-    check_float,
-    check_int8,
-    no_tracing_left,
-    right_or_refused,
-    training_step,
-)
+from capture.checks import check, check_float, check_int8, right_or_refused
+from capture.steps import Call, assert_same, assert_same_step, no_tracing_left, training_step
 from core.networks import Residual, randomize_batch_norm
 from core.patterns import conv
 from torch import Tensor, nn

@@ -8,17 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from capture.checks import (
-    Call,
-    assert_same,
-    assert_same_step,
-    check,
-    check_float,
-    check_int8,
-    check_qat,
-    right_or_refused,
-    training_step,
-)
+from capture.checks import check, check_float, check_int8, check_qat, right_or_refused
+from capture.steps import Call, assert_same, assert_same_step, training_step
 from core.networks import randomize_batch_norm
 from core.patterns import Forward, conv
 from torch import Tensor, nn
