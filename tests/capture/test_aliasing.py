@@ -20,10 +20,11 @@ def network(forward: Any, layers: str, **children: nn.Module) -> nn.Module:
     """Images to ten outputs: ``forward`` makes eight channels of the stem's eight, with ``layers`` of these names."""
 
     def whole(self: Any, x: Tensor) -> Tensor:
-        return self.head(F.adaptive_max_pool2d(forward(self, self.stem(x)), 2).flatten(1))
+        # An average, for a maximum would hide a lost ReLU.
+        return self.head(F.avg_pool2d(forward(self, self.stem(x)), 4).flatten(1))
 
     convolutions = {name: conv(8, 8) for name in layers}
-    return Forward(whole, stem=conv(3, 8), head=nn.Linear(32, 10), **convolutions, **copy.deepcopy(children))
+    return Forward(whole, stem=conv(3, 8), head=nn.Linear(72, 10), **convolutions, **copy.deepcopy(children))
 
 
 def _sum_into_the_skip(self: Any, x: Tensor) -> Tensor:
@@ -59,6 +60,17 @@ def _relu_on_the_skip(self: Any, x: Tensor) -> Tensor:
 def _functional_relu_on_the_skip(self: Any, x: Tensor) -> Tensor:
     skip = self.shortcut(x)
     return self.b(self.a(F.relu(x, inplace=True))) + skip
+
+
+def _relu_of_the_identity(self: Any, x: Tensor) -> Tensor:
+    return self.a(self.relu(self.shortcut(x))) + self.b(x)
+
+
+def _sum_into_the_identity(self: Any, x: Tensor) -> Tensor:
+    y = F.relu(self.a(x))
+    skip = self.shortcut(x)
+    skip += y
+    return self.b(x)
 
 
 def _view_written(self: Any, x: Tensor) -> Tensor:
@@ -122,6 +134,8 @@ FORWARDS: dict[str, tuple[Any, str, dict[str, nn.Module]]] = {
     "dropout as the identity": (_relu_on_the_skip, "ab", {**SKIP, "shortcut": nn.Dropout(0.0)}),
     "empty shortcut": (_relu_on_the_skip, "ab", {**SKIP, "shortcut": nn.Sequential()}),
     "in-place SiLU": (_relu_on_the_skip, "ab", {**SKIP, "relu": nn.SiLU(inplace=True)}),
+    "in-place ReLU of the identity": (_relu_of_the_identity, "ab", SKIP),
+    "sum into the identity": (_sum_into_the_identity, "ab", SKIP),
     "view written": (_view_written, "a", {}),
     "view item set": (_view_item_set, "ab", {}),
     "halves written": (_halves_written, "a", {}),

@@ -248,7 +248,7 @@ class LoopsOverData(nn.Module):
 
 @pytest.mark.parametrize("kind", [DataDependent, ReadsANumber, LoopsOverData])
 def test_what_depends_on_data_is_a_float_leaf(kind: type[nn.Module]) -> None:
-    layers = (conv(3, 8), nn.ReLU(), conv(8, 8), nn.AdaptiveMaxPool2d(2), nn.Flatten())
+    layers = (conv(3, 8), nn.ReLU(), conv(8, 8), nn.AvgPool2d(6), nn.Flatten())
     model = nn.Sequential(*layers[:3], kind(), *layers[3:], nn.Linear(32, 10))
     eager = copy.deepcopy(model).eval()
     # A batch and its first sample take different ways, each the eager one.

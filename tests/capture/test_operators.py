@@ -127,19 +127,19 @@ def test_a_relu_shared_with_squeeze_and_excitation() -> None:
 
 def test_one_relu_for_the_whole_network() -> None:
     relu = nn.ReLU(inplace=True)
-    pool = (nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
     layers = (conv(3, 8), relu, conv(8, 8), nn.BatchNorm2d(8), relu, SqueezeExcite(relu), conv(8, 8), relu, *pool)
     check(randomize_batch_norm(nn.Sequential(*layers)), X)
 
 
 def _padded(mode: str, layers: int = 1) -> nn.Module:
     padded = [nn.Conv2d(8, 8, 3, padding=(2, 1), padding_mode=mode) for _ in range(layers)]
-    return nn.Sequential(conv(3, 8), nn.ReLU(), *padded, nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Linear(32, 10))
+    return nn.Sequential(conv(3, 8), nn.ReLU(), *padded, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10))
 
 
 def _twice() -> nn.Module:
     again = conv(8, 8)
-    layers = (conv(3, 8), nn.ReLU(), again, nn.ReLU(), again, nn.AdaptiveMaxPool2d(2), nn.Flatten())
+    layers = (conv(3, 8), nn.ReLU(), again, nn.ReLU(), again, nn.AdaptiveAvgPool2d(2), nn.Flatten())
     return nn.Sequential(*layers, nn.Linear(32, 10))
 
 
