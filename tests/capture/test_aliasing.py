@@ -67,7 +67,7 @@ def _relu_of_the_identity(self: Any, x: Tensor) -> Tensor:
 
 
 def _sum_into_the_identity(self: Any, x: Tensor) -> Tensor:
-    y = F.relu(self.a(x))
+    y = F.relu(self.a(F.relu(x)))
     skip = self.shortcut(x)
     skip += y
     return self.b(x)
