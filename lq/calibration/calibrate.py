@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -210,8 +211,12 @@ def default_forward(model: nn.Module) -> Callable[[Any], Any]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     arguments = {**prepared.inputs, **prepared.settings}
 
+    def place(value: Any) -> Any:
+        value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        return value.to(device) if isinstance(value, Tensor) else value
+
     def run(batch: Any) -> Any:
-        batch = tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, batch)
+        batch = tree_map(place, batch)
         if isinstance(batch, Mapping):
             return model(**{name: value for name, value in batch.items() if name in arguments})
         if isinstance(batch, (tuple, list)):

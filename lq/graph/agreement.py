@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lq.graph.capture import CapturedGraph, CaptureError, Recorder, call_arguments, capture, followed_whole, run_followed
+from lq.graph.guards import size_name
 from lq.graph.interpret import node_values, output_of, run_node
 from lq.graph.preserve import preserved
 
@@ -113,7 +114,7 @@ def first_sample(inputs: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 #: A batch of one is refused, where the forward computes something else for it.
-_TWO_OR_MORE = "L['tensors'][0].size()[0] >= 2"
+_TWO_OR_MORE = f"{size_name(0, 0)} >= 2"
 
 
 def capture_faithfully(module: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> CapturedGraph:
@@ -124,22 +125,56 @@ def capture_faithfully(module: nn.Module, inputs: Mapping[str, Any], settings: M
     Raises:
         CaptureError: where the forward cannot be captured, or differs in the module's own code.
     """
+    inputs = _two_samples(inputs)
+    captured = _capture_faithfully(module, inputs, settings, batch=None)
+    if not any(guard.startswith(f"{size_name(0, 0)} ==") for guard in captured.guards):
+        return captured
+    # The forward asks for the batch's size as a number, which torch.export fixes.
+    tensors = [leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, Tensor)]
+    if all(tensor.dim() and len(tensor) == len(tensors[0]) for tensor in tensors):
+        try:
+            free = _capture_faithfully(module, inputs, settings, batch=_UNCOMMON)
+        except CaptureError:
+            return captured
+        fixed = [f"{size_name(number, 0)} ==" for number in range(len(tensors))]
+        free.guards = tuple(guard for guard in free.guards if not guard.startswith(tuple(fixed)))
+        if set(free.float_leaves) <= set(captured.float_leaves) and _TWO_OR_MORE not in free.guards:
+            return free
+    return captured
+
+
+#: A size that no layer has, nor a multiple of it, and that a loop over the batch can be unrolled for.
+_UNCOMMON = 97
+
+
+def _two_samples(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs, or where they are a single sample that one twice: torch.export takes a size of one for fixed."""
+    tensors = [leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, Tensor)]
+    if not all(tensor.dim() > 1 and len(tensor) == 1 for tensor in tensors):
+        return dict(inputs)
+    return {name: tree_map(lambda v: torch.cat([v, v]) if isinstance(v, Tensor) else v, v) for name, v in inputs.items()}
+
+
+def _capture_faithfully(
+    module: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any], batch: int | None
+) -> CapturedGraph:
     float_leaves: dict[str, str] = {}
     while True:
-        captured = capture(module, inputs, settings, float_leaves)
+        captured = capture(module, inputs, settings, float_leaves, batch=batch)
         known = {**float_leaves, **captured.float_leaves}
         sample = first_sample(inputs)
-        for batch in (inputs, sample):
-            if batch is None:
+        fixed = batch is None and any(guard.startswith(f"{size_name(0, 0)} ==") for guard in captured.guards)
+        for one in (inputs, None if fixed else sample):
+            if one is None:
                 continue
-            found = disagreement(captured, module, batch, settings)
+            found = disagreement(captured, module, one, settings)
             if found is None:
                 continue
-            path = _smallest(captured, module, batch, settings, known)
+            path = _smallest(captured, module, one, settings, known)
             if path:
                 float_leaves = {**known, path: f"captured as a graph it computes something else ({found})"}
                 break
-            if batch is sample:
+            if one is sample:
                 captured.guards = (*captured.guards, _TWO_OR_MORE)
                 continue
             raise CaptureError(
@@ -180,6 +215,8 @@ def disagreement(
             actual = graph_values(captured, module, inputs)[output_of(captured.graph)]
         except Exception as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
+    if captured.precision is not None:  # what autocast computes in few bits, the graph computes in all
+        tolerance *= torch.finfo(captured.precision).eps / torch.finfo(torch.float32).eps
     return difference(expected, actual, tolerance)
 
 

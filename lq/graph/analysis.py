@@ -11,6 +11,7 @@ from torch import fx, nn
 from lq.graph.capture import CapturedGraph
 from lq.graph.interpret import node_values, output_of
 from lq.graph.placement import Placement, place
+from lq.graph.preserve import preserved
 from lq.overrides import Scheme
 
 
@@ -47,5 +48,6 @@ def analyse(captured: CapturedGraph, module: nn.Module, inputs: Mapping[str, Any
         inputs: example inputs by name.
         scheme: the target, and what differs from it.
     """
-    values = node_values(captured.graph, module, inputs, lambda target: captured.read(module, target))
+    with preserved(module):
+        values = node_values(captured.graph, module, inputs, lambda target: captured.read(module, target))
     return GraphAnalysis(captured, values, place(captured, values, scheme))

@@ -41,6 +41,7 @@ class Positions:
 
     def __init__(self) -> None:
         self._numbers: dict[_Key, int] = {}
+        self._modules: dict[tuple[int, str, int], int] = {}
         self.paths: list[str] = [""]  # by position: of a module call the module's own, of a function call the caller's
 
     def find(self, key: _Key) -> int:
@@ -50,6 +51,21 @@ class Positions:
         number = self._numbers.setdefault(key, len(self.paths))
         if number == len(self.paths):
             self.paths.append(path)
+        return number
+
+    def find_module(self, key: _Key, count: int, *, adds: bool) -> int:
+        """The call of a module, wherever in the source it is made from: as training does, and evaluation elsewhere.
+
+        Args:
+            key: of the call.
+            count: how many calls of the module came before it, within the call around it.
+            adds: whether it is a new position where there is none.
+        """
+        anywhere = (key[0], key[1], count)
+        number = self._numbers.get(key, self._modules.get(anywhere, UNKNOWN))
+        if number == UNKNOWN and adds:
+            number = self.find_or_add(key, key[1].removesuffix("()"))
+            self._modules[anywhere] = number
         return number
 
     def name(self, position: int) -> str:
@@ -68,7 +84,7 @@ class _Activation:
     position: int
     path: str
     after: str = ""
-    counts: dict[tuple[str, _Place | None, str], int] = field(default_factory=dict)
+    counts: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
 
 class CallTracker(TorchFunctionMode):
@@ -128,7 +144,7 @@ class CallTracker(TorchFunctionMode):
         caller = self._stack[-1]
         # What calls the whole are hooks on it and code around it: none of its own calls.
         name = f"{followed.path}()"
-        position = self._position(name, followed.path, sys._getframe(2)) if followed.path else WHOLE
+        position = self._module_position(name, sys._getframe(2)) if followed.path else WHOLE
         self._stack.append(_Activation(position, followed.path))
         try:
             return self.on_module(followed, position, args, kwargs)
@@ -144,6 +160,18 @@ class CallTracker(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         position = self._position(name, self.path, sys._getframe(1))
         return self.on_function(func, position, args, kwargs or {})
+
+    def _module_position(self, name: str, frame: FrameType) -> int:
+        caller = self._stack[-1]
+        if caller.position == UNKNOWN:
+            return UNKNOWN
+        everywhere = (name, None, "")
+        before = caller.counts.get(everywhere, 0)
+        caller.counts[everywhere] = before + 1
+        local = (name, _place(frame), caller.after)
+        key = (caller.position, *local, caller.counts.get((*local, 1), 0))
+        caller.counts[*local, 1] = key[-1] + 1
+        return self.positions.find_module(key, before, adds=self._adds)
 
     def _position(self, name: str, path: str, frame: FrameType) -> int:
         caller = self._stack[-1]

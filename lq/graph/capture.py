@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,21 +12,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import traceback
 from torch.fx.experimental import proxy_tensor
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.printers import PythonPrinter
 
 from lq.graph import leaves
 from lq.graph.calls import UNKNOWN, CallTracker, FollowedForward, Positions, followed
-from lq.graph.functional import WriteThroughViewError, without_writes
+from lq.graph.functional import WriteThroughViewError, with_regions_inlined, without_writes
+from lq.graph.guards import size_name
 from lq.graph.normalize import name_sites, normalize
 from lq.graph.preserve import preserved
 from lq.graph.registry import registered_forward
 from lq.graph.signature import signature_of
 from lq.quiet import quiet
+
+aten = torch.ops.aten
 
 #: What `torch.export` says of sizes that turn out to be fixed; that is for the network to decide.
 _TALKATIVE = ("torch.export", "torch._export", "torch.fx.experimental", "torch._subclasses", "torch._dynamo")
@@ -49,7 +55,8 @@ class CapturedGraph:
         positions: of the calls that make the nodes.
         float_leaves: paths of the modules that are called as they are, with the reason.
         registered: classes of the layers whose registered function was captured in the place of their forward.
-        guards: what the sizes of the inputs have to fulfil, as Python expressions of ``L["tensors"]``.
+        guards: what the sizes of the inputs have to fulfil, see :func:`lq.graph.guards.check_guards`.
+        precision: the lowest that a region of the forward computes in under autocast, or None; the graph does not.
     """
 
     graph: fx.Graph
@@ -58,6 +65,7 @@ class CapturedGraph:
     float_leaves: dict[str, str] = field(default_factory=dict)
     registered: frozenset[str] = frozenset()
     guards: tuple[str, ...] = ()
+    precision: torch.dtype | None = None
 
     def read(self, module: nn.Module, target: str) -> Any:
         """The attribute of ``module``, or the constant, that a ``get_attr`` node reads."""
@@ -99,6 +107,10 @@ class Recorder(CallTracker):
         return result
 
 
+#: ``tensor.data``, which torch.export does not follow.
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
 class _Exporter(CallTracker):
     """Marks the nodes that ``torch.export`` writes with where they come from, and calls leaves as one operator."""
 
@@ -109,17 +121,24 @@ class _Exporter(CallTracker):
         self.failed: dict[str, str] = {}
         self.calls: dict[int, leaves.LeafCall] = {}
         self.shape_env: Any = None
+        self.symbols: dict[str, str] = {}
         self._asked_by_functions: set[int] = set()
+
+    def learn_symbols(self, tensors: tuple[Tensor, ...]) -> None:
+        """Note the inputs' sizes, before anything is asked of them."""
+        for number, tensor in enumerate(tensors):
+            for axis, size in enumerate(tensor.shape):
+                if isinstance(size, torch.SymInt):
+                    self.shape_env = size.node.shape_env
+                    self.symbols[str(size.node._expr)] = size_name(number, axis)
 
     def _number_of_guards(self) -> int:
         return 0 if self.shape_env is None else len(self.shape_env.guards)
 
-    @property
-    def asks_for_one(self) -> bool:
-        """Whether the forward itself, and not a torch function, asks whether a size is one."""
+    def own_guards(self) -> list[Any]:
+        """What the forward itself, and not a torch function, asked of sizes."""
         guards = [] if self.shape_env is None else self.shape_env.guards
-        own = (guard.expr for index, guard in enumerate(guards) if index not in self._asked_by_functions)
-        return any(1 in expression.args for expression in own)
+        return [guard.expr for index, guard in enumerate(guards) if index not in self._asked_by_functions]
 
     def on_module(self, followed: FollowedForward, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shapes = self.reference.calls.get(position)
@@ -131,7 +150,7 @@ class _Exporter(CallTracker):
             # It ran with real tensors; the innermost module that does not with stand-ins becomes a leaf.
             if shapes is None or not followed.path:
                 raise
-            self.failed[followed.path] = _first_line(error)
+            self.failed[followed.path] = _reason(error)
             return self._call_leaf(followed.path, position, shapes, args, kwargs)
 
     def _call_leaf(
@@ -142,9 +161,14 @@ class _Exporter(CallTracker):
         self.calls[number] = call
         return result
 
+    def watches(self, name: str) -> bool:
+        return True
+
     def on_function(
         self, function: Callable[..., Any], position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if function == _DATA:
+            return args[0].detach()  # the same tensor without its history, which is what torch.export knows
         before = self._number_of_guards()
         with traceback.annotate({"lq_path": self.path, "lq_module": self.module_position}):
             result = function(*args, **kwargs)
@@ -163,6 +187,12 @@ def _node_of(value: Tensor) -> fx.Node | None:
     return None if slot is None else slot.proxy.node  # type: ignore[no-any-return]
 
 
+def _reason(error: Exception) -> str:
+    if "data-dependent" in str(error):
+        return "its control flow depends on data"
+    return _first_line(error)
+
+
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
@@ -178,8 +208,7 @@ class _Call(nn.Module):
         self._exporter = exporter
 
     def forward(self, *tensors: Tensor) -> Any:
-        sizes = (size for tensor in tensors for size in tensor.shape if isinstance(size, torch.SymInt))
-        self._exporter.shape_env = next((size.node.shape_env for size in sizes), None)
+        self._exporter.learn_symbols(tensors)
         args, kwargs = self._arguments.call(tensors)
         return self.module(*args, **kwargs)
 
@@ -212,11 +241,42 @@ def call_arguments(
     return arguments.call(arguments.tensors)
 
 
+class _Shell(nn.Module):
+    """Holds the place of a TorchScript module, which takes no other forward and which torch.export does not enter."""
+
+    def __init__(self, scripted: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["scripted"] = scripted  # no child: its parameters are its own affair
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves((args, kwargs))):
+            raise NotImplementedError("it is compiled by TorchScript")
+        return self.scripted(*args, **kwargs)
+
+
+@contextmanager
+def _scripted_in_shells(module: nn.Module) -> Iterator[None]:
+    held = [
+        (parent, name, child)
+        for parent in list(module.modules())
+        if not isinstance(parent, torch.jit.ScriptModule)
+        for name, child in parent._modules.items()
+        if isinstance(child, torch.jit.ScriptModule)
+    ]
+    try:
+        for parent, name, child in held:
+            parent._modules[name] = _Shell(child)
+        yield
+    finally:
+        for parent, name, child in held:
+            parent._modules[name] = child
+
+
 @contextmanager
 def followed_whole(module: nn.Module) -> Iterator[None]:
     """Inside, the forward of ``module`` and those of its submodules are known to a :class:`CallTracker`."""
     replaced = module.__dict__.get("forward")
-    with followed(module):
+    with _scripted_in_shells(module), followed(module):
         whole = FollowedForward(module, module, "")
         whole.own = getattr(replaced, "own", replaced)
         module.forward = whole
@@ -241,6 +301,8 @@ def capture(
     inputs: Mapping[str, Any],
     settings: Mapping[str, Any],
     float_leaves: Mapping[str, str] | None = None,
+    *,
+    batch: int | None = None,
 ) -> CapturedGraph:
     """Capture what ``module`` computes, in the training mode its submodules are in now.
 
@@ -252,6 +314,9 @@ def capture(
         inputs: example inputs by the names of the forward's arguments (see :class:`CallSignature`).
         settings: its other arguments, with their values.
         float_leaves: modules that are to be leaves, by path, with the reason.
+        batch: for a forward that asks for the size of its batch as a number (``len(x)``): a batch of that size is
+            captured, and numbers that are multiples of it are taken for multiples of the batch's size. Whether they
+            are is to be checked at two sizes; an uncommon prime gives no false ones.
 
     Raises:
         CaptureError: where the module's own forward cannot be exported.
@@ -262,14 +327,15 @@ def capture(
         run_followed(module, reference, inputs, settings)
         with followed_whole(module):
             arguments = _Arguments(module, inputs, settings)
+            example = arguments.tensors if batch is None else _batches_of(batch, arguments.tensors)
             while True:
                 exporter = _Exporter(module, reference, leaves_by_path)
                 try:
-                    program = _export(_Call(module, arguments, exporter), arguments.tensors, exporter)
+                    program = _export(_Call(module, arguments, exporter), example, exporter)
                     if not exporter.failed:
                         guards = _guards(program, exporter)
-                        program, graph = _functional_graph(program)
-                        captured = _Assembly(module, program, graph, exporter, arguments).build()
+                        program, graph, precision = _functional_graph(program)
+                        captured = _Assembly(module, program, graph, exporter, arguments, batch).build()
                         break
                 except _UnsupportedNodeError as error:
                     if not error.path or error.path in leaves_by_path:
@@ -284,12 +350,17 @@ def capture(
                 leaves_by_path.update(exporter.failed)
     captured.registered = frozenset(reference.registered)
     captured.guards = guards
+    captured.precision = precision
     return captured
+
+
+def _batches_of(size: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor[:1].expand(size, *tensor.shape[1:]) for tensor in tensors)
 
 
 def _refusal(module: nn.Module, error: Exception) -> CaptureError:
     return CaptureError(
-        f"the forward of {type(module).__name__} cannot be captured as a graph: {_first_line(error)}. "
+        f"the forward of {type(module).__name__} cannot be captured as a graph: {_reason(error)}. "
         f"Move the part that depends on data into a submodule of its own (that one then stays in float), or "
         f"quantize only a part of the model by naming it"
     )
@@ -319,16 +390,18 @@ def _export(call: _Call, tensors: tuple[Tensor, ...], exporter: _Exporter) -> Ex
     raise AssertionError
 
 
-def _functional_graph(program: ExportedProgram) -> tuple[ExportedProgram, fx.Graph]:
-    """The program and its graph without writes."""
+def _functional_graph(program: ExportedProgram) -> tuple[ExportedProgram, fx.Graph, torch.dtype | None]:
+    """The program, its graph without regions and writes, and the lowest precision that a region asks for."""
+    graph, precision = with_regions_inlined(program.graph_module)
     try:
-        return program, without_writes(program.graph)
+        return program, without_writes(graph), precision
     except WriteThroughViewError:
         pass
     with quiet(*_TALKATIVE), warnings.catch_warnings(), traceback.preserve_node_meta():
         warnings.simplefilter("ignore")
         decomposed = program.run_decompositions({})
-    return decomposed, decomposed.graph
+    graph, precision = with_regions_inlined(decomposed.graph_module)
+    return decomposed, graph, precision
 
 
 class _UnsupportedNodeError(Exception):
@@ -341,11 +414,25 @@ class _UnsupportedNodeError(Exception):
 
 
 def _guards(program: ExportedProgram, exporter: _Exporter) -> tuple[str, ...]:
-    """What sizes have to fulfil for the program to hold, as far as it is not about sizes of one."""
-    guards = getattr(program, "_guards_code", None) or []
-    # torch.export asks of every size whether it is one, for strides and for broadcasting, which operators do anew
-    # when they run; a forward that asks the same decides by it.
-    return tuple(guard for guard in guards if exporter.asks_for_one or not guard.endswith("!= 1"))
+    """What sizes have to fulfil for the program to hold.
+
+    What torch's own functions ask (may these sizes be broadcast, is this one, which has no stride) they ask again when
+    they run; what the forward asks it decides by.
+    """
+    guards = []
+    for expression in exporter.own_guards():
+        text = PythonPrinter().doprint(expression)
+        for symbol, name in exporter.symbols.items():
+            text = re.sub(rf"\b{symbol}\b", name, text)
+        guards.append(text)
+    inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
+    specs = program.graph_signature.input_specs
+    tensors = [node for node, spec in zip(inputs, specs, strict=True) if spec.kind is InputKind.USER_INPUT]
+    for number, node in enumerate(tensors):
+        shape = node.meta["val"].shape
+        fixed = [axis for axis, size in enumerate(shape) if axis != 1 and isinstance(size, int)]
+        guards += [f"{size_name(number, axis)} == {shape[axis]}" for axis in fixed]
+    return tuple(dict.fromkeys(guard for guard in guards if guard != "True"))
 
 
 #: Checks, which say nothing of what is computed.
@@ -359,13 +446,21 @@ class _Assembly:
     """Writes our graph from the program's."""
 
     def __init__(
-        self, module: nn.Module, program: ExportedProgram, graph: fx.Graph, exporter: _Exporter, arguments: _Arguments
+        self,
+        module: nn.Module,
+        program: ExportedProgram,
+        graph: fx.Graph,
+        exporter: _Exporter,
+        arguments: _Arguments,
+        batch: int | None,
     ) -> None:
         self.module = module
         self.program = program
         self.source = graph
         self.exporter = exporter
         self.arguments = arguments
+        self.batch = batch
+        self.batch_size: fx.Node | None = None
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
         self.values: dict[fx.Node, Any] = {}
@@ -408,6 +503,22 @@ class _Assembly:
             self.values[node] = self._item(placeholders[str(keys[0])], keys[1:])
         for node, target in attributes:
             self.values[node] = self._attribute(target, node)
+        if self.batch is not None:
+            self.batch_size = self._size(aten.sym_size.int, self.values[tensors[0]], 0)
+
+    def _size(self, function: Any, *args: Any) -> fx.Node:
+        made = self.graph.call_function(function, args)
+        made.meta = {"path": "", "name": "size", "is_size": True}
+        return made
+
+    def _with_free_batch(self, value: Any) -> Any:
+        """Numbers that stand for multiples of the batch's size as such, in any nesting."""
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._with_free_batch(item) for item in value)
+        if type(value) is not int or self.batch is None or value <= 0 or value % self.batch:
+            return value
+        assert self.batch_size is not None
+        return self.batch_size if value == self.batch else self._size(operator.mul, self.batch_size, value // self.batch)
 
     def _attribute(self, target: str, node: fx.Node) -> fx.Node:
         path = target.removeprefix("module.")
@@ -441,7 +552,12 @@ class _Assembly:
             return
         if isinstance(node.target, torch._ops.HigherOrderOperator) or any(n.op == "get_attr" for n in node.all_input_nodes):
             raise _UnsupportedNodeError(path, f"it runs a part of its forward in a region of its own ({name})")
-        made = self.graph.node_copy(node, lambda n: self.values[n])
+        if self.batch is None:
+            made = self.graph.node_copy(node, lambda n: self.values[n])
+        else:
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.values[n])
+            free = {name: self._with_free_batch(value) for name, value in kwargs.items()}
+            made = self.graph.call_function(node.target, self._with_free_batch(tuple(args)), free)
         made.meta = {
             "path": path,
             "module": custom.get("lq_module"),

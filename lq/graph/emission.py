@@ -81,7 +81,8 @@ class _Emitter:
             if source_of(node) not in self.quantized:
                 continue
             while node not in self.quantized:
-                if classify(node) is OpKind.SAME_SCALE:
+                # What makes several pieces is no tensor itself.
+                if classify(node) is OpKind.SAME_SCALE and isinstance(self.analysis.values[node], Tensor):
                     carried.add(node)
                 node = node.args[0]  # type: ignore[assignment]
         return carried
@@ -103,8 +104,7 @@ class _Emitter:
         if node in self.quantized:
             self.integers[node] = (self._quantize(value, self.quantized[node]), self.quantized[node])
         elif node in self.carried:
-            assert isinstance(node.args[0], fx.Node)
-            key = self.integers[node.args[0]][1]
+            key = self.quantized[source_of(node)]
             self.integers[node] = (self._quantize(value, key), key)
 
     def _read(self, node: fx.Node) -> fx.Node:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,6 +139,7 @@ class QuantizedForward:
         self.calls: dict[int, CallQuantizers] = {}
         self.function_names: frozenset[str] = frozenset()
         self._inputs: dict[tuple[Any, ...], Quantizer] = {}
+        self._has_compiled_parts = any(hasattr(part, "_orig_mod") for part in module.modules())
         self._signature: CallSignature | None = None
         self._run = never_compiled(self._forward)
 
@@ -169,8 +170,12 @@ class QuantizedForward:
                 inputs = _with_item(inputs, keys, quantizer)
             args, kwargs = self.signature.arguments({**inputs, **settings})
         # A forward that goes through its children, as a Sequential's does, is not to find the quantizers there.
-        with without_quantizers(self.module), _Quantizing(self, (WHOLE, "")):
+        with without_quantizers(self.module), self._stance(), _Quantizing(self, (WHOLE, "")):
             return original_forward(self.module, self.own)(*args, **kwargs)
+
+    def _stance(self) -> AbstractContextManager[Any]:
+        # A part that the user compiled runs as it is: a compiler cannot follow what is followed here.
+        return torch.compiler.set_stance("force_eager") if self._has_compiled_parts else nullcontext()
 
     def run_part(self, followed: FollowedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a submodule that is called on its own, with the quantizers of its first call in the whole forward."""

@@ -22,6 +22,45 @@ def is_write(node: fx.Node) -> bool:
     return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
 
 
+def with_regions_inlined(module: fx.GraphModule) -> tuple[fx.Graph, torch.dtype | None]:
+    """A copy of the graph of ``module`` with the regions in its place that run with other gradients or precision.
+
+    Returns:
+        The graph, and the lowest precision that a region asks for: the graph computes as if it had not.
+    """
+    copy = fx.Graph()
+    output = copy.graph_copy(module.graph, {}, return_output_node=True)
+    assert isinstance(output, tuple)
+    copy.output(output[0])
+    precision = None
+    for node in list(copy.nodes):
+        if getattr(node.target, "__name__", "") not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+            continue
+        place = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+        region = module.get_submodule(str(node.args[place].target))
+        if place == 4 and node.args[2]:
+            precision = node.args[1] or torch.get_autocast_dtype(str(node.args[0]))
+        inner, lowest = with_regions_inlined(region)
+        precision = lowest or precision
+        given = iter(node.args[place + 1 :])
+        values: dict[fx.Node, Any] = {n: next(given) for n in inner.nodes if n.op == "placeholder"}
+        with copy.inserting_before(node):
+            results = copy.graph_copy(inner, values)
+        for user in list(node.users):
+            result = results[user.args[1]]
+            if precision is not None and place == 4:
+                with copy.inserting_before(node):
+                    result = copy.call_function(aten._to_copy.default, (result,), {"dtype": user.meta["val"].dtype})
+                result.meta = dict(user.meta)
+            user.replace_all_uses_with(result)
+            copy.erase_node(user)
+        region_attribute = node.args[place]
+        copy.erase_node(node)
+        if not region_attribute.users:
+            copy.erase_node(region_attribute)
+    return copy, precision
+
+
 def without_writes(graph: fx.Graph) -> fx.Graph:
     """A copy of ``graph`` in which each operator that overwrites its input makes a new tensor, which everything that reads the
     old one afterwards reads instead; views of it are taken anew.

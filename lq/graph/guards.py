@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -11,15 +12,20 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-#: How a guard speaks of a size: the number of the tensor, and of its axis.
-_SIZE = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
+#: How a guard names a size: by the number of the tensor among the inputs, and of its axis.
+_SIZE = re.compile(r"size_(\d+)_(\d+)")
+
+
+def size_name(tensor: int, axis: int) -> str:
+    """What a guard calls a size."""
+    return f"size_{tensor}_{axis}"
 
 
 def check_guards(guards: Sequence[str], inputs: Any) -> None:
     """Refuse inputs of sizes for which the graph is not known to hold.
 
     Args:
-        guards: Python expressions as ``torch.export`` writes them, of ``L["tensors"]``.
+        guards: Python expressions of sizes, ``"size_0_2 > 16"`` for the third axis of the first tensor.
         inputs: the network's inputs, in any nesting.
 
     Raises:
@@ -34,24 +40,15 @@ def check_guards(guards: Sequence[str], inputs: Any) -> None:
         )
 
 
-class _Sized:
-    """Stands for a tensor in a guard."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self._shape = shape
-
-    def size(self) -> tuple[int, ...]:
-        return self._shape
-
-
 @lru_cache(maxsize=1024)
 def _broken(guards: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> str | None:
-    """The first guard that does not hold; expressions come from the capture in this process, not from files."""
-    scope = {"L": {"tensors": [_Sized(shape) for shape in shapes]}, "torch": torch}
+    """The first guard that does not hold; the expressions come from a capture in this process, not from files."""
+    scope: dict[str, Any] = {"math": math, "torch": torch}
+    scope |= {size_name(i, axis): size for i, shape in enumerate(shapes) for axis, size in enumerate(shape)}
     for guard in guards:
         try:
             holds = bool(eval(guard, scope))
-        except (IndexError, ZeroDivisionError):
+        except (NameError, ZeroDivisionError):
             holds = False
         if not holds:
             return guard

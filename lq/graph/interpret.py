@@ -41,13 +41,14 @@ def node_values(
     Args:
         graph: a graph without writes.
         root: the module whose attributes it reads.
-        inputs: the placeholders' values by name.
+        inputs: the placeholders' values, in their order.
         attribute: gives what a ``get_attr`` node reads; by default the attribute of ``root``.
     """
     values: dict[fx.Node, Any] = {}
+    given = iter(inputs.values())
     for node in graph.nodes:
         if node.op == "placeholder":
-            values[node] = inputs[str(node.target)]
+            values[node] = next(given)
         else:
             values[node] = run_node(node, values.__getitem__, root, attribute or (lambda name: lookup(root, name)))
     return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from typing import Any
@@ -48,6 +49,8 @@ def normalize(graph: fx.Graph) -> None:
             graph.erase_node(node)
         elif node.target is aten._native_batch_norm_legit_no_training.default:
             _join_batch_norm(graph, node)
+        elif node.target in (math.ceil, math.floor) and _is_quotient(node.args[0]):
+            _divide_integers(graph, node)
         elif node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default  # channels may lie last
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
@@ -67,6 +70,25 @@ def _is_identity(node: fx.Node) -> bool:
         same = "dtype" in source.meta and source.meta.get("dtype") == node.meta.get("dtype")
         return same and node.target is not aten.to.device and "memory_format" not in node.kwargs
     return False
+
+
+def _is_quotient(value: Any) -> bool:
+    return isinstance(value, fx.Node) and value.target is operator.truediv
+
+
+def _divide_integers(graph: fx.Graph, node: fx.Node) -> None:
+    """``ceil(a / b)`` and ``floor(a / b)`` of sizes, which exporters know as divisions of integers alone."""
+    a, b = node.args[0].args  # type: ignore[union-attr]
+    steps: list[tuple[Any, Any]] = [(operator.floordiv, b)]
+    if node.target is math.ceil:
+        steps = [(operator.mul, -1), *steps, (operator.mul, -1)]
+    value = a
+    for function, other in steps:
+        with graph.inserting_before(node):
+            value = graph.call_function(function, (value, other))
+        value.meta = dict(node.meta)
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
 
 
 def _join_batch_norm(graph: fx.Graph, node: fx.Node) -> None:

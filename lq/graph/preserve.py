@@ -26,7 +26,8 @@ def preserved(module: nn.Module) -> Iterator[None]:
     states = random.getstate(), np.random.get_state()
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(list(devices)):
+        # Compiled parts run as they are: to compile them for this would take seconds, and cannot be followed.
+        with torch.random.fork_rng(list(devices)), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         random.setstate(states[0])

@@ -190,8 +190,15 @@ def check_qat(
     """
     call = Call(args)
     eager = copy.deepcopy(model)
-    lq.prepare(model, args, mode="qat", target=TARGET)
+    lq.prepare(model, args, mode="qat", target=TARGET, observer="minmax")
     no_tracing_left(model)
+    for state in range(steps):  # the ranges of all ways that the forward takes: clipping is no gradient of eager's
+        if between is not None:
+            between(model, state)
+        training_step(model, call, state)
+        if between is not None:
+            between(eager, state)
+        training_step(eager, call, state)
     for state in range(steps):
         if between is not None:
             between(model, state)

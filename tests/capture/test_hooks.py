@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from capture.checks import check, check_float, check_int8, check_qat, right_or_refused
-from capture.steps import Call, assert_same
+from capture.steps import Call, assert_same, training_step
 from core.patterns import Forward, conv
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -220,6 +220,9 @@ def test_full_backward_hooks(layer: str) -> None:
         register = "register_full_backward_hook" if name == "full" else "register_full_backward_pre_hook"
         getattr(model.get_submodule(layer), register)(getattr(hook, name))
         check_float(model, X)
+        hook.shapes.clear()  # preparation trains a step to compare, too
+        for state in range(3):
+            training_step(model, Call((X,)), state)
         assert hook.shapes == [[(8, 8, 12, 12)]] * 3  # as many as training steps: not lost, not doubled
 
 

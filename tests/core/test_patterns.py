@@ -101,18 +101,19 @@ def test_two_tensors_never_share_a_quantizer_by_name() -> None:
     assert report["c"].startswith("relu_1:")
 
 
-def test_a_replaced_forward_is_refused() -> None:
+def test_a_replaced_forward_is_what_is_captured() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval()
-    own = model.forward
+    own, layer_forward = model.forward, model[0].forward
     model.forward = lambda x: own(x) * 3  # type: ignore[method-assign]
-    with pytest.raises(lq.CaptureError, match=r"^Sequential: its forward was replaced on the object"):
-        lq.prepare(model, X)
-    del model.forward
-    layer_forward = model[0].forward
-    model[0].forward = lambda x: layer_forward(x) * 3
-    with pytest.raises(lq.CaptureError, match=r"^0: its forward was replaced on the object"):
-        lq.prepare(model, X)
-    assert not any("lq_quantizers" in name for name, _ in model.named_modules())
+    model[0].forward = lambda x: layer_forward(x) - 1
+    replaced = model.forward, model[0].forward
+    expected = model(X)
+    lq.prepare(model, X, target="x86_avx2")
+    assert torch.equal(model(X), expected)
+    int8 = lq.convert(lq.calibrate(model, [X]))
+    assert (int8(X) - expected).abs().max() < 0.05 * expected.abs().max()
+    lq.unprepare(model)
+    assert (model.forward, model[0].forward) == replaced
 
 
 def test_what_kernels_cannot_take_is_refused_or_stays_float() -> None:
