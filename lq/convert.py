@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -11,7 +9,6 @@ from torch.utils._pytree import tree_map
 from lq.calibration.error import CalibrationError
 from lq.fold import check_fold
 from lq.graph.analysis import GraphAnalysis
-from lq.graph.capture import CaptureError
 from lq.graph.forward import without_quantizers
 from lq.graph.emission import emit
 from lq.graph.placement import site
@@ -85,11 +82,9 @@ def _quantizers_for(scheme: Scheme, model: nn.Module, analysis: GraphAnalysis) -
     chosen: dict[str, Quantizer] = {}
     for node in analysis.placement.activations:
         name = site(node)
-        _check_known(name, found)
         grid = scheme.activation(*analysis.placement.names_of(node))
         chosen[name] = on_grid(grid, found[name], name, scheme.target)
     for chain in analysis.placement.chains:
-        _check_known(chain.weight_key, found)
         quantizer = found[chain.weight_key]
         assert isinstance(quantizer, WeightQuantizer)
         weight: Tensor = analysis.values[chain.op.weight]
@@ -99,15 +94,6 @@ def _quantizers_for(scheme: Scheme, model: nn.Module, analysis: GraphAnalysis) -
         quantizer.refresh(weight)
         chosen[chain.weight_key] = quantizer
     return chosen
-
-
-def _check_known(name: str, found: Mapping[str, Quantizer]) -> None:
-    if name not in found:
-        raise CaptureError(
-            f"{name!r} is rounded in the INT8 network and had no quantizer when the model was prepared: the forward has "
-            f"taken another way since (an attribute was changed, a layer was replaced). Call lq.unprepare(model) and "
-            f"lq.prepare it as it is now"
-        )
 
 
 def on_grid(grid: QuantSpec, quantizer: Quantizer, name: str, target: Target) -> Quantizer:

@@ -141,6 +141,7 @@ class Int8Module(nn.Module):
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         names = self._input_names
+        args, kwargs = tree_map(_as_tensor, (args, dict(kwargs)))
         if self._signature is not None:
             inputs, settings = self._signature.bind(args, kwargs)
             other = {name: value for name, value in settings.items() if value != self.settings.get(name)}
@@ -159,9 +160,8 @@ class Int8Module(nn.Module):
             )
         else:
             values = [*args, *(kwargs[name] for name in names[len(args) :])]
-        tensors = [tree_map(_as_tensor, value) for value in values]
-        self._check_dtypes(tensors)
-        return tensors
+        self._check_dtypes(values)
+        return values
 
     def _function(self, inputs: list[Any]) -> Callable[..., Any]:
         on_cpu = all(leaf.device.type == "cpu" for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))

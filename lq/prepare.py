@@ -112,7 +112,22 @@ class PreparedForward(QuantizedForward):
             if captured is None or disagreement(captured, self.module, inputs, self.settings) is not None:
                 captured = capture_faithfully(self.module, inputs, self.settings)
             self.captured = captured
-            return analyse(captured, self.module, inputs, self.scheme(target))
+            analysis = analyse(captured, self.module, inputs, self.scheme(target))
+        self._check_known(analysis)
+        return analysis
+
+    def _check_known(self, analysis: GraphAnalysis) -> None:
+        """Refuse a network that rounds what had no quantizer when the model was prepared."""
+        placement = analysis.placement
+        needed = [*map(site, placement.activations), *(chain.weight_key for chain in placement.chains)]
+        known = quantizers(self.module)
+        new = [name for name in needed if name not in known]
+        if new:
+            raise CaptureError(
+                f"{new[0]!r} is rounded in the INT8 network and had no quantizer when the model was prepared: its "
+                f"forward has taken another way since (an attribute was changed, a layer replaced, a hook added). "
+                f"Call lq.unprepare(model) and lq.prepare it as it is now"
+            )
 
     def weight(self, key: str) -> torch.Tensor | None:
         """The weight that the quantizer called ``key`` rounds; None where the forward computes it."""

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from lq.display import as_text
 from lq.graph.analysis import GraphAnalysis
-from lq.graph.ops import OpKind, classify
+from lq.graph.ops import MOVES, OpKind, classify
 from lq.graph.placement import Sum, site, source_of
 from lq.prepare import is_prepared, prepared_forward, quantizers
 from lq.quantizer import Quantizer
@@ -185,7 +185,7 @@ def _computes(node: fx.Node) -> bool:
     """Whether a node does arithmetic worth a row: not a move of values, not a look at a shape."""
     if node.op not in ("call_module", "call_function"):
         return False
-    return classify(node) not in (OpKind.SAME_SCALE, OpKind.SHAPE) and node.target is not operator.getitem
+    return classify(node) not in (*MOVES, OpKind.SHAPE) and node.target is not operator.getitem
 
 
 def report(model: nn.Module) -> QuantizationReport:

@@ -27,8 +27,7 @@ def default_num_samples(analysis: GraphAnalysis) -> int:
     chains = analysis.placement.chains
     one = 0.0
     for chain in chains:
-        layer: Any = chain.op.module
-        weight = layer.weight if layer is not None else analysis.values[chain.op.weight]  # type: ignore[index]
+        weight = analysis.values[chain.op.weight]
         out = analysis.values[chain.op.node]
         one += out[:1].numel() * weight[0].numel()
     fitting = int(MULTIPLICATIONS / max(1.0, one * len(chains)))

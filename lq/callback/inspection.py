@@ -174,8 +174,7 @@ def _weights(unit: nn.Module, graph: GraphAnalysis) -> dict[str, QuantizedWeight
     known = quantizers(unit)
     found = {}
     for chain in graph.placement.chains:
-        layer: Any = chain.op.module
-        weight = layer.weight if layer is not None else graph.values[chain.op.weight]  # type: ignore[index]
+        weight = graph.values[chain.op.weight]
         found[chain.weight_key] = QuantizedWeight(weight.detach(), known[chain.weight_key])
     return found
 

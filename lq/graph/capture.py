@@ -430,9 +430,13 @@ def _guards(program: ExportedProgram, exporter: _Exporter) -> tuple[str, ...]:
     tensors = [node for node, spec in zip(inputs, specs, strict=True) if spec.kind is InputKind.USER_INPUT]
     for number, node in enumerate(tensors):
         shape = node.meta["val"].shape
-        fixed = [axis for axis, size in enumerate(shape) if axis != 1 and isinstance(size, int)]
-        guards += [f"{size_name(number, axis)} == {shape[axis]}" for axis in fixed]
+        fixed = [axis for axis, size in enumerate(shape) if axis != 1 and _is_fixed(size)]
+        guards += [f"{size_name(number, axis)} == {int(shape[axis])}" for axis in fixed]
     return tuple(dict.fromkeys(guard for guard in guards if guard != "True"))
+
+
+def _is_fixed(size: Any) -> bool:
+    return isinstance(size, int) or bool(size.node.expr.is_number)
 
 
 #: Checks, which say nothing of what is computed.

@@ -13,7 +13,7 @@ from lq.graph.analysis import GraphAnalysis
 from lq.graph.calls import FollowedForward
 from lq.graph.convolution import CONVOLUTIONS
 from lq.graph.folding import BatchNormStatistics, fold, round_bias
-from lq.graph.ops import OpKind, WeightedOp, clamp_bounds, classify
+from lq.graph.ops import MOVES, OpKind, WeightedOp, clamp_bounds, classify
 from lq.graph.placement import Chain, Sum, site, source_of
 from lq.graph.qdq import DEQUANTIZE_BUFFER, DEQUANTIZE_WEIGHT, QUANTIZE_BUFFER, mark_origin
 from lq.quantizer import Quantizer
@@ -82,7 +82,7 @@ class _Emitter:
                 continue
             while node not in self.quantized:
                 # What makes several pieces is no tensor itself.
-                if classify(node) is OpKind.SAME_SCALE and isinstance(self.analysis.values[node], Tensor):
+                if classify(node) in MOVES and isinstance(self.analysis.values[node], Tensor):
                     carried.add(node)
                 node = node.args[0]  # type: ignore[assignment]
         return carried
@@ -125,7 +125,10 @@ class _Emitter:
             owner, name = self._owner(str(node.target))
             original = self.module.get_submodule(str(node.target))
             if not isinstance(owner._modules.get(name), type(original)):
-                owner.add_module(name, as_it_is(original).eval().requires_grad_(False))
+                leaf = as_it_is(original).eval()
+                for parameter in leaf.parameters():  # TorchScript modules have no requires_grad_ of their own
+                    parameter.requires_grad_(False)
+                owner.add_module(name, leaf)
         return copied
 
     def _hold_attribute(self, path: str) -> fx.Node:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from lq.graph.calls import WHOLE, CallTracker, FollowedForward, Positions, original_forward
 from lq.graph.eager import never_compiled
-from lq.graph.ops import OpKind, classify
+from lq.graph.ops import MOVES, OpKind, classify
 from lq.graph.signature import CallSignature, signature_of
 from lq.quantizer import Quantizer, WeightQuantizer
 
@@ -241,7 +241,7 @@ def _readers(node: fx.Node) -> Iterator[tuple[fx.Node, int, str]]:
     """The calls that read a tensor, or what only moves its values, as INT8, each with the argument that it is."""
     for user in node.users:
         kind = classify(user)
-        if kind is OpKind.SAME_SCALE:
+        if kind in MOVES:
             yield from _readers(user)
         elif "position" in user.meta:
             yield from ((user, index, name) for index, name in _ARGUMENTS.get(kind, ()) if user.args[index] is node)

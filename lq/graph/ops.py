@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ class OpKind(enum.Enum):
     CLAMP = "relu"  # ReLU and its relatives: a clamp, which an INT8 kernel does on its way out
     ADD = "add"
     SAME_SCALE = "same_scale"  # moves or selects values: the output lies on the grid of the input
+    PAD = "pad"  # with what lies on every grid (zero), or is never chosen (below all, in front of a max pool)
     AVG_POOL = "avg_pool"
     SHAPE = "shape"  # looks at sizes and computes with them
     OTHER = "other"
@@ -126,6 +128,8 @@ def classify(node: fx.Node) -> OpKind:
         return OpKind.OTHER
     if kind is OpKind.SAME_SCALE and "dtype" in node.kwargs:
         return OpKind.OTHER
+    if node.target in (aten.pad.default, aten.constant_pad_nd.default) and _pads_on_the_grid(node):
+        return OpKind.PAD
     if kind is OpKind.OTHER and _selects(node):
         return OpKind.SAME_SCALE
     if kind is OpKind.OTHER and _computes_with_sizes(node):
@@ -135,6 +139,24 @@ def classify(node: fx.Node) -> OpKind:
 
 def _is_plain_add(node: fx.Node) -> bool:
     return len(node.args) == 2 and all(isinstance(arg, fx.Node) for arg in node.args) and not node.kwargs
+
+
+#: Kinds after which a tensor lies on the grid of the one before.
+MOVES = (OpKind.SAME_SCALE, OpKind.PAD)
+
+_MAX_POOLS = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
+
+
+def _pads_on_the_grid(node: fx.Node) -> bool:
+    if node.target is aten.pad.default:
+        if argument(node, 2, "mode", "constant") != "constant":
+            return False
+        value = argument(node, 3, "value")
+    else:
+        value = argument(node, 2, "value", 0)
+    if value in (None, 0):
+        return True
+    return value == -math.inf and all(user.target in _MAX_POOLS for user in node.users)
 
 
 def _selects(node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from lq.graph.capture import CapturedGraph
-from lq.graph.ops import OpKind, WeightedOp, classify, weighted_op
+from lq.graph.ops import MOVES, OpKind, WeightedOp, classify, weighted_op
 from lq.overrides import Scheme
 
 
@@ -101,7 +101,7 @@ def site(node: fx.Node) -> str:
 
 def source_of(node: fx.Node) -> fx.Node:
     """The tensor whose grid ``node`` lies on: after it are only operators that move or select values."""
-    while classify(node) is OpKind.SAME_SCALE and isinstance(node.args[0], fx.Node):
+    while classify(node) in MOVES and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 

@@ -12,7 +12,7 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from torch import Tensor, fx, nn
 
 from lq.graph.analysis import GraphAnalysis
-from lq.graph.ops import OpKind, classify
+from lq.graph.ops import MOVES, classify
 from lq.graph.placement import site, source_of
 from lq.quantizer import Quantizer
 from lq.report import operator_label
@@ -34,7 +34,7 @@ def model_graph(graph: GraphAnalysis, root: nn.Module, activations: Mapping[str,
     quantized = set(placement.activations)
 
     def in_int8(node: fx.Node) -> bool:
-        return node in kernels or (classify(node) is OpKind.SAME_SCALE and source_of(node) in quantized)
+        return node in kernels or (classify(node) in MOVES and source_of(node) in quantized)
 
     nodes = []
     for node in graph.graph.nodes:
