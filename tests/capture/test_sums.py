@@ -77,7 +77,7 @@ def _broadcast_add(self: Any, x: Tensor) -> Tensor:
 
 def _broadcast_convolution(self: Any, x: Tensor) -> Tensor:
     x = F.relu(self.a(x))
-    return F.relu(self.b(F.adaptive_max_pool2d(x, 1)) + x).mean((2, 3))
+    return F.relu(self.b(F.adaptive_avg_pool2d(x, 1)) + x).mean((2, 3))
 
 
 def _broadcast_channel(self: Any, x: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ def test_the_report_of_a_bounded_sum(kind: Any, target: str) -> None:
     assert lq.QuantizationReport.from_dict(report.to_dict()) == report
 
 
-FILES = ["add with alpha", "broadcast add", "transposed residual", "conv + sum + ReLU6"]
+FILES = ["add with alpha", "broadcast add", "broadcast convolution", "transposed residual", "conv + sum + ReLU6"]
 
 
 @pytest.mark.parametrize("ending", ["pt2", "onnx"])
