@@ -121,7 +121,13 @@ class PreparedForward(QuantizedForward):
         placement = analysis.placement
         needed = [*map(site, placement.activations), *(chain.weight_key for chain in placement.chains)]
         known = quantizers(self.module)
-        new = [name for name in needed if name not in known]
+        channels = {chain.weight_key: len(analysis.values[chain.op.weight]) for chain in placement.chains}
+        new = [
+            name
+            for name in needed
+            if name not in known
+            or (name in channels and known[name].spec.per_channel and len(known[name].scale) != channels[name])
+        ]
         if new:
             raise CaptureError(
                 f"{new[0]!r} is rounded in the INT8 network and had no quantizer when the model was prepared: its "
@@ -356,12 +362,14 @@ def unprepared(model: nn.Module) -> Iterator[None]:
     """
     forward = prepared_forward(model)
     with without_quantizers(model):
-        unfollow(model)
+        followed = unfollow(model)
         _remove(model, forward)
         try:
             yield
         finally:
-            follow(model)
+            for module, own in followed.items():
+                module.forward = own
+            follow(model)  # what came in meanwhile
             model.forward = forward
 
 

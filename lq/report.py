@@ -176,6 +176,8 @@ def _sum_row(total: Sum, model: nn.Module, quantizers: Mapping[str, Quantizer]) 
 def operator_label(node: fx.Node, model: nn.Module) -> str:
     """What a node computes, for people: the class of the layer whose output it is, or else the function's name."""
     layer = node.meta["layer"]
+    if node.op == "call_module":
+        return type(model.get_submodule(str(node.target))).__name__
     if layer is not None and site(node).rpartition(".")[2] != node.meta["name"]:
         return type(model.get_submodule(layer)).__name__
     return str(node.meta["name"])

@@ -262,14 +262,17 @@ def _can_be_followed(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward or "forward" in module.__dict__
 
 
-def unfollow(root: nn.Module) -> None:
-    """Take off what :func:`follow` put on."""
+def unfollow(root: nn.Module) -> dict[nn.Module, FollowedForward]:
+    """Take off what :func:`follow` put on, and return it."""
+    removed = {}
     for module in root.modules():
         followed = module.__dict__.get("forward")
         if isinstance(followed, FollowedForward) and followed.root is root:
+            removed[module] = followed
             del module.forward
             if followed.own is not None:
                 module.forward = followed.own
+    return removed
 
 
 @contextmanager

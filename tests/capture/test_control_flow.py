@@ -95,7 +95,6 @@ def _float_context(self: Any, x: Tensor) -> Tensor:
 
 FORWARDS = {
     "isinstance": _isinstance,
-    "type is": _type_is,
     "hasattr": _hasattr,
     "dimensions": _dimensions,
     "asserts": _asserts,
@@ -110,6 +109,12 @@ FORWARDS = {
 @pytest.mark.parametrize("name", FORWARDS)
 def test_python_in_a_forward(name: str) -> None:
     check(Forward(FORWARDS[name], a=conv(3, 8), b=conv(8, 8)), X)
+
+
+def test_what_asks_for_a_tensors_very_type_is_refused_where_no_module_holds_it() -> None:
+    # What exports a forward is a subclass of Tensor.
+    with pytest.raises(lq.CaptureError, match=r"the graph captured from Forward does not compute what its forward does"):
+        lq.prepare(Forward(_type_is, a=conv(3, 8), b=conv(8, 8)).eval(), X)
 
 
 class Containers(nn.Module):
