@@ -18,6 +18,7 @@ from lq.metadata import Metadata, TensorSpec, dtype_name
 from lq.report import QuantizationReport
 from lq.runtime.cpu import has_onednn_int8, torch_threads
 from lq.runtime.onednn import LoweredGraph, lower
+from lq.runtime.plans import Plans
 
 Execution = Literal["auto", "kernels", "simulation"]
 
@@ -163,16 +164,28 @@ class Int8Module(nn.Module):
         kernels = self.execution == "kernels" or (self.execution == "auto" and on_cpu and has_onednn_int8())
         key = "kernels" if kernels else "simulation"
         if key not in self._compiled:
-            self._compiled[key] = self.kernels().compile(self) if kernels else self._simulation()
+            # Threads that come here at once take the same one.
+            self._compiled.setdefault(key, Plans(self._plan) if kernels else self._simulation())
         return self._compiled[key]
+
+    def _plan(self, inputs: tuple[Any, ...]) -> tuple[Callable[..., Any], Any]:
+        lowered = lower(constant_qparams(self.graph, self), self, inputs)
+        return lowered.compile(self), lowered.outputs
 
     def _simulation(self) -> Callable[..., Any]:
         forward = compile_graph(constant_qparams(self.graph, self), "INT8 simulation")
         return lambda *inputs: forward(self, *inputs)
 
-    def kernels(self) -> LoweredGraph:
-        """The graph that runs on the CPU, with its oneDNN operators, to be looked at."""
-        return lower(constant_qparams(self.graph, self), self)
+    def kernels(self, *inputs: Any) -> LoweredGraph:
+        """The graph that runs on the CPU, with its oneDNN operators, to be looked at.
+
+        Args:
+            *inputs: for inputs of whose sizes; by default the example inputs.
+        """
+        values = inputs or tuple(self.example_inputs.values())
+        if not values:
+            raise ValueError("this INT8 module has no example inputs: give kernels(...) the inputs of a call")
+        return lower(constant_qparams(self.graph, self), self, [tree_map(_as_tensor, value) for value in values])
 
     def train(self, mode: bool = True) -> Int8Module:
         """Nothing here trains: the modules that stayed float keep computing as in evaluation."""
