@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,6 +21,7 @@ from lq.export.program import examples, export_program, write_program
 from lq.export.verify import (
     OUTPUT_TOLERANCE,
     ExportMismatchError,
+    UnreadableError,
     Verification,
     allowed_difference,
     check_kernels,
@@ -36,8 +38,7 @@ from lq.metadata import Metadata, TensorSpec, dtype_name, package_version
 from lq.modes import evaluating
 from lq.prepare import example_arguments, is_prepared, prepared_forward
 from lq.runtime.cpu import has_onednn_int8
-from lq.runtime.inference import InferenceModel
-from lq.runtime.load import installed_runtimes, load
+from lq.runtime.load import RUNTIMES, installed_runtimes, load
 from lq.runtime.onnxruntime import import_onnxruntime
 from lq.targets import Target, get_target
 
@@ -57,6 +58,7 @@ class ExportResult:
         target: the target whose placement the file has.
         size_bytes: the file's size.
         verifications: for each engine that ran the file, how far its outputs are from the simulation's.
+        unreadable: why an engine that is installed cannot run the file, by its name.
     """
 
     path: Path
@@ -64,10 +66,12 @@ class ExportResult:
     target: str
     size_bytes: int
     verifications: tuple[Verification, ...] = ()
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        unreadable = (f"{runtime} cannot run it: {reason}" for runtime, reason in self.unreadable.items())
         lines = [f"{self.path} ({self.format} for {self.target}, {self.size_bytes / 1e6:.2f} MB)"]
-        return "\n".join([*lines, *(f"  {verification}" for verification in self.verifications)])
+        return "\n".join([*lines, *(f"  {line}" for line in (*self.verifications, *unreadable))])
 
 
 def export(
@@ -267,6 +271,7 @@ def _write(
     verify: bool,
 ) -> ExportResult:
     verifications: list[Verification] = []
+    unreadable: dict[str, str] = {}
     expected, integers = simulation
     program = export_program(int8, free_sizes=format == "pt2")
 
@@ -280,22 +285,40 @@ def _write(
             # TensorRT refuses to dequantize 32-bit integers, and quantizes the biases itself.
             model = to_onnx(program, sites, metadata, opset=opset, int32_bias=metadata.target != "tensorrt")
             if verify:
-                check_onnx(model, sites, integers, expected, metadata.flatten((), inputs))
+                with suppress(UnreadableError):  # the engines are asked once more, and each is told apart
+                    check_onnx(model, sites, integers, expected, metadata.flatten((), inputs))
             write_onnx(model, beside)
         if verify:
             for runtime in installed_runtimes(format):
-                verifications.append(_verify(load(beside, runtime), int8, inputs, simulation))
+                try:
+                    verifications.append(_verify(beside, runtime, int8, inputs, simulation))
+                except UnreadableError as error:
+                    unreadable[runtime] = error.reason
+                    warnings.warn(f"lq: {error}", stacklevel=2)
+            if not verifications:
+                raise ValueError(
+                    "none of the engines that are installed can run the file, so it cannot be verified; verify=False "
+                    "writes it all the same: "
+                    + "; ".join(f"{runtime} says: {reason}" for runtime, reason in unreadable.items())
+                )
 
     write_atomically(path, write)
-    return ExportResult(path, format, metadata.target, path.stat().st_size, tuple(verifications))
+    return ExportResult(path, format, metadata.target, path.stat().st_size, tuple(verifications), unreadable)
 
 
 def _verify(
-    loaded: InferenceModel | Int8Module, int8: Int8Module, inputs: dict[str, Any], simulation: tuple[Any, list[Tensor]]
+    file: Path, runtime: str, int8: Int8Module, inputs: dict[str, Any], simulation: tuple[Any, list[Tensor]]
 ) -> Verification:
     """Judge what an engine makes of a file: layer by layer where its layers can be had, by its outputs elsewhere."""
     expected, integers = simulation
-    found = compare(loaded.runtime, loaded(**inputs), expected)
+    try:
+        loaded = load(file, runtime)
+        outputs = loaded(**inputs)
+    except Exception as error:
+        if runtime not in RUNTIMES["onnx"]:  # the others were written for one engine alone
+            raise
+        raise UnreadableError(runtime, error) from error
+    found = compare(runtime, outputs, expected)
     wrong = None
     if isinstance(loaded, Int8Module):
         sites = _sites(int8)

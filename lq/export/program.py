@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from lq.files import write_archive
@@ -15,6 +16,8 @@ from lq.graph.qdq import constant_qparams
 from lq.int8 import Int8Module
 from lq.metadata import KEY, Metadata
 from lq.quiet import quiet
+
+aten = torch.ops.aten
 
 
 def examples(model: Int8Module) -> dict[str, Any]:
@@ -31,6 +34,29 @@ def examples(model: Int8Module) -> dict[str, Any]:
 
 #: They tell of every size that turned out to be fixed; that is for the network to decide.
 _TALKATIVE = ("torch.export", "torch._export", "torch.fx.experimental")
+
+
+def _without_circular_padding(graph: fx.Graph) -> fx.Graph:
+    """Circular padding in ``graph`` as slices put together, which every engine knows."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in (F.pad, aten.pad.default):
+            continue
+        given: dict[str, Any] = dict(zip(("input", "pad", "mode"), node.args, strict=False)) | dict(node.kwargs)
+        if given.get("mode") != "circular":
+            continue
+        value = given["input"]
+        with graph.inserting_before(node):
+            for index, (before, after) in enumerate(zip(given["pad"][::2], given["pad"][1::2], strict=True)):
+                axis = -1 - index  # F.pad counts from the last
+                parts = [value]
+                if before:
+                    parts.insert(0, graph.call_function(aten.slice.Tensor, (value, axis, -before)))
+                if after:
+                    parts.append(graph.call_function(aten.slice.Tensor, (value, axis, 0, after)))
+                value = graph.call_function(aten.cat.default, (parts, axis)) if len(parts) > 1 else value
+        node.replace_all_uses_with(value)
+        graph.erase_node(node)
+    return graph
 
 
 def export_program(model: Int8Module, *, free_sizes: bool) -> ExportedProgram:
@@ -53,7 +79,7 @@ def export_program(model: Int8Module, *, free_sizes: bool) -> ExportedProgram:
         return dict.fromkeys(axes, Dim.AUTO)
 
     inputs = examples(model)
-    module = fx.GraphModule(model, constant_qparams(model.graph, model))
+    module = fx.GraphModule(model, _without_circular_padding(constant_qparams(model.graph, model)))
     try:
         with torch.no_grad(), quiet(*_TALKATIVE):
             return torch.export.export(

@@ -42,6 +42,16 @@ class ExportMismatchError(RuntimeError):
     """An exported file does not compute what the network does."""
 
 
+class UnreadableError(RuntimeError):
+    """An engine cannot run a file, which says nothing of whether the file is right."""
+
+    def __init__(self, runtime: str, error: Exception) -> None:
+        self.runtime = runtime
+        # Where an engine was asked to load it, its own words come first.
+        self.reason = " ".join(str(error.__cause__ or error).split())
+        super().__init__(f"{runtime} cannot run the file: {self.reason}")
+
+
 @dataclass(frozen=True)
 class Verification:
     """How far an engine's outputs are from the simulation of the INT8 network.
@@ -254,6 +264,7 @@ def check_onnx(model: Any, names: list[str], expected: list[Tensor], outputs: An
 
     Raises:
         ExportMismatchError: where they differ; it names the first layer that does.
+        UnreadableError: where ONNX Runtime cannot run it.
     """
     import onnx
 
@@ -274,7 +285,10 @@ def check_onnx(model: Any, names: list[str], expected: list[Tensor], outputs: An
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
-    session = ort.InferenceSession(apart.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    try:
+        session = ort.InferenceSession(apart.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise UnreadableError("onnxruntime", error) from error
     results = dict(zip((value.name for value in apart.graph.output), session.run(None, feeds), strict=True))
     pairs = (
         (name.removesuffix(".quantized"), torch.from_numpy(results[output]), wanted[name])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,34 +38,45 @@ def pad(q: Tensor, padding: list[int], zero_point: int) -> Tensor:
     return padded.contiguous(memory_format=torch.channels_last) if q.dim() == 4 else padded
 
 
-def max_pool1d(
-    q: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
-) -> Tensor:
-    """As the pool of two dimensions, which there is a kernel for."""
-    kernel, stride, padding, dilation = (
-        [value] if isinstance(value, int) else list(value)
-        for value in (kernel_size, stride or kernel_size, padding, dilation)
-    )
-    settings = ([1, *kernel], [1, *stride], [0, *padding], [1, *dilation], ceil_mode)
-    pooled: Tensor = torch.ops.quantized.max_pool2d(q.unsqueeze(-2), *settings)
-    return pooled.squeeze(-2)
+def _pairs(values: Any, n: int) -> list[int]:
+    flat = [values] if isinstance(values, int) else list(values)
+    return flat * n if len(flat) == 1 else flat
 
 
 def max_pool2d(
     q: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
 ) -> Tensor:
-    kernel, stride, padding, dilation = (
-        [value] * 2 if isinstance(value, int) else list(value) * (2 if len(value) == 1 else 1)
-        for value in (kernel_size, stride or kernel_size, padding, dilation)
-    )
-    pooled: Tensor = torch.ops.quantized.max_pool2d(q, kernel, stride, padding, dilation, ceil_mode)
+    settings = [_pairs(value, 2) for value in (kernel_size, stride or kernel_size, padding, dilation)]
+    pooled: Tensor = torch.ops.quantized.max_pool2d(q, *settings, ceil_mode)
     return pooled
 
 
-def in_float(function: Callable[..., Any], q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The largest of some integers by a function that knows floats alone, in which the integers are exact."""
-    found = function(q.to(torch.float32), *args, **kwargs)
-    return (found if isinstance(found, Tensor) else found[0]).to(torch.uint8)
+def max_pool1d(
+    q: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> Tensor:
+    """As the pool of two dimensions, which there is a kernel for."""
+    kernel, stride, padding = (_pairs(value, 1) for value in (kernel_size, stride or kernel_size, padding))
+    settings = ([1, *stride], [0, *padding], [1, *_pairs(dilation, 1)])
+    return max_pool2d(q.unsqueeze(-2), [1, *kernel], *settings, ceil_mode).squeeze(-2)
+
+
+def max_pool3d(
+    q: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> Tensor:
+    # The kernel knows floats alone, in which the integers are exact; so do those below.
+    return F.max_pool3d(q.float(), kernel_size, stride or None, padding, dilation, ceil_mode).to(torch.uint8)
+
+
+def adaptive_max_pool1d(q: Tensor, output_size: Any) -> Tensor:
+    return F.adaptive_max_pool1d(q.float(), output_size).to(torch.uint8)
+
+
+def adaptive_max_pool2d(q: Tensor, output_size: Any) -> Tensor:
+    return F.adaptive_max_pool2d(q.float(), output_size).to(torch.uint8)
+
+
+def adaptive_max_pool3d(q: Tensor, output_size: Any) -> Tensor:
+    return F.adaptive_max_pool3d(q.float(), output_size).to(torch.uint8)
 
 
 #: Max pools by every name, with what computes them on integers.
@@ -75,26 +85,21 @@ POOLS: dict[Any, Callable[..., Tensor]] = {
     aten.max_pool1d_with_indices.default: max_pool1d,
     aten.max_pool2d.default: max_pool2d,
     aten.max_pool2d_with_indices.default: max_pool2d,
+    aten.max_pool3d.default: max_pool3d,
+    aten.max_pool3d_with_indices.default: max_pool3d,
+    aten.adaptive_max_pool1d.default: adaptive_max_pool1d,
+    aten.adaptive_max_pool2d.default: adaptive_max_pool2d,
+    aten.adaptive_max_pool3d.default: adaptive_max_pool3d,
     F.max_pool1d: max_pool1d,
     F.max_pool2d: max_pool2d,
+    F.max_pool3d: max_pool3d,
+    F.adaptive_max_pool1d: adaptive_max_pool1d,
+    F.adaptive_max_pool2d: adaptive_max_pool2d,
+    F.adaptive_max_pool3d: adaptive_max_pool3d,
     torch.max_pool1d: max_pool1d,
     torch.max_pool2d: max_pool2d,
+    torch.max_pool3d: max_pool3d,
 }
-
-_FLOAT_POOLS = (
-    aten.max_pool3d.default,
-    aten.max_pool3d_with_indices.default,
-    aten.adaptive_max_pool1d.default,
-    aten.adaptive_max_pool2d.default,
-    aten.adaptive_max_pool3d.default,
-    F.max_pool3d,
-    torch.max_pool3d,
-    F.adaptive_max_pool1d,
-    F.adaptive_max_pool2d,
-    F.adaptive_max_pool3d,
-)
-
-POOLS |= {function: partial(in_float, function) for function in _FLOAT_POOLS}
 
 #: What moves integers as it moves floats, and may give a view of them.
 MOVES: set[Any] = {
@@ -155,23 +160,38 @@ def pool_of(node: fx.Node) -> fx.Node | None:
     return node if node.target in POOLS else None
 
 
+def pool_call(pool: fx.Node) -> tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]:
+    """What computes a max pool on integers, and what with."""
+    function = POOLS[pool.target]
+    # ``return_indices`` comes last where it is given: of what the pool returns, the values are asked for.
+    most = 2 if "adaptive" in function.__name__ else 6
+    kwargs = {name: value for name, value in pool.kwargs.items() if name not in ("input", "self", "return_indices")}
+    read = pool.args or (pool.kwargs["input"],)
+    return function, tuple(read[:most]), kwargs
+
+
 def moves(node: fx.Node, root: nn.Module) -> bool:
     """Whether ``node`` gives the values it reads, or some of them, in another place or shape."""
     if node.op == "call_function":
-        return node.target in MOVES
+        return node.target in MOVES or (node.target in _PADS and _padding(node).get("mode", "constant") != "constant")
     if node.op == "call_method":
         return node.target in _MOVING_METHODS and not has_dtype(node)
     return node.op == "call_module" and type(root.get_submodule(str(node.target))) in _MOVING_MODULES
+
+
+def _padding(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a padding by name."""
+    names = ["input", "pad", "mode", "value"]
+    if node.target is aten.constant_pad_nd.default:
+        names.remove("mode")
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def border(node: fx.Node) -> tuple[int, ...] | None:
     """The sides of a border of zeros that ``node`` adds, as :func:`torch.nn.functional.pad` takes them, or None."""
     if node.op != "call_function" or node.target not in _PADS:
         return None
-    names = ["input", "pad", "mode", "value"]
-    if node.target is aten.constant_pad_nd.default:
-        names.remove("mode")
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given = _padding(node)
     is_zeros = given.get("mode", "constant") == "constant" and given.get("value") in (None, 0)
     sides = given["pad"]
     return tuple(sides) if is_zeros and all(isinstance(side, int) for side in sides) else None

@@ -32,6 +32,7 @@ from lq.runtime.integers import (
     has_dtype,
     moves,
     pad,
+    pool_call,
     pool_of,
     quantize_activation,
     subsample,
@@ -107,11 +108,10 @@ class LoweredGraph:
         return lambda *inputs: forward(state, *inputs)
 
 
-def _mapped(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What ``node`` is called with, with what ``value_of`` gives for each node in it."""
-    args: Any = map_arg(node.args, value_of)
-    kwargs: Any = map_arg(node.kwargs, value_of)
-    return tuple(args), dict(kwargs)
+def _mapped(arguments: Any, value_of: Callable[[fx.Node], Any]) -> Any:
+    """The arguments with what ``value_of`` gives for each node in them."""
+    mapped: Any = map_arg(arguments, value_of)
+    return dict(mapped) if isinstance(mapped, dict) else mapped  # fx's own mapping is immutable
 
 
 def _contiguous(value: Any) -> Any:
@@ -231,7 +231,8 @@ class _Lowering:
         return self._ran(self.graph.call_function(target, args, kwargs))
 
     def _ran(self, node: fx.Node) -> fx.Node:
-        args, kwargs = _mapped(node, self.results.__getitem__)
+        args = _mapped(node.args, self.results.__getitem__)
+        kwargs = _mapped(dict(node.kwargs), self.results.__getitem__)
         target: Any = node.target
         if node.op == "placeholder":
             self.results[node] = next(self.inputs)
@@ -385,10 +386,11 @@ class _Lowering:
     def _emit_moved(self, node: Any) -> fx.Node:
         """The operator itself, on the integers."""
         operator = self.moved[node][-1]
-        args, kwargs = _mapped(operator, self._read_integers)
         if operator.target in POOLS:
-            q, *settings = args or (kwargs.pop("input"),)
-            return self._call(POOLS[operator.target], (q, *settings), kwargs)
+            function, args, kwargs = pool_call(operator)
+            args, kwargs = _mapped(args, self._read_integers), _mapped(kwargs, self._read_integers)
+            return self._call(function, args, kwargs)
+        args = _mapped(operator.args, self._read_integers)
         sides = border(operator)
         if sides is not None:
             return self._call(aten.constant_pad_nd.default, (args[0], list(sides), _grid(node).zero_point))
