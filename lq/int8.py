@@ -18,13 +18,16 @@ from lq.metadata import Metadata, TensorSpec, dtype_name
 from lq.report import QuantizationReport
 from lq.runtime.cpu import has_onednn_int8, torch_threads
 from lq.runtime.onednn import LoweredGraph, lower
-from lq.runtime.plans import Plans
+from lq.runtime.plans import Plans, sizes
 
 Execution = Literal["auto", "kernels", "simulation"]
 
 
 #: Attributes of an Int8Module that a submodule of the same name would hide.
 _ATTRIBUTES = ("graph", "report", "example_inputs", "settings", "metadata", "threads")
+
+#: How many sizes of inputs are remembered as checked.
+_MOST_FITTING = 64
 
 
 def _as_tensor(value: Any) -> Any:
@@ -80,6 +83,7 @@ class Int8Module(nn.Module):
         self._signature: CallSignature | None = None
         self.settings: dict[str, Any] = {}
         self._compiled: dict[str, Callable[..., Any]] = {}
+        self._fitting: set[tuple[Any, ...]] = set()
         self.execution = execution
         self.eval()
 
@@ -120,8 +124,8 @@ class Int8Module(nn.Module):
     def _check_shapes(self, inputs: list[Any]) -> None:
         for name, value, example in zip(self._input_names, inputs, self.example_inputs.values(), strict=False):
             if isinstance(value, Tensor) and isinstance(example, Tensor):
-                sizes = tuple(size if axis == 1 else None for axis, size in enumerate(example.shape))
-                TensorSpec(name, sizes, dtype_name(value.dtype)).check(value)
+                shape = tuple(size if axis == 1 else None for axis, size in enumerate(example.shape))
+                TensorSpec(name, shape, dtype_name(value.dtype)).check(value)
 
     def _check_dtypes(self, inputs: list[Any]) -> None:
         # An image of bytes would go through, scaled by 255 from what the ranges are for.
@@ -157,7 +161,19 @@ class Int8Module(nn.Module):
             values = [*args, *(kwargs[name] for name in names[len(args) :])]
         tensors = [tree_map(_as_tensor, value) for value in values]
         self._check_dtypes(tensors)
+        self._check_sizes(tensors)
         return tensors
+
+    def _check_sizes(self, inputs: list[Any]) -> None:
+        """A program in a file is the forward's for some sizes alone."""
+        key = sizes(tuple(inputs))
+        if self.metadata is None or key in self._fitting:
+            return
+        leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        if len(leaves) == len(self.metadata.tensors):
+            self.metadata.check(leaves)
+        if len(self._fitting) < _MOST_FITTING:
+            self._fitting.add(key)
 
     def _function(self, inputs: list[Any]) -> Callable[..., Any]:
         on_cpu = all(leaf.device.type == "cpu" for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from lq.convert import convert
 from lq.export.aoti import check_compiler, for_this_cpu, overflows_here, write_package
 from lq.export.onnx import OPSET, import_onnx, to_onnx, write_onnx
-from lq.export.program import examples, export_program, write_program
+from lq.export.program import Program, examples, export_program, input_name, write_program
 from lq.export.verify import (
     OUTPUT_TOLERANCE,
     ExportMismatchError,
@@ -139,8 +139,9 @@ def export(
         if chosen == "aoti":
             written, int8 = for_this_cpu(written), for_this_cpu(int8)
         simulation = simulated(int8, inputs)
-        metadata = _metadata(int8, simulation[0], labels, preprocessing, sizes_are_free=chosen == "pt2")
-        return _write(written, path, chosen, metadata, inputs, simulation, opset, verify)
+        program = export_program(written, free_sizes=chosen == "pt2")
+        metadata = _metadata(int8, program, simulation[0], labels, preprocessing)
+        return _write(written, program, path, chosen, metadata, inputs, simulation, opset, verify)
 
 
 def check_dependencies(format: Format, *, verify: bool = True) -> None:
@@ -222,34 +223,42 @@ def _samples(int8: Int8Module, samples: Any) -> dict[str, Any]:
 
 def _metadata(
     int8: Int8Module,
+    program: Program,
     outputs: Any,
     labels: Sequence[str] | None,
     preprocessing: Mapping[str, Any] | None,
-    *,
-    sizes_are_free: bool,
 ) -> Metadata:
     inputs = examples(int8)
     paths, _ = pytree.tree_flatten_with_path(inputs)
     _, in_spec = pytree.tree_flatten(tuple(inputs.values()))
-    tensors = []
-    for path, value in paths:
-        name = "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
-        shape = [None if axis == 0 or (sizes_are_free and axis != 1) else n for axis, n in enumerate(value.shape)]
-        tensors.append(TensorSpec(name, tuple(shape), dtype_name(value.dtype)))
+    tensors = tuple(
+        TensorSpec(input_name(path), shape, dtype_name(value.dtype))
+        for (path, value), shape in zip(paths, program.shapes, strict=True)
+    )
+    guards, notes = program.guards, program.notes
     _, out_spec = pytree.tree_flatten(outputs)
     if int8.metadata is not None:  # it comes from a file, which says what the caller does not
         labels = int8.metadata.labels if labels is None else labels
         preprocessing = int8.metadata.preprocessing if preprocessing is None else preprocessing
+        # Its program was made for some sizes, and goes on to be for no others.
+        tensors = tuple(
+            replace(new, shape=tuple(b if a is None else a for a, b in zip(new.shape, old.shape, strict=True)))
+            for new, old in zip(tensors, int8.metadata.tensors, strict=True)
+        )
+        guards = tuple(dict.fromkeys((*guards, *int8.metadata.guards)))
+        notes = tuple(dict.fromkeys((*notes, *int8.metadata.notes)))
     return Metadata(
         lq=package_version(),
         target="" if int8.report is None else int8.report.target,
         inputs=tuple(inputs),
-        tensors=tuple(tensors),
+        tensors=tensors,
         in_spec=pytree.treespec_dumps(in_spec),
         out_spec=pytree.treespec_dumps(out_spec),
         labels=None if labels is None else tuple(labels),
         preprocessing=preprocessing,
         report=None if int8.report is None else int8.report.to_dict(),
+        guards=guards,
+        notes=notes,
     )
 
 
@@ -262,6 +271,7 @@ def _check_json(preprocessing: Mapping[str, Any]) -> None:
 
 def _write(
     int8: Int8Module,
+    program: Program,
     path: Path,
     format: Format,
     metadata: Metadata,
@@ -273,17 +283,17 @@ def _write(
     verifications: list[Verification] = []
     unreadable: dict[str, str] = {}
     expected, integers = simulation
-    program = export_program(int8, free_sizes=format == "pt2")
+    exported = program.exported
 
     def write(beside: Path) -> None:
         if format == "pt2":
-            write_program(program, metadata, beside)
+            write_program(exported, metadata, beside)
         elif format == "aoti":
-            write_package(program, metadata, beside)
+            write_package(exported, metadata, beside)
         else:
             sites = _sites(int8)
             # TensorRT refuses to dequantize 32-bit integers, and quantizes the biases itself.
-            model = to_onnx(program, sites, metadata, opset=opset, int32_bias=metadata.target != "tensorrt")
+            model = to_onnx(exported, sites, metadata, opset=opset, int32_bias=metadata.target != "tensorrt")
             if verify:
                 with suppress(UnreadableError):  # the engines are asked once more, and each is told apart
                     check_onnx(model, sites, integers, expected, metadata.flatten((), inputs))
