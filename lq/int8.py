@@ -19,12 +19,16 @@ from lq.metadata import Metadata, TensorSpec, dtype_name
 from lq.report import QuantizationReport
 from lq.runtime.cpu import has_onednn_int8, torch_threads
 from lq.runtime.onednn import LoweredGraph, lower
+from lq.runtime.plans import Plans, sizes
 
 Execution = Literal["auto", "kernels", "simulation"]
 
 
 #: Attributes of an Int8Module that a submodule of the same name would hide.
 _ATTRIBUTES = ("graph", "guards", "report", "example_inputs", "settings", "metadata", "threads")
+
+#: How many sizes of inputs are remembered as checked.
+_MOST_FITTING = 64
 
 
 def _as_tensor(value: Any) -> Any:
@@ -82,6 +86,7 @@ class Int8Module(nn.Module):
         #: What the sizes of the inputs have to fulfil, see :class:`~lq.graph.capture.CapturedGraph`.
         self.guards: tuple[str, ...] = ()
         self._compiled: dict[str, Callable[..., Any]] = {}
+        self._fitting: set[tuple[Any, ...]] = set()
         self.execution = execution
         self.eval()
 
@@ -124,8 +129,8 @@ class Int8Module(nn.Module):
     def _check_shapes(self, inputs: list[Any]) -> None:
         for name, value, example in zip(self._input_names, inputs, self.example_inputs.values(), strict=False):
             if isinstance(value, Tensor) and isinstance(example, Tensor):
-                sizes = tuple(size if axis == 1 else None for axis, size in enumerate(example.shape))
-                TensorSpec(name, sizes, dtype_name(value.dtype)).check(value)
+                shape = tuple(size if axis == 1 else None for axis, size in enumerate(example.shape))
+                TensorSpec(name, shape, dtype_name(value.dtype)).check(value)
 
     def _check_dtypes(self, inputs: list[Any]) -> None:
         # An image of bytes would go through, scaled by 255 from what the ranges are for.
@@ -161,23 +166,47 @@ class Int8Module(nn.Module):
         else:
             values = [*args, *(kwargs[name] for name in names[len(args) :])]
         self._check_dtypes(values)
+        self._check_sizes(values)
         return values
+
+    def _check_sizes(self, inputs: list[Any]) -> None:
+        """A program in a file is the forward's for some sizes alone."""
+        key = sizes(tuple(inputs))
+        if self.metadata is None or key in self._fitting:
+            return
+        leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        if len(leaves) == len(self.metadata.tensors):
+            self.metadata.check(leaves)
+        if len(self._fitting) < _MOST_FITTING:
+            self._fitting.add(key)
 
     def _function(self, inputs: list[Any]) -> Callable[..., Any]:
         on_cpu = all(leaf.device.type == "cpu" for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
         kernels = self.execution == "kernels" or (self.execution == "auto" and on_cpu and has_onednn_int8())
         key = "kernels" if kernels else "simulation"
         if key not in self._compiled:
-            self._compiled[key] = self.kernels().compile(self) if kernels else self._simulation()
+            # Threads that come here at once take the same one.
+            self._compiled.setdefault(key, Plans(self._plan) if kernels else self._simulation())
         return self._compiled[key]
+
+    def _plan(self, inputs: tuple[Any, ...]) -> tuple[Callable[..., Any], Any]:
+        lowered = lower(constant_qparams(self.graph, self), self, inputs)
+        return lowered.compile(self), lowered.outputs
 
     def _simulation(self) -> Callable[..., Any]:
         forward = compile_graph(constant_qparams(self.graph, self), "INT8 simulation")
         return lambda *inputs: forward(self, *inputs)
 
-    def kernels(self) -> LoweredGraph:
-        """The graph that runs on the CPU, with its oneDNN operators, to be looked at."""
-        return lower(constant_qparams(self.graph, self), self)
+    def kernels(self, *inputs: Any) -> LoweredGraph:
+        """The graph that runs on the CPU, with its oneDNN operators, to be looked at.
+
+        Args:
+            *inputs: for inputs of whose sizes; by default the example inputs.
+        """
+        values = inputs or tuple(self.example_inputs.values())
+        if not values:
+            raise ValueError("this INT8 module has no example inputs: give kernels(...) the inputs of a call")
+        return lower(constant_qparams(self.graph, self), self, [tree_map(_as_tensor, value) for value in values])
 
     def train(self, mode: bool = True) -> Int8Module:
         """Nothing here trains: the modules that stayed float keep computing as in evaluation."""

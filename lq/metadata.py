@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lq.guards import GuardError, check_guards, compile_guard
+
 #: Where it lies: an entry of a `.pt2` archive, a metadata property of an ONNX model.
 KEY = "lq"
 
@@ -74,6 +76,8 @@ class Metadata:
         labels: names of the classes, or None.
         preprocessing: what has to be done to an image first (JSON values, such as mean and std), or None.
         report: the quantization report as plain values, or None.
+        guards: what has to hold for the sizes of the inputs beside their shapes, see :mod:`lq.guards`.
+        notes: what else to know of the file, such as why a size is fixed.
     """
 
     lq: str
@@ -85,6 +89,8 @@ class Metadata:
     labels: tuple[str, ...] | None = None
     preprocessing: Mapping[str, Any] | None = None
     report: Mapping[str, Any] | None = field(default=None, repr=False)
+    guards: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -100,9 +106,12 @@ class Metadata:
             values = json.loads(text)
             tensors = tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in values.pop("tensors"))
             labels = values.pop("labels")
-            inputs = tuple(values.pop("inputs"))
-            return cls(**values, inputs=inputs, tensors=tensors, labels=None if labels is None else tuple(labels))
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            # Files of an earlier version have none of the last two.
+            values |= {name: tuple(values.get(name, ())) for name in ("inputs", "guards", "notes")}
+            for guard in values["guards"]:
+                compile_guard(guard)
+            return cls(**values, tensors=tensors, labels=None if labels is None else tuple(labels))
+        except (KeyError, TypeError, AttributeError, GuardError, json.JSONDecodeError) as error:
             raise ValueError(f"its metadata are not lq's: {error!r}") from error
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -119,7 +128,7 @@ class Metadata:
             )
         values = (*args, *(kwargs[name] for name in self.inputs[len(args) :]))
         if len(values) == 1 and isinstance(values[0], Tensor) and len(self.tensors) == 1:
-            return [self.tensors[0].check(values[0])]  # the rest would be a tenth of a small network's time
+            return self.check([values[0]])  # the rest would be a tenth of a small network's time
         leaves, spec = pytree.tree_flatten(values)
         if len(leaves) != len(self.tensors):
             raise TypeError(
@@ -128,7 +137,21 @@ class Metadata:
             )
         if spec != self._specs[0]:
             raise TypeError(f"the arguments are nested as {spec}; the network was exported for {self._specs[0]}")
-        return [tensor.check(torch.as_tensor(leaf)) for tensor, leaf in zip(self.tensors, leaves, strict=True)]
+        return self.check([torch.as_tensor(leaf) for leaf in leaves])
+
+    def check(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors of a call as the network takes them, in the order of ``tensors``.
+
+        Raises:
+            TypeError: where a dtype does not fit.
+            ValueError: where a shape does not fit, or a guard does not hold.
+        """
+        checked = [tensor.check(value) for tensor, value in zip(self.tensors, values, strict=True)]
+        if self.guards:
+            check_guards(
+                self.guards, {spec.name: value.shape for spec, value in zip(self.tensors, checked, strict=True)}
+            )
+        return checked
 
     def unflatten(self, outputs: Sequence[Tensor]) -> Any:
         """The outputs as the network's forward returned them."""

@@ -41,6 +41,14 @@ def check_compiler() -> None:
         ) from error
 
 
+def overflows_here(model: Int8Module) -> bool:
+    """Whether the network has weights that this CPU's kernels are not right with, see
+    :func:`lq.runtime.onednn.weight_for_this_cpu`."""
+    nodes = [node for node in model.graph.nodes if node.op == "call_function" and node.target is DEQUANTIZE_WEIGHT]
+    weights = [[lookup(model, str(source.target)) for source in node.args[:2]] for node in nodes]
+    return any(weight_for_this_cpu(weight, scale)[0] is not weight for weight, scale in weights)
+
+
 def for_this_cpu(model: Int8Module) -> Int8Module:
     """``model`` as this CPU's kernels compute it right: with weights that their sums cannot overflow with, and without
     the convolutions that :func:`lq.runtime.onednn.is_racy` knows; itself where it is like that already."""

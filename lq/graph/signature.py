@@ -6,13 +6,21 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 def _carries_tensor(value: Any) -> bool:
     return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
+
+
+def _with_tensors(value: Any) -> Any:
+    """``value`` with a tensor for each numpy array in it."""
+    if isinstance(value, torch.Tensor):
+        return value
+    return tree_map(lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf, value)
 
 
 def signature_of(module: nn.Module, own: Callable[..., Any] | None) -> CallSignature:
@@ -29,7 +37,8 @@ class CallSignature:
     """Splits the arguments of a call into tensors, which a graph takes as inputs, and settings, which it bakes in.
 
     An argument that is a tensor, or a list, tuple or dict with a tensor in it, is an input; what a forward takes as
-    ``*args`` or ``**kwargs`` is one tuple or dict. Every other one (a flag, a size, None) changes which graph there is.
+    ``*args`` or ``**kwargs`` is one tuple or dict. Numpy arrays
+    become tensors. Every other one (a flag, a size, None) changes which graph there is.
 
     Args:
         forward: the forward as the module's class has it, with ``self`` as its first parameter.
@@ -52,7 +61,8 @@ class CallSignature:
         bound.apply_defaults()
         inputs: dict[str, Any] = {}
         settings: dict[str, Any] = {}
-        for name, value in bound.arguments.items():
+        for name, given in bound.arguments.items():
+            value = _with_tensors(given)
             (inputs if _carries_tensor(value) else settings)[name] = value
         return inputs, settings
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from core.exact import assert_kernels_are_exact
 from core.networks import Residual, SharedResidual, networks, randomize_batch_norm
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -55,8 +56,8 @@ def test_kernels_are_the_simulation(name: str) -> None:
     int8.execution = "simulation"
     simulated = int8(X)
     int8.execution = "kernels"
-    ran = int8(X)
-    assert_on_the_same_grids(ran, simulated)
+    assert_on_the_same_grids(int8(X), simulated)
+    assert_kernels_are_exact(int8, X)
     assert int8.kernels().float_ops == []
 
 

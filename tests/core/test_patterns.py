@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from core.exact import assert_kernels_are_exact
 from core.patterns import Forward, conv, one_convolution_residual, patterns
 from torch import Tensor, nn
 
@@ -20,13 +21,6 @@ kernels = pytest.mark.skipif(not has_onednn_int8(), reason="no oneDNN INT8 kerne
 
 def quantized(model: nn.Module) -> Int8Module:
     return lq.convert(lq.calibrate(lq.prepare(model.eval(), X, target="x86_avx2"), [X]))
-
-
-def assert_on_the_same_grids(actual: Tensor, expected: Tensor) -> None:
-    """Equal but for rare values that lie between two steps and are rounded the other way."""
-    off = (actual - expected).abs() / expected.abs().max()
-    assert off.max() < 0.03
-    assert (off > 1e-4).float().mean() < 0.1
 
 
 def assert_equal_but_for_biases(actual: Tensor, expected: Tensor) -> None:
@@ -53,9 +47,7 @@ def test_from_float_to_kernels(name: str) -> None:
     int8.execution = "simulation"
     assert_equal_but_for_biases(int8(X), simulated)
     if has_onednn_int8():
-        simulated = int8(X)
-        int8.execution = "kernels"
-        assert_on_the_same_grids(int8(X), simulated)
+        assert_kernels_are_exact(int8, X)
         assert int8.kernels().float_ops == []
     layers = {layer.name for layer in int8.report.int8_layers}
     assert layers == {n for n, m in twin.named_modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear))} or (
