@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_map
 from lq.calibration.error import CalibrationError
 from lq.fold import check_fold
 from lq.graph.analysis import GraphAnalysis
-from lq.graph.forward import without_quantizers
 from lq.graph.emission import emit
+from lq.graph.forward import without_quantizers
 from lq.graph.placement import site
 from lq.int8 import Int8Module
 from lq.modes import evaluating

@@ -89,6 +89,11 @@ def check_guards(guards: Sequence[str], sizes: Sizes) -> None:
         if not compile_guard(guard)(sizes):
             shapes = ", ".join(f"{name!r} of the shape {tuple(shape)}" for name, shape in sizes.items())
             raise ValueError(
-                f"the network in this file is not for the input {shapes}: it was exported for inputs with {guard}, and "
-                f"computes something else for others. Export it from the prepared model with an example of such sizes"
+                f"the INT8 network is not for the input {shapes}: it was made for inputs with {guard}, and computes "
+                f"something else for others. Prepare the model with example inputs of such sizes"
             )
+
+
+def input_name(path: tuple[Any, ...]) -> str:
+    """The name of a tensor in the inputs, by the way to it."""
+    return "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)

@@ -8,13 +8,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
 from lq.graph.codegen import compile_graph
 from lq.graph.eager import never_compiled
-from lq.graph.guards import check_guards
 from lq.graph.qdq import constant_qparams
 from lq.graph.signature import CallSignature
+from lq.guards import check_guards, input_name
 from lq.metadata import Metadata, TensorSpec, dtype_name
 from lq.report import QuantizationReport
 from lq.runtime.cpu import has_onednn_int8, torch_threads
@@ -83,7 +83,7 @@ class Int8Module(nn.Module):
         self._input_names = tuple(str(node.target) for node in graph.nodes if node.op == "placeholder")
         self._signature: CallSignature | None = None
         self.settings: dict[str, Any] = {}
-        #: What the sizes of the inputs have to fulfil, see :class:`~lq.graph.capture.CapturedGraph`.
+        #: What the sizes of the inputs have to fulfil, see :mod:`lq.guards`.
         self.guards: tuple[str, ...] = ()
         self._compiled: dict[str, Callable[..., Any]] = {}
         self._fitting: set[tuple[Any, ...]] = set()
@@ -115,8 +115,6 @@ class Int8Module(nn.Module):
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self._bind(args, kwargs)
-        if self.guards:
-            check_guards(self.guards, inputs)
         # Autocast would take float convolutions of the simulation to 16 bits, below the steps of the INT8 grids.
         device = next((leaf.device.type for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), "cpu")
         with torch.no_grad(), torch.autocast(device, enabled=False), torch_threads(self.threads):
@@ -170,13 +168,15 @@ class Int8Module(nn.Module):
         return values
 
     def _check_sizes(self, inputs: list[Any]) -> None:
-        """A program in a file is the forward's for some sizes alone."""
+        """The graph is the forward's for some sizes alone."""
         key = sizes(tuple(inputs))
-        if self.metadata is None or key in self._fitting:
+        if key in self._fitting:
             return
-        leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        if len(leaves) == len(self.metadata.tensors):
-            self.metadata.check(leaves)
+        paths, _ = tree_flatten_with_path(dict(zip(self._input_names, inputs, strict=True)))
+        tensors = {input_name(path): leaf for path, leaf in paths if isinstance(leaf, Tensor)}
+        check_guards(self.guards, {name: tensor.shape for name, tensor in tensors.items()})
+        if self.metadata is not None and len(tensors) == len(self.metadata.tensors):
+            self.metadata.check(list(tensors.values()))
         if len(self._fitting) < _MOST_FITTING:
             self._fitting.add(key)
 

@@ -238,7 +238,9 @@ def prepare(
         )
 
     args, kwargs = example_arguments(example_inputs)
-    inputs, settings = signature_of(model, model.__dict__.get("forward")).bind(args, {**kwargs, **(example_kwargs or {})})
+    inputs, settings = signature_of(model, model.__dict__.get("forward")).bind(
+        args, {**kwargs, **(example_kwargs or {})}
+    )
     scheme = Scheme(resolved, Overrides.of(overrides))
     with evaluating(model):
         captured = capture_faithfully(model, inputs, settings)
@@ -319,9 +321,7 @@ def _check_registered(
     model: nn.Module, captured: CapturedGraph, inputs: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> None:
     """Refuse a registered function that computes something else than the layer it stands for."""
-    found = disagreement(
-        captured, model, inputs, settings, tolerance=_REGISTERED_TOLERANCE, as_registered=False
-    )
+    found = disagreement(captured, model, inputs, settings, tolerance=_REGISTERED_TOLERANCE, as_registered=False)
     if found is not None:
         raise ValueError(
             f"with the functions registered for {', '.join(sorted(captured.registered))} the model computes "

@@ -154,7 +154,7 @@ def elements(model: nn.Module, layer: Layer, analysis: GraphAnalysis) -> dict[st
     name = layer.row.name if layer.node is None else layer.node.meta["layer"]
     if name is None or (layer.node is not None and layer.row.kind == layer.node.meta["name"]):
         return {}
-    module = model.get_submodule(name)
+    module: Any = model.get_submodule(name)
     parameters = sum(p.numel() for p in module.parameters())
     if isinstance(module, WEIGHTED_MODULES):
         return {"parameters": parameters, "weights": module.weight.numel()}

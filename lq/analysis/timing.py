@@ -75,7 +75,10 @@ def layer_times(
         return [{} for _ in layers]
     contenders = {"int8_ms": _int8_network(model)} if has_onednn_int8() else {}
     with unprepared(model), evaluating(model):
-        contenders = {"float_ms": _Stopwatch(model, analysis.graph, partial(analysis.captured.read, model)), **contenders}
+        contenders = {
+            "float_ms": _Stopwatch(model, analysis.graph, partial(analysis.captured.read, model)),
+            **contenders,
+        }
         rounds = _race(contenders, inputs)
     samples = batch_size(inputs)
     owners = {"float_ms": _float_owners(layers), "int8_ms": _int8_owners(layers, model)}

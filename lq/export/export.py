@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from lq.convert import convert
 from lq.export.aoti import check_compiler, for_this_cpu, overflows_here, write_package
 from lq.export.onnx import OPSET, import_onnx, to_onnx, write_onnx
-from lq.export.program import Program, examples, export_program, input_name, write_program
+from lq.export.program import Program, examples, export_program, write_program
 from lq.export.verify import (
     OUTPUT_TOLERANCE,
     ExportMismatchError,
@@ -33,6 +33,7 @@ from lq.export.verify import (
 from lq.files import ensure_writable_dir, write_atomically
 from lq.graph.cropping import crop_kernels
 from lq.graph.qdq import QUANTIZE, QUANTIZE_BUFFER
+from lq.guards import input_name
 from lq.int8 import Int8Module
 from lq.metadata import Metadata, TensorSpec, dtype_name, package_version
 from lq.modes import evaluating
@@ -235,7 +236,7 @@ def _metadata(
         TensorSpec(input_name(path), shape, dtype_name(value.dtype))
         for (path, value), shape in zip(paths, program.shapes, strict=True)
     )
-    guards, notes = program.guards, program.notes
+    guards, notes = tuple(dict.fromkeys((*int8.guards, *program.guards))), program.notes
     _, out_spec = pytree.tree_flatten(outputs)
     if int8.metadata is not None:  # it comes from a file, which says what the caller does not
         labels = int8.metadata.labels if labels is None else labels

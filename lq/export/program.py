@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,23 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental import _config as _fx_config
 from torch.nn import functional as F
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from lq.files import write_archive
+from lq.graph.capture import any_size
 from lq.graph.qdq import constant_qparams
-from lq.guards import GuardError, compile_guard
+from lq.guards import GuardError, compile_guard, input_name
 from lq.int8 import Int8Module
 from lq.metadata import KEY, Metadata
 from lq.quiet import quiet
 
 aten = torch.ops.aten
-
-
-def input_name(path: tuple[Any, ...]) -> str:
-    """The name of a tensor in the inputs, by the way to it."""
-    return "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
 
 
 def examples(model: Int8Module, *, own_batch: bool = False) -> dict[str, Any]:
@@ -119,7 +113,7 @@ def export_program(model: Int8Module, *, free_sizes: bool) -> Program:
 
     def export(free: str) -> Program:
         inputs = examples(model, own_batch=free == "none")
-        with torch.no_grad(), quiet(*_TALKATIVE), _any_size():
+        with torch.no_grad(), quiet(*_TALKATIVE), any_size():
             exported = torch.export.export(
                 module,
                 tuple(inputs.values()),
@@ -145,14 +139,6 @@ def export_program(model: Int8Module, *, free_sizes: bool) -> Program:
 
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _any_size() -> AbstractContextManager[Any]:
-    """Let torch.export take 0 and 1 for sizes like any other, where it would make a program for all others alone."""
-    if not hasattr(_fx_config, "backed_size_oblivious"):
-        return nullcontext()
-    settings: AbstractContextManager[Any] = _fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    return settings
 
 
 def _sizes(

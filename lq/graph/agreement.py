@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -11,12 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
-from lq.graph.capture import CapturedGraph, CaptureError, Recorder, call_arguments, capture, followed_whole, run_followed
-from lq.graph.guards import size_name
+from lq.graph.capture import (
+    CapturedGraph,
+    CaptureError,
+    Recorder,
+    call_arguments,
+    capture,
+    followed_whole,
+    run_followed,
+)
 from lq.graph.interpret import node_values, output_of, run_node
 from lq.graph.preserve import preserved
+from lq.guards import input_name
 
 #: Largest difference, root mean square, of what the same operators compute, in units of the dtype's epsilon times the
 #: root mean square of the values.
@@ -113,10 +122,6 @@ def first_sample(inputs: Mapping[str, Any]) -> dict[str, Any] | None:
     return {name: tree_map(lambda v: v[:1] if isinstance(v, Tensor) else v, v) for name, v in inputs.items()}
 
 
-#: A batch of one is refused, where the forward computes something else for it.
-_TWO_OR_MORE = f"{size_name(0, 0)} >= 2"
-
-
 def capture_faithfully(module: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> CapturedGraph:
     """Capture ``module`` in evaluation mode, and compare the graph with it, on a batch and on its first sample.
 
@@ -127,7 +132,7 @@ def capture_faithfully(module: nn.Module, inputs: Mapping[str, Any], settings: M
     """
     inputs = _two_samples(inputs)
     captured = _capture_faithfully(module, inputs, settings, batch=None)
-    if not any(guard.startswith(f"{size_name(0, 0)} ==") for guard in captured.guards):
+    if not any(map(_fixes_the_batch, captured.guards)):
         return captured
     # The forward asks for the batch's size as a number, which torch.export fixes.
     tensors = [leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, Tensor)]
@@ -136,11 +141,23 @@ def capture_faithfully(module: nn.Module, inputs: Mapping[str, Any], settings: M
             free = _capture_faithfully(module, inputs, settings, batch=_UNCOMMON)
         except CaptureError:
             return captured
-        fixed = [f"{size_name(number, 0)} ==" for number in range(len(tensors))]
-        free.guards = tuple(guard for guard in free.guards if not guard.startswith(tuple(fixed)))
-        if set(free.float_leaves) <= set(captured.float_leaves) and _TWO_OR_MORE not in free.guards:
+        free.guards = tuple(guard for guard in free.guards if not _fixes_the_batch(guard))
+        if set(free.float_leaves) <= set(captured.float_leaves) and not any(map(_refuses_one, free.guards)):
             return free
     return captured
+
+
+def _fixes_the_batch(guard: str) -> bool:
+    return re.fullmatch(r"size\(.*, 0\) == \d+", guard) is not None
+
+
+def _refuses_one(guard: str) -> bool:
+    return guard.endswith(", 0) >= 2")
+
+
+def _names(inputs: Mapping[str, Any]) -> list[str]:
+    paths, _ = tree_flatten_with_path(dict(inputs))
+    return [input_name(path) for path, value in paths if isinstance(value, Tensor)]
 
 
 #: A size that no layer has, nor a multiple of it, and that a loop over the batch can be unrolled for.
@@ -152,7 +169,9 @@ def _two_samples(inputs: Mapping[str, Any]) -> dict[str, Any]:
     tensors = [leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, Tensor)]
     if not all(tensor.dim() > 1 and len(tensor) == 1 for tensor in tensors):
         return dict(inputs)
-    return {name: tree_map(lambda v: torch.cat([v, v]) if isinstance(v, Tensor) else v, v) for name, v in inputs.items()}
+    return {
+        name: tree_map(lambda v: torch.cat([v, v]) if isinstance(v, Tensor) else v, v) for name, v in inputs.items()
+    }
 
 
 def _capture_faithfully(
@@ -163,7 +182,7 @@ def _capture_faithfully(
         captured = capture(module, inputs, settings, float_leaves, batch=batch)
         known = {**float_leaves, **captured.float_leaves}
         sample = first_sample(inputs)
-        fixed = batch is None and any(guard.startswith(f"{size_name(0, 0)} ==") for guard in captured.guards)
+        fixed = batch is None and any(map(_fixes_the_batch, captured.guards))
         for one in (inputs, None if fixed else sample):
             if one is None:
                 continue
@@ -175,7 +194,7 @@ def _capture_faithfully(
                 float_leaves = {**known, path: f"captured as a graph it computes something else ({found})"}
                 break
             if one is sample:
-                captured.guards = (*captured.guards, _TWO_OR_MORE)
+                captured.guards = (*captured.guards, *(f"size({name!r}, 0) >= 2" for name in _names(inputs)))
                 continue
             raise CaptureError(
                 f"the graph captured from {type(module).__name__} does not compute what its forward does: {found}. "
@@ -267,7 +286,9 @@ def _values_up_to_an_error(captured: CapturedGraph, module: nn.Module, inputs: M
     return values
 
 
-def training_differences(module: nn.Module, twin: Any, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+def training_differences(
+    module: nn.Module, twin: Any, inputs: Mapping[str, Any], settings: Mapping[str, Any]
+) -> str | None:
     """How two training steps of a prepared module differ from those of the float module, or None.
 
     Both start from the same state: outputs, gradients of parameters and inputs, and buffers afterwards are compared.
@@ -295,9 +316,7 @@ def training_differences(module: nn.Module, twin: Any, inputs: Mapping[str, Any]
     return None
 
 
-def _training_steps(
-    module: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any]
-) -> list[tuple[str, Any]]:
+def _training_steps(module: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     module.train()
     _seed()
@@ -309,7 +328,9 @@ def _training_steps(
             for leaf in leaves:
                 leaf.requires_grad_()
             # A forward may write to its inputs, which leaves of the gradient do not allow.
-            passed = {name: tree_map(lambda v: v.view_as(v) if isinstance(v, Tensor) else v, v) for name, v in given.items()}
+            passed = {
+                name: tree_map(lambda v: v.view_as(v) if isinstance(v, Tensor) else v, v) for name, v in given.items()
+            }
             args, kwargs = call_arguments(module, passed, settings)
             outputs = module(*args, **kwargs)
             floats = [o for o in tree_leaves(outputs) if isinstance(o, Tensor) and o.requires_grad]
@@ -321,4 +342,3 @@ def _training_steps(
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if not name.startswith("lq_")}
     seen.append(("buffers", buffers))
     return seen
-

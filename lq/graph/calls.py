@@ -27,7 +27,8 @@ WHOLE, UNKNOWN = 0, -1
 #: A place in the source: file, first line of the function, and the instruction within.
 _Place = tuple[str, int, int]
 
-#: Position of the call around it, what is called, from which place, after which submodule, and how many such calls came before.
+#: Position of the call around it, what is called, from which place, after which submodule, and how many such calls
+#: came before.
 _Key = tuple[int, str, "_Place | None", str, int]
 
 _following = threading.local()
@@ -169,8 +170,9 @@ class CallTracker(TorchFunctionMode):
         before = caller.counts.get(everywhere, 0)
         caller.counts[everywhere] = before + 1
         local = (name, _place(frame), caller.after)
-        key = (caller.position, *local, caller.counts.get((*local, 1), 0))
-        caller.counts[*local, 1] = key[-1] + 1
+        count = caller.counts.get(local, 0)
+        caller.counts[local] = count + 1
+        key = (caller.position, *local, count)
         return self.positions.find_module(key, before, adds=self._adds)
 
     def _position(self, name: str, path: str, frame: FrameType) -> int:
@@ -233,7 +235,6 @@ class FollowedForward:
         memo[id(self)] = twin
         twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
         return twin
-
 
 
 def original_forward(module: nn.Module, own: Callable[..., Any] | None) -> Callable[..., Any]:

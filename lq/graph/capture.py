@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import operator
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch._subclasses import FakeTensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import traceback
+from torch.fx.experimental import _config as _fx_config
 from torch.fx.experimental import proxy_tensor
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
@@ -24,11 +24,11 @@ from torch.utils._sympy.printers import PythonPrinter
 from lq.graph import leaves
 from lq.graph.calls import UNKNOWN, CallTracker, FollowedForward, Positions, followed
 from lq.graph.functional import WriteThroughViewError, with_regions_inlined, without_writes
-from lq.graph.guards import size_name
 from lq.graph.normalize import name_sites, normalize
 from lq.graph.preserve import preserved
 from lq.graph.registry import registered_forward
 from lq.graph.signature import signature_of
+from lq.guards import GuardError, compile_guard, input_name
 from lq.quiet import quiet
 
 aten = torch.ops.aten
@@ -55,7 +55,7 @@ class CapturedGraph:
         positions: of the calls that make the nodes.
         float_leaves: paths of the modules that are called as they are, with the reason.
         registered: classes of the layers whose registered function was captured in the place of their forward.
-        guards: what the sizes of the inputs have to fulfil, see :func:`lq.graph.guards.check_guards`.
+        guards: what the sizes of the inputs have to fulfil, see :mod:`lq.guards`.
         precision: the lowest that a region of the forward computes in under autocast, or None; the graph does not.
     """
 
@@ -121,7 +121,9 @@ class _Exporter(CallTracker):
         self.failed: dict[str, str] = {}
         self.calls: dict[int, leaves.LeafCall] = {}
         self.shape_env: Any = None
-        self.symbols: dict[str, str] = {}
+        #: The sizes of the inputs, by what torch.export calls them: number of the tensor, and axis.
+        self.symbols: dict[str, tuple[int, int]] = {}
+        self.examples: tuple[Tensor, ...] = ()
         self._asked_by_functions: set[int] = set()
 
     def learn_symbols(self, tensors: tuple[Tensor, ...]) -> None:
@@ -130,7 +132,7 @@ class _Exporter(CallTracker):
             for axis, size in enumerate(tensor.shape):
                 if isinstance(size, torch.SymInt):
                     self.shape_env = size.node.shape_env
-                    self.symbols[str(size.node._expr)] = size_name(number, axis)
+                    self.symbols[str(size.node._expr)] = (number, axis)
 
     def _number_of_guards(self) -> int:
         return 0 if self.shape_env is None else len(self.shape_env.guards)
@@ -225,6 +227,7 @@ class _Arguments:
         self._values = [value for _, value in paths]
         #: For each tensor the argument's name and the keys within.
         self.paths = [leaves.keys_of(path) for path, value in paths if isinstance(value, Tensor)]
+        self.names = [input_name(path) for path, value in paths if isinstance(value, Tensor)]
         self.tensors = tuple(value for value in self._values if isinstance(value, Tensor))
 
     def call(self, tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -246,6 +249,7 @@ class _Shell(nn.Module):
 
     def __init__(self, scripted: nn.Module) -> None:
         super().__init__()
+        self.scripted: Callable[..., Any]
         self.__dict__["scripted"] = scripted  # no child: its parameters are its own affair
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -288,7 +292,9 @@ def followed_whole(module: nn.Module) -> Iterator[None]:
                 module.forward = replaced
 
 
-def run_followed(module: nn.Module, tracker: CallTracker, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+def run_followed(
+    module: nn.Module, tracker: CallTracker, inputs: Mapping[str, Any], settings: Mapping[str, Any]
+) -> Any:
     """Call ``module``, hooks and all, under ``tracker``."""
     with followed_whole(module):
         args, kwargs = call_arguments(module, inputs, settings)
@@ -330,10 +336,11 @@ def capture(
             example = arguments.tensors if batch is None else _batches_of(batch, arguments.tensors)
             while True:
                 exporter = _Exporter(module, reference, leaves_by_path)
+                exporter.examples = example
                 try:
                     program = _export(_Call(module, arguments, exporter), example, exporter)
                     if not exporter.failed:
-                        guards = _guards(program, exporter)
+                        guards = _guards(program, exporter, arguments.names)
                         program, graph, precision = _functional_graph(program)
                         captured = _Assembly(module, program, graph, exporter, arguments, batch).build()
                         break
@@ -352,6 +359,14 @@ def capture(
     captured.guards = guards
     captured.precision = precision
     return captured
+
+
+def any_size() -> AbstractContextManager[Any]:
+    """Let torch.export take 0 and 1 for sizes like any other, where it would make a program for all others alone."""
+    if not hasattr(_fx_config, "backed_size_oblivious"):
+        return nullcontext()
+    settings: AbstractContextManager[Any] = _fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    return settings
 
 
 def _batches_of(size: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -381,8 +396,7 @@ def _export(call: _Call, tensors: tuple[Tensor, ...], exporter: _Exporter) -> Ex
         exporter._stack[:] = exporter._stack[:1]
         dynamic = (tuple(axes(value, free_sizes) for value in tensors),)
         try:
-            with quiet(*_TALKATIVE), warnings.catch_warnings(), traceback.preserve_node_meta(), exporter:
-                warnings.simplefilter("ignore")
+            with quiet(*_TALKATIVE), any_size(), traceback.preserve_node_meta(), exporter:
                 return torch.export.export(call, tensors, dynamic_shapes=dynamic, strict=False)
         except Exception:
             if free_sizes is attempts[-1]:
@@ -397,8 +411,7 @@ def _functional_graph(program: ExportedProgram) -> tuple[ExportedProgram, fx.Gra
         return program, without_writes(graph), precision
     except WriteThroughViewError:
         pass
-    with quiet(*_TALKATIVE), warnings.catch_warnings(), traceback.preserve_node_meta():
-        warnings.simplefilter("ignore")
+    with quiet(*_TALKATIVE), traceback.preserve_node_meta():
         decomposed = program.run_decompositions({})
     graph, precision = with_regions_inlined(decomposed.graph_module)
     return decomposed, graph, precision
@@ -413,25 +426,32 @@ class _UnsupportedNodeError(Exception):
         self.reason = reason
 
 
-def _guards(program: ExportedProgram, exporter: _Exporter) -> tuple[str, ...]:
-    """What sizes have to fulfil for the program to hold.
+def _guards(program: ExportedProgram, exporter: _Exporter, names: Sequence[str]) -> tuple[str, ...]:
+    """What sizes have to fulfil for the program to hold, see :mod:`lq.guards`.
 
     What torch's own functions ask (may these sizes be broadcast, is this one, which has no stride) they ask again when
     they run; what the forward asks it decides by.
     """
-    guards = []
-    for expression in exporter.own_guards():
-        text = PythonPrinter().doprint(expression)
-        for symbol, name in exporter.symbols.items():
-            text = re.sub(rf"\b{symbol}\b", name, text)
-        guards.append(text)
     inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
     specs = program.graph_signature.input_specs
     tensors = [node for node, spec in zip(inputs, specs, strict=True) if spec.kind is InputKind.USER_INPUT]
-    for number, node in enumerate(tensors):
+    guards = []
+    for name, node in zip(names, tensors, strict=True):
         shape = node.meta["val"].shape
         fixed = [axis for axis, size in enumerate(shape) if axis != 1 and _is_fixed(size)]
-        guards += [f"{size_name(number, axis)} == {int(shape[axis])}" for axis in fixed]
+        guards += [f"size({name!r}, {axis}) == {int(shape[axis])}" for axis in fixed]
+    for expression in exporter.own_guards():
+        text = PythonPrinter().doprint(expression)
+        asked = {symbol: at for symbol, at in exporter.symbols.items() if re.search(rf"\b{symbol}\b", text)}
+        for symbol, (number, axis) in asked.items():
+            text = re.sub(rf"\b{symbol}\b", f"size({names[number]!r}, {axis})", text)
+        text = text.replace("torch.sym_max", "max").replace("torch.sym_min", "min")
+        try:
+            compile_guard(text)
+            guards.append(text)
+        except GuardError:  # of something else than whole numbers: it holds for these sizes
+            sizes = ((names[number], axis, exporter.examples[number].shape[axis]) for number, axis in asked.values())
+            guards += [f"size({name!r}, {axis}) == {size}" for name, axis, size in sizes]
     return tuple(dict.fromkeys(guard for guard in guards if guard != "True"))
 
 
@@ -522,7 +542,9 @@ class _Assembly:
         if type(value) is not int or self.batch is None or value <= 0 or value % self.batch:
             return value
         assert self.batch_size is not None
-        return self.batch_size if value == self.batch else self._size(operator.mul, self.batch_size, value // self.batch)
+        return (
+            self.batch_size if value == self.batch else self._size(operator.mul, self.batch_size, value // self.batch)
+        )
 
     def _attribute(self, target: str, node: fx.Node) -> fx.Node:
         path = target.removeprefix("module.")
@@ -550,18 +572,20 @@ class _Assembly:
         if node.target is leaves.operator_of_leaves():
             self._leaf(node)
             return
-        source = node.args[0] if node.args else None
+        source: Any = node.args[0] if node.args else None
         if node.target is operator.getitem and isinstance(self.values.get(source), list):
             self.values[node] = self.values[source][node.args[1]]
             return
-        if isinstance(node.target, torch._ops.HigherOrderOperator) or any(n.op == "get_attr" for n in node.all_input_nodes):
+        if isinstance(node.target, torch._ops.HigherOrderOperator) or any(
+            n.op == "get_attr" for n in node.all_input_nodes
+        ):
             raise _UnsupportedNodeError(path, f"it runs a part of its forward in a region of its own ({name})")
         if self.batch is None:
             made = self.graph.node_copy(node, lambda n: self.values[n])
         else:
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.values[n])
             free = {name: self._with_free_batch(value) for name, value in kwargs.items()}
-            made = self.graph.call_function(node.target, self._with_free_batch(tuple(args)), free)
+            made = self.graph.call_function(node.target, self._with_free_batch(tuple(args)), free)  # type: ignore[arg-type]
         made.meta = {
             "path": path,
             "module": custom.get("lq_module"),

@@ -197,8 +197,9 @@ class _Emitter:
         return self.graph.call_function(aten.hardtanh.default, (value, low, high))
 
     def _weight_and_bias(self, chain: Chain) -> tuple[fx.Node, fx.Node | None]:
-        weight, bias = (None if node is None else self.analysis.values[node] for node in (chain.op.weight, chain.op.bias))
-        norm = None if chain.batch_norm is None else BatchNormStatistics.of(chain.batch_norm, self.analysis.values)
+        values = self.analysis.values
+        weight, bias = values[chain.op.weight], None if chain.op.bias is None else values[chain.op.bias]
+        norm = None if chain.batch_norm is None else BatchNormStatistics.of(chain.batch_norm, values)
         quantizer = None if self.quantizers is None else self.quantizers[chain.weight_key]
         folded = fold(weight, bias, norm, quantizer)
         folded_bias = folded.bias

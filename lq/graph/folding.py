@@ -60,7 +60,9 @@ class BatchNormStatistics:
 
 
 @torch.no_grad()
-def fold(weight: Tensor, bias: Tensor | None, norm: BatchNormStatistics | None, quantizer: Quantizer | None) -> FoldedLayer:
+def fold(
+    weight: Tensor, bias: Tensor | None, norm: BatchNormStatistics | None, quantizer: Quantizer | None
+) -> FoldedLayer:
     """Fold ``norm`` into a layer, and quantize its weight with ``quantizer``'s scales.
 
     With one symmetric scale for each output channel, folding and quantizing commute: ``w * f`` with the scale

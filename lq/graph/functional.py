@@ -22,7 +22,7 @@ def is_write(node: fx.Node) -> bool:
     return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
 
 
-def with_regions_inlined(module: fx.GraphModule) -> tuple[fx.Graph, torch.dtype | None]:
+def with_regions_inlined(module: Any) -> tuple[fx.Graph, torch.dtype | None]:
     """A copy of the graph of ``module`` with the regions in its place that run with other gradients or precision.
 
     Returns:
@@ -33,6 +33,7 @@ def with_regions_inlined(module: fx.GraphModule) -> tuple[fx.Graph, torch.dtype 
     assert isinstance(output, tuple)
     copy.output(output[0])
     precision = None
+    node: Any
     for node in list(copy.nodes):
         if getattr(node.target, "__name__", "") not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             continue
@@ -45,7 +46,7 @@ def with_regions_inlined(module: fx.GraphModule) -> tuple[fx.Graph, torch.dtype 
         given = iter(node.args[place + 1 :])
         values: dict[fx.Node, Any] = {n: next(given) for n in inner.nodes if n.op == "placeholder"}
         with copy.inserting_before(node):
-            results = copy.graph_copy(inner, values)
+            results: Any = copy.graph_copy(inner, values)
         for user in list(node.users):
             result = results[user.args[1]]
             if precision is not None and place == 4:
@@ -62,8 +63,9 @@ def with_regions_inlined(module: fx.GraphModule) -> tuple[fx.Graph, torch.dtype 
 
 
 def without_writes(graph: fx.Graph) -> fx.Graph:
-    """A copy of ``graph`` in which each operator that overwrites its input makes a new tensor, which everything that reads the
-    old one afterwards reads instead; views of it are taken anew.
+    """A copy of ``graph`` in which each operator that overwrites its input makes a new tensor.
+
+    Everything that reads the old one afterwards reads the new one instead; views of it are taken anew.
 
     ``torch.export`` does this too (``run_decompositions``), exactly and in seconds; this is for what networks do, a
     hundred times as fast.

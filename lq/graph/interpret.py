@@ -56,4 +56,5 @@ def node_values(
 
 def output_of(graph: fx.Graph) -> fx.Node:
     """The output node."""
-    return next(node for node in reversed(graph.nodes) if node.op == "output")
+    output: fx.Node = next(node for node in reversed(graph.nodes) if node.op == "output")
+    return output

@@ -43,7 +43,7 @@ def normalize(graph: fx.Graph) -> None:
         if node.op != "call_function":
             continue
         if _is_identity(node):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             if "position" in node.meta and "position" not in node.args[0].meta and node.args[0].op != "placeholder":
                 node.args[0].meta["position"] = node.meta["position"]
             graph.erase_node(node)

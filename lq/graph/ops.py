@@ -156,7 +156,7 @@ def _pads_on_the_grid(node: fx.Node) -> bool:
         value = argument(node, 2, "value", 0)
     if value in (None, 0):
         return True
-    return value == -math.inf and all(user.target in _MAX_POOLS for user in node.users)
+    return bool(value == -math.inf) and all(user.target in _MAX_POOLS for user in node.users)
 
 
 def _selects(node: fx.Node) -> bool:

@@ -22,7 +22,9 @@ def preserved(module: nn.Module) -> Iterator[None]:
     """
     parts = list(module.modules())
     attributes = {part: {name: _shallow(value) for name, value in part.__dict__.items()} for part in parts}
-    buffers = {part: [(name, b, None if b is None else b.clone()) for name, b in part._buffers.items()] for part in parts}
+    buffers = {
+        part: [(name, b, None if b is None else b.clone()) for name, b in part._buffers.items()] for part in parts
+    }
     states = random.getstate(), np.random.get_state()
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     try:

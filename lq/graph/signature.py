@@ -68,7 +68,10 @@ class CallSignature:
 
     def arguments(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """``(args, kwargs)`` of a call from the values of its parameters by name: the inverse of :meth:`bind`."""
-        bound = inspect.BoundArguments(self._signature, {  # type: ignore[arg-type]
-            name: values[name] for name in self._signature.parameters if name in values
-        })
+        bound = inspect.BoundArguments(
+            self._signature,
+            {  # type: ignore[arg-type]
+                name: values[name] for name in self._signature.parameters if name in values
+            },
+        )
         return bound.args, bound.kwargs

@@ -130,7 +130,7 @@ def test_hooks_of_the_users_run_as_in_the_prepared_model() -> None:
         model[0].register_forward_hook(lambda module, args, out: out * 2)  # type: ignore[index]
         if shift:
             model.register_forward_pre_hook(lambda module, args: (args[0] + shift,))
-        lq.calibrate(lq.prepare(model, images(2)), [images() + 0.5 - shift])
+        lq.calibrate(lq.prepare(model, images(2)), [images() + 0.5 - shift], calibrator="minmax")
         return lq.analyze(model, [images() + 0.5 - shift], timing=False, progress=False)
 
     (added, *layers) = hooked(0.5).layers  # the hook's sum is a row of its own

@@ -113,7 +113,9 @@ def test_python_in_a_forward(name: str) -> None:
 
 def test_what_asks_for_a_tensors_very_type_is_refused_where_no_module_holds_it() -> None:
     # What exports a forward is a subclass of Tensor.
-    with pytest.raises(lq.CaptureError, match=r"the graph captured from Forward does not compute what its forward does"):
+    with pytest.raises(
+        lq.CaptureError, match=r"the graph captured from Forward does not compute what its forward does"
+    ):
         lq.prepare(Forward(_type_is, a=conv(3, 8), b=conv(8, 8)).eval(), X)
 
 
