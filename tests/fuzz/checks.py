@@ -1,0 +1,53 @@
+"""The pipeline: a program through the public steps of lq, each compared with eager PyTorch."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Collection
+
+import torch
+
+from .float_checks import check_evaluation, check_training, check_unprepare, is_whole, prepared
+from .outcome import Failure, Outcome, Refusal
+from .program import Program
+
+#: Names of the checks, in their order.
+CHECKS = ("prepare", "train", "int8", "files", "qat")
+
+
+def check_program(program: Program, checks: Collection[str] = CHECKS) -> Outcome:
+    """Run a program through the checks, up to the first failure."""
+    outcome = Outcome(program.seed)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # lq may warn of what it does; what it computes is looked at here
+        try:
+            _float(program, checks, outcome)
+        except Failure as failure:
+            outcome.status, outcome.failure = "failure", failure
+    return outcome
+
+
+def _float(program: Program, checks: Collection[str], outcome: Outcome) -> None:
+    def timed(name: str, run: Callable[[], None]) -> bool:
+        start = time.perf_counter()
+        try:
+            run()
+        except Refusal as refusal:
+            outcome.refusals.append((refusal.check, refusal.error))
+            return False
+        finally:
+            outcome.seconds[name] = outcome.seconds.get(name, 0) + time.perf_counter() - start
+        return True
+
+    def prepare_once() -> None:
+        nonlocal model
+        model = prepared(program)
+        outcome.status = "whole" if is_whole(model) else "part"
+        check_evaluation(program, model)
+
+    model = torch.nn.Module()
+    if not timed("prepare", prepare_once):
+        return
+    if "train" in checks and timed("train", lambda: check_training(program, model)):
+        timed("train", lambda: check_unprepare(program, model))
