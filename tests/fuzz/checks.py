@@ -8,9 +8,12 @@ from collections.abc import Callable, Collection
 
 import torch
 
+from .file_checks import check_files
 from .float_checks import check_evaluation, check_training, check_unprepare, is_whole, prepared
+from .int8_checks import Quantized, check_int8
 from .outcome import Failure, Outcome, Refusal
 from .program import Program
+from .qat_checks import check_qat
 
 #: Names of the checks, in their order.
 CHECKS = ("prepare", "train", "int8", "files", "qat")
@@ -22,13 +25,13 @@ def check_program(program: Program, checks: Collection[str] = CHECKS) -> Outcome
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # lq may warn of what it does; what it computes is looked at here
         try:
-            _float(program, checks, outcome)
+            _run(program, checks, outcome)
         except Failure as failure:
             outcome.status, outcome.failure = "failure", failure
     return outcome
 
 
-def _float(program: Program, checks: Collection[str], outcome: Outcome) -> None:
+def _run(program: Program, checks: Collection[str], outcome: Outcome) -> None:
     def timed(name: str, run: Callable[[], None]) -> bool:
         start = time.perf_counter()
         try:
@@ -46,8 +49,19 @@ def _float(program: Program, checks: Collection[str], outcome: Outcome) -> None:
         outcome.status = "whole" if is_whole(model) else "part"
         check_evaluation(program, model)
 
+    def int8() -> None:
+        nonlocal quantized
+        quantized = check_int8(program)
+
     model = torch.nn.Module()
+    quantized: Quantized | None = None
     if not timed("prepare", prepare_once):
         return
     if "train" in checks and timed("train", lambda: check_training(program, model)):
         timed("train", lambda: check_unprepare(program, model))
+    if "int8" in checks or "files" in checks:
+        timed("int8", int8)
+    if "files" in checks and quantized is not None:
+        timed("files", lambda: check_files(program, quantized, outcome.refusals))
+    if "qat" in checks:
+        timed("qat", lambda: check_qat(program))

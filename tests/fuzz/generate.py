@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -11,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .layers import LAYERS
 from .operators import OPERATORS
 from .program import (
     IMPORTS,
     ClassWriter,
     Program,
     Step,
+    all_steps,
     build,
     execute,
     initialise,
@@ -43,6 +45,9 @@ SHAPES: tuple[tuple[Shape, float], ...] = (
     ((8, 4, 5, 5), 0.5),
     ((12,), 0.3),
 )
+
+#: What a network begins with as a rule.
+FIRST = ("conv2d", "conv2d", "conv2d", "custom_conv2d", "functional_conv2d", "conv1d", "conv3d", "linear")
 
 TARGETS = {"x86": 6, "x86_avx2": 2, "onnxruntime": 2, "xnnpack": 1, "tensorrt": 1}
 
@@ -148,7 +153,7 @@ def _grow(rng: Random, trial: Trial, count: int, depth: int) -> None:
             return
         # A network without layers is not to be quantized: it begins with one as a rule.
         first = not trial.steps and depth == 0 and rng.random() < 0.9
-        operator = rng.choice(list(LAYERS.rows.values())) if first else OPERATORS[rng.choices(names, weights)[0]]
+        operator = OPERATORS[rng.choice(FIRST) if first else rng.choices(names, weights)[0]]
         step = operator.propose(Scope(rng, trial.shapes, body, depth))
         if step is not None:
             trial.add(step)
@@ -173,8 +178,39 @@ def _attempt(rng: Random, seed: int, longest: int) -> Program:
         read = {index for step in trial.steps for index in step.reads}
         unread = [index for index in range(len(shapes), newest) if index not in read]
         outputs += rng.sample(unread, min(len(unread), 3)) or [rng.randint(len(shapes), newest)]
+    steps = tuple(trial.steps)
+    if rng.random() < 0.9:
+        steps, outputs = without_dead_steps(steps, outputs, len(shapes))
     target = rng.choices(list(TARGETS), list(TARGETS.values()))[0]
-    return Program(seed, program.shapes, tuple(trial.steps), tuple(outputs), form, target)
+    return Program(seed, program.shapes, steps, tuple(outputs), form, target)
+
+
+def writes_in_place(step: Step) -> bool:
+    """Whether the step may change values that others read."""
+    # The ReLU after a convolution writes over a value that no one else has.
+    code = "" if step.op == "conv2d" else step.code + step.setup + str(step.layers)
+    changes = re.search(r"_\(|[-+*]= |\] = |inplace=True|_in_place", code)
+    return changes is not None or any(writes_in_place(inner) for inner in step.body)
+
+
+def without_dead_steps(
+    steps: tuple[Step, ...], outputs: list[int], arguments: int
+) -> tuple[tuple[Step, ...], list[int]]:
+    """The steps that the outputs depend on, and those that write in place."""
+    needed = set(outputs)
+    for position in reversed(range(len(steps))):
+        if arguments + position in needed or writes_in_place(steps[position]):
+            needed |= {arguments + position, *steps[position].reads}
+    kept = [position for position in range(len(steps)) if arguments + position in needed]
+    renamed = {index: index for index in range(arguments)}
+    renamed |= {arguments + position: arguments + index for index, position in enumerate(kept)}
+    live = [replace(steps[p], reads=tuple(renamed[index] for index in steps[p].reads)) for p in kept]
+    return tuple(live), [renamed[index] for index in outputs]
+
+
+def has_layers(steps: Sequence[Step]) -> bool:
+    """Whether there is a convolution or a linear layer."""
+    return any(re.search(r"Conv|Linear|conv|linear", step.code + str(step.layers)) for step in all_steps(steps))
 
 
 def is_valid(program: Program) -> bool:
@@ -211,6 +247,6 @@ def generate(seed: int, longest: int = 40) -> Program:
             warnings.simplefilter("ignore")
             torch.manual_seed(seed * 100 + attempt)
             program = _attempt(rng, seed, longest)
-        if is_valid(program):
+        if (has_layers(program.steps) or rng.random() < 0.05) and is_valid(program):
             return program
     raise RuntimeError(f"no valid program came about from seed {seed}")

@@ -93,7 +93,7 @@ def functional_conv2d(scope: Scope) -> Step | None:
     return Step("F.conv2d", (x,), f"{{out}} = {call}({{0}}, {{weight}}{bias}{{options}})", tuple(layers), "", options)
 
 
-@LAYERS.add(1)
+@LAYERS.add(0.4)
 def computed_bias(scope: Scope) -> Step | None:
     x = scope.image(3)
     if x is None:

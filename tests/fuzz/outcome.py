@@ -71,7 +71,7 @@ def answers(check: str) -> Iterator[None]:
         if is_refusal(error):
             raise Refusal(check, type(error).__name__, text) from error
         where = traceback.extract_tb(error.__traceback__)[-1]
-        details = "".join(traceback.format_exception(error))
+        details = "".join(traceback.format_exception(error, limit=-4)).strip()[-3000:]
         kind = f"crash, {type(error).__name__} in {Path(where.filename).name}: {_without_numbers(text.splitlines()[0])}"
         raise Failure(check, kind, details) from error
 

@@ -1,0 +1,138 @@
+"""Calibration, conversion and kernels: the INT8 network against the simulation that the prepared module is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lq
+
+from .compare import same_form
+from .float_checks import prepared
+from .outcome import Failure, answers, has_vnni
+from .program import Program, random_inputs
+from .rounding import Guide, amplification, distance, grids, outputs_of, recorded
+
+#: Root mean square and largest difference of the outputs, as multiples of what the network makes of roundings.
+RMS_FACTOR, LARGEST_FACTOR = 2.0, 3.0
+
+#: Share of an output's largest value by which a layer's float arithmetic may be off: a bias is rounded to the grid of
+#: the sums it is added to.
+ARITHMETIC = 2e-3
+
+#: Share of a layer's integers that may have been rounded to a neighbour, where it read the same integers.
+ROUNDED_OTHERWISE = 0.01
+
+#: Samples of the inputs that networks are compared on.
+BATCH = 6
+
+
+@dataclass
+class Quantized:
+    """A program's network, calibrated, and what it computes.
+
+    Args:
+        model: prepared and calibrated: it simulates INT8.
+        int8: converted.
+        inputs: compared on.
+        noise: see :func:`~fuzz.rounding.amplification`.
+        simulated: outputs of the INT8 network's simulation, once that was checked.
+        integers: of the simulation.
+    """
+
+    model: nn.Module
+    int8: Any
+    inputs: tuple[Tensor, ...]
+    noise: list[tuple[float, float]]
+    simulated: list[Tensor]
+    integers: list[Tensor]
+
+
+def quantized(program: Program) -> Quantized:
+    model = prepared(program)
+    batches = [random_inputs(program, seed=10 + index, batch=8) for index in range(3)]
+    with answers("int8"):
+        lq.calibrate(model, batches)
+    inputs = random_inputs(program, seed=20, batch=BATCH)
+    with answers("int8"):
+        int8 = lq.convert(model)
+        int8.execution = "simulation"
+        return Quantized(model, int8, inputs, amplification(model, inputs), [], [])
+
+
+def check_int8(program: Program) -> Quantized:
+    """The INT8 network's simulation against the prepared module's, and its kernels against its simulation."""
+    found = quantized(program)
+    model, int8, inputs = found.model, found.int8, found.inputs
+    with answers("int8"), recorded(model) as integers:
+        expected = outputs_of(model, inputs)
+    with answers("int8"):
+        with Guide([]) as watch:
+            found.simulated = outputs_of(int8, inputs)
+        found.integers = watch.found
+        if foreign := watch.grids - grids(model):
+            raise Failure("int8", "the simulation rounds to a grid that no quantizer has", f"{foreign}")
+        with torch.no_grad():
+            same_form("int8", "the simulation", int8(*inputs), model(*inputs))
+    judge("int8", "the simulation", found.simulated, expected, found.noise)
+    guided("the simulation", int8, inputs, integers, expected)
+    with answers("int8"):
+        single, alone = (outputs_of(network, tuple(x[:1] for x in inputs)) for network in (int8, model))
+    judge("int8", "the simulation, one sample", single, alone, found.noise)
+    if not has_vnni() and program.target != "x86_avx2":
+        return found  # kernels that overflow compute something else, which lq says
+    try:
+        int8.execution = "kernels"
+    except ValueError:  # none on this machine
+        return found
+    with answers("int8"):
+        computed = outputs_of(int8, inputs)
+        with torch.no_grad():
+            same_form("int8", "kernels", int8(*inputs), model(*inputs))
+    judge("int8", "kernels", computed, found.simulated, found.noise)
+    guided("kernels", int8, inputs, found.integers, found.simulated)
+    with answers("int8"):
+        of_one = outputs_of(int8, tuple(x[:1] for x in inputs))
+    judge("int8", "kernels, one sample", of_one, single, found.noise)
+    int8.execution = "simulation"
+    return found
+
+
+def judge(
+    check: str, what: str, found: list[Tensor], expected: list[Tensor], noise: list[tuple[float, float]]
+) -> None:
+    """Check that outputs are no further apart than roundings of the network make them."""
+    if len(found) != len(expected):
+        raise Failure(check, f"{what}: another number of outputs", f"{len(found)} instead of {len(expected)}")
+    for index, (value, wanted, (rms, most)) in enumerate(zip(found, expected, noise, strict=True)):
+        if value.shape != wanted.shape:
+            raise Failure(check, f"{what}: another shape", f"{value.shape} instead of {wanted.shape}")
+        found_rms, found_most = distance(value, wanted)
+        size = ARITHMETIC * float(wanted.abs().max().clamp(min=1e-6))
+        if not (found_rms <= RMS_FACTOR * rms + size and found_most <= LARGEST_FACTOR * most + size):
+            raise Failure(
+                check,
+                f"{what}: outputs differ by more than roundings make",
+                f"output {index}: RMS {found_rms:.3g} (roundings {rms:.3g}), largest {found_most:.3g} (roundings "
+                f"{most:.3g}), largest value {wanted.abs().max():.3g}",
+            )
+
+
+def guided(
+    what: str, int8: Any, inputs: tuple[Tensor, ...], integers: list[Tensor], expected: list[Tensor]
+) -> None:
+    """Check an INT8 network layer by layer, each on the integers that are expected there."""
+    with answers("int8"), Guide(integers) as guide:
+        found = outputs_of(int8, inputs)
+    share, others, steps = guide.worst
+    if (share > ROUNDED_OTHERWISE and others > 2) or (steps > 1 and others > 2):
+        details = f"{others} integers ({share:.1%}) of a tensor differ, by {steps} steps at most"
+        raise Failure("int8", f"{what}: a layer's integers differ by more than rounding", details)
+    if guide.lost:
+        details = f"{guide.lost} tensors of integers are near to none of those expected"
+        raise Failure("int8", f"{what}: a layer computes something else", details)
+    if guide.replaced:
+        judge("int8", f"{what}, layer by layer", found, expected, [(0.0, 0.0)] * len(expected))
