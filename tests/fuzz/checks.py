@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import torch
 
@@ -22,13 +25,25 @@ CHECKS = ("prepare", "train", "int8", "files", "qat")
 def check_program(program: Program, checks: Collection[str] = CHECKS) -> Outcome:
     """Run a program through the checks, up to the first failure."""
     outcome = Outcome(program.seed)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _silent():
         warnings.simplefilter("ignore")  # lq may warn of what it does; what it computes is looked at here
         try:
             _run(program, checks, outcome)
         except Failure as failure:
             outcome.status, outcome.failure = "failure", failure
     return outcome
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what torch.export logs, and prints, of every program that it does not take."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _run(program: Program, checks: Collection[str], outcome: Outcome) -> None:

@@ -174,7 +174,7 @@ def _attempt(rng: Random, seed: int, longest: int) -> Program:
     outputs = [newest]
     form = "tensor"
     if rng.random() < 0.3:
-        form = rng.choice(("tuple", "list", "dict"))
+        form = rng.choice(("tuple", "list", "dict", "auxiliary"))
         read = {index for step in trial.steps for index in step.reads}
         unread = [index for index in range(len(shapes), newest) if index not in read]
         outputs += rng.sample(unread, min(len(unread), 3)) or [rng.randint(len(shapes), newest)]

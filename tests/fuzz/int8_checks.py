@@ -12,7 +12,7 @@ import lq
 
 from .compare import same_form
 from .float_checks import prepared
-from .outcome import Failure, answers, has_vnni
+from .outcome import Failure, Refusal, answers, has_vnni
 from .program import Program, random_inputs
 from .rounding import Guide, amplification, distance, grids, outputs_of, recorded
 
@@ -82,6 +82,8 @@ def check_int8(program: Program) -> Quantized:
     with answers("int8"):
         single, alone = (outputs_of(network, tuple(x[:1] for x in inputs)) for network in (int8, model))
     judge("int8", "the simulation, one sample", single, alone, found.noise)
+    other_size = random_inputs(program, seed=21, grow=2)
+    resized = _at_another_size(int8, model, other_size, found.noise)
     if not has_vnni() and program.target != "x86_avx2":
         return found  # kernels that overflow compute something else, which lq says
     try:
@@ -97,13 +99,32 @@ def check_int8(program: Program) -> Quantized:
     with answers("int8"):
         of_one = outputs_of(int8, tuple(x[:1] for x in inputs))
     judge("int8", "kernels, one sample", of_one, single, found.noise)
+    if resized is not None:
+        with answers("int8"):
+            computed = outputs_of(int8, other_size)
+        judge("int8", "kernels, another size", computed, resized, found.noise)
     int8.execution = "simulation"
     return found
 
 
-def judge(
-    check: str, what: str, found: list[Tensor], expected: list[Tensor], noise: list[tuple[float, float]]
-) -> None:
+def _at_another_size(
+    int8: Any, model: nn.Module, inputs: tuple[Tensor, ...], noise: list[tuple[float, float]]
+) -> list[Tensor] | None:
+    """The simulation's outputs for images of another size, checked; None where the network does not take them."""
+    try:
+        expected = outputs_of(model, inputs)
+    except Exception:  # a network for one size, or a graph for one size
+        return None
+    try:
+        with answers("int8"):
+            found = outputs_of(int8, inputs)
+    except Refusal:  # what was converted may hold for the size of the example alone, if it says so
+        return None
+    judge("int8", "the simulation, another size", found, expected, noise)
+    return found
+
+
+def judge(check: str, what: str, found: list[Tensor], expected: list[Tensor], noise: list[tuple[float, float]]) -> None:
     """Check that outputs are no further apart than roundings of the network make them."""
     if len(found) != len(expected):
         raise Failure(check, f"{what}: another number of outputs", f"{len(found)} instead of {len(expected)}")
@@ -121,9 +142,7 @@ def judge(
             )
 
 
-def guided(
-    what: str, int8: Any, inputs: tuple[Tensor, ...], integers: list[Tensor], expected: list[Tensor]
-) -> None:
+def guided(what: str, int8: Any, inputs: tuple[Tensor, ...], integers: list[Tensor], expected: list[Tensor]) -> None:
     """Check an INT8 network layer by layer, each on the integers that are expected there."""
     with answers("int8"), Guide(integers) as guide:
         found = outputs_of(int8, inputs)

@@ -54,7 +54,8 @@ class Program:
         shapes: of the inputs, each with the batch as its first axis.
         steps: see :class:`Step`.
         outputs: indices of the values that the forward returns.
-        form: how it returns them: ``"tensor"``, ``"tuple"``, ``"list"`` or ``"dict"``.
+        form: how it returns them: ``"tensor"``, ``"tuple"``, ``"list"`` or ``"dict"``; with ``"auxiliary"`` those after
+            the first one in training mode alone.
         target: what the network is quantized for.
     """
 
@@ -172,10 +173,13 @@ def source(program: Program) -> str:
     results = [values[index] for index in program.outputs]
     returned = {
         "tensor": results[0],
+        "auxiliary": results[0],
         "tuple": f"({', '.join(results)},)",
         "list": f"[{', '.join(results)}]",
         "dict": "{" + ", ".join(f"'out{index}': {name}" for index, name in enumerate(results)) + "}",
     }[program.form]
+    if program.form == "auxiliary":
+        forward += ["if self.training:", f"    return {', '.join(results)}"]
     forward.append(f"return {returned}")
     classes.append(class_source("Network", input_names(program), init, forward))
     text = "\n\n".join(classes)
