@@ -98,6 +98,11 @@ def recorded(model: nn.Module) -> Iterator[list[Tensor]]:
         yield integers
 
 
+def _lies_on_grid(x: Tensor, scale: float) -> bool:
+    steps = x / scale
+    return bool((steps - steps.round()).abs().max() < 1e-3)
+
+
 class Guide(TorchDispatchMode):
     """Replaces the integers that an INT8 network computes by those expected, wherever it knows which these are.
 
@@ -130,9 +135,12 @@ class Guide(TorchDispatchMode):
             return result  # a weight in a kernel's own layout
         if not ("quantize_per_tensor" in made or "_to_copy" in made or made.startswith("onednn")):
             return result  # a view, a pool: integers that are there already
+        moved = False
         if "quantize_per_tensor" in made:
             self.grids.add((float(args[1]), int(args[2])))
-        self._replace(result)
+            moved = _lies_on_grid(args[0], float(args[1]))
+        if not moved:  # integers that were only moved, such as by a transpose, need not be among those expected
+            self._replace(result)
         self.found.append(result.int().clone())
         return result
 
