@@ -5,20 +5,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
-import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 
-import torch
-
 from .checks import CHECKS, check_program
 from .generate import generate
 from .outcome import Failure, Outcome
 from .program import Program, source
 from .shrink import shrink
+from .worker import one_thread, run
 
 
 def main() -> int:
@@ -59,14 +57,14 @@ def _outcomes(options: argparse.Namespace, checks: tuple[str, ...]) -> Iterator[
     end = time.perf_counter() + options.time
     seeds = iter(range(options.start, options.start + options.count))
     if options.jobs == 1:
-        _one_thread()
+        one_thread()
         for seed in seeds:
             if time.perf_counter() > end:
                 return
             yield run(seed, options.longest, checks)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=one_thread) as pool:
         first = itertools.islice(seeds, 2 * options.jobs)
         pending = {pool.submit(run, seed, options.longest, checks) for seed in first}
         while pending:
@@ -76,15 +74,6 @@ def _outcomes(options: argparse.Namespace, checks: tuple[str, ...]) -> Iterator[
                 seed = next(seeds, None)
                 if seed is not None and time.perf_counter() < end:
                     pending.add(pool.submit(run, seed, options.longest, checks))
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-
-
-def run(seed: int, longest: int, checks: tuple[str, ...]) -> Outcome:
-    return check_program(generate(seed, longest), checks)
 
 
 def shrunk(program: Program, failure: Failure, checks: tuple[str, ...], seconds: float) -> Program:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +30,10 @@ class Failure(Exception):  # noqa: N818
     def __init__(self, check: str, kind: str, details: str = "") -> None:
         super().__init__(f"{check}: {kind}\n{details}")
         self.check, self.kind, self.details = check, kind, details
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is pickled with the message alone, and this one goes from one process to another.
+        return type(self), (self.check, self.kind, self.details)
 
 
 class Refusal(Exception):  # noqa: N818

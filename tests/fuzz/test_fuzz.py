@@ -111,11 +111,14 @@ def wrapped(monkeypatch: pytest.MonkeyPatch, name: str, spoil: Callable[[Any], N
 
 
 def test_finds_a_hook_that_is_lost_and_shrinks_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoil(model: nn.Module) -> None:
+    prepare = lq.prepare
+
+    def without_hooks(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         for module in model.modules():
             module._forward_pre_hooks.clear()
+        return prepare(model, *args, **kwargs)
 
-    wrapped(monkeypatch, "prepare", spoil)
+    monkeypatch.setattr(lq, "prepare", without_hooks)
     failure = check_program(HOOKED, ("prepare",)).failure
     assert failure is not None and failure.kind == "outputs for the batch differ"
 
