@@ -11,8 +11,8 @@ reads what it would have read and is judged alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +28,11 @@ NOISE = 0.05
 
 #: Draws of the noise; the largest of their differences is the bound, times the factors below.
 DRAWS = 4
+
+#: Noise on sums, as a share of the largest: a bias is rounded to the grid of the sum that it is added to.
+BIAS_NOISE = 2e-4
+
+_SUMS = {f"aten::{name}" for name in ("convolution", "addmm", "mm", "bmm", "linear")}
 
 #: Least number of steps, in the mean, by which integers differ that are not meant to be the same.
 _OTHER = 0.5
@@ -67,10 +72,41 @@ def outputs_of(model: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 def amplification(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[float, float]]:
     """For each output of a calibrated model, the root mean square and the largest difference that roundings make."""
-    calm = outputs_of(model, inputs)
+    return _largest(model, inputs, lambda draw: noisy(model, draw), outputs_of(model, inputs))
+
+
+def float_amplification(
+    int8: nn.Module, inputs: tuple[Tensor, ...], integers: list[Tensor]
+) -> list[tuple[float, float]]:
+    """The same of the float operators of an INT8 network's simulation alone, all integers being those expected."""
+    with Guide(integers):
+        calm = outputs_of(int8, inputs)
+    return _largest(int8, inputs, lambda draw: Guide(integers, shaken=draw), calm)
+
+
+def share_turned(int8: nn.Module, inputs: tuple[Tensor, ...], integers: list[Tensor]) -> tuple[float, int]:
+    """The largest share of a tensor's integers that rounding of biases turns over, and the largest distance."""
+    with Guide(integers) as calm:
+        outputs_of(int8, inputs)
+    worst = (0.0, 0)
+    for draw in range(DRAWS):
+        with Guide(integers, shaken=draw) as shaken:
+            outputs_of(int8, inputs)
+        for one, other in zip(shaken.computed, calm.computed, strict=True):
+            steps = (one - other).abs()
+            worst = (max(worst[0], float((steps > 0).float().mean())), max(worst[1], int(steps.max())))
+    return worst
+
+
+def _largest(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    disturb: Callable[[int], AbstractContextManager[Any]],
+    calm: list[Tensor],
+) -> list[tuple[float, float]]:
     worst = [(0.0, 0.0)] * len(calm)
     for draw in range(DRAWS):
-        with noisy(model, draw):
+        with disturb(draw):
             shaken = outputs_of(model, inputs)
         errors = [distance(one, other) for one, other in zip(shaken, calm, strict=True)]
         worst = [(max(a, c), max(b, d)) for (a, b), (c, d) in zip(worst, errors, strict=True)]
@@ -109,18 +145,23 @@ class Guide(TorchDispatchMode):
     Args:
         expected: integers of the network's tensors, in any order: the nearest of the same shape is taken, if it is
             near. Kernels that take unsigned integers alone have those of signed ones shifted by 128.
+        shaken: seed of noise on the sums of convolutions and linear layers, or None: what rounding of their biases
+            does, and what becomes of that in float operators up to the next integers or the output.
 
     Attributes:
-        found: the integers that the network goes on with.
+        computed: the integers that the network computes, in the order in which it does.
+        found: those that it goes on with.
         worst: of a replaced tensor, the largest share of integers that were others, how many those were, and the
             largest distance in steps.
         lost: tensors of a shape that some are expected of, and near to none of them.
         grids: scales and zero points of the quantize operators, where there are such.
     """
 
-    def __init__(self, expected: list[Tensor]) -> None:
+    def __init__(self, expected: list[Tensor], shaken: int | None = None) -> None:
         super().__init__()
+        self.generator = None if shaken is None else torch.Generator().manual_seed(shaken)
         self.expected = expected
+        self.computed: list[Tensor] = []
         self.found: list[Tensor] = []
         self.worst: tuple[float, int, int] = (0.0, 0, 0)
         self.replaced = self.lost = 0
@@ -128,6 +169,12 @@ class Guide(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if self.generator is not None and isinstance(result, Tensor) and func.name() in _SUMS:
+            # One number for each channel: over many pixels a rounded bias does not average out.
+            channels = 1 if func.name() == "aten::convolution" else result.dim() - 1
+            shape = [size if axis == channels else 1 for axis, size in enumerate(result.shape)]
+            noise = torch.rand(shape, generator=self.generator) * 2 - 1
+            return result + noise * BIAS_NOISE * result.abs().max()
         if not isinstance(result, Tensor) or result.dtype not in (torch.uint8, torch.int8):
             return result
         made = str(func)
@@ -135,6 +182,7 @@ class Guide(TorchDispatchMode):
             return result  # a weight in a kernel's own layout
         if not ("quantize_per_tensor" in made or "_to_copy" in made or made.startswith("onednn")):
             return result  # a view, a pool: integers that are there already
+        self.computed.append(result.int().clone())
         moved = False
         if "quantize_per_tensor" in made:
             self.grids.add((float(args[1]), int(args[2])))
