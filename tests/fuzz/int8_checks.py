@@ -19,6 +19,8 @@ from .rounding import Guide, amplification, distance, float_amplification, grids
 
 T = TypeVar("T")
 
+Noise = Callable[[], list[tuple[float, float]]]
+
 #: Root mean square and largest difference of the outputs, as multiples of what the network makes of roundings.
 RMS_FACTOR, LARGEST_FACTOR = 2.0, 3.0
 
@@ -41,7 +43,6 @@ class Quantized:
         model: prepared and calibrated: it simulates INT8.
         int8: converted.
         inputs: compared on.
-        noise: see :func:`~fuzz.rounding.amplification`.
         simulated: outputs of the INT8 network's simulation, once that was checked.
         integers: of the simulation.
     """
@@ -49,9 +50,12 @@ class Quantized:
     model: nn.Module
     int8: Any
     inputs: tuple[Tensor, ...]
-    noise: list[tuple[float, float]]
     simulated: list[Tensor]
     integers: list[Tensor]
+
+    def noise(self, inputs: tuple[Tensor, ...]) -> Noise:
+        """What the network makes of roundings on these inputs, asked for only where outputs differ."""
+        return lambda: amplification(self.model, inputs)
 
 
 def quantized(program: Program) -> Quantized:
@@ -63,13 +67,14 @@ def quantized(program: Program) -> Quantized:
     with answers("int8"):
         int8 = lq.convert(model)
         int8.execution = "simulation"
-        return Quantized(model, int8, inputs, amplification(model, inputs), [], [])
+        return Quantized(model, int8, inputs, [], [])
 
 
 def check_int8(program: Program) -> Quantized:
     """The INT8 network's simulation against the prepared module's, and its kernels against its simulation."""
     found = quantized(program)
     model, int8, inputs = found.model, found.int8, found.inputs
+    sample = tuple(x[:1] for x in inputs)
     with answers("int8"), recorded(model) as integers:
         expected = outputs_of(model, inputs)
     with answers("int8"):
@@ -79,13 +84,13 @@ def check_int8(program: Program) -> Quantized:
         if foreign := watch.grids - grids(model):
             raise Failure("int8", "the simulation rounds to a grid that no quantizer has", f"{foreign}")
         _same_form("the simulation", int8, model, inputs)
-    judge("int8", "the simulation", found.simulated, expected, found.noise)
+    judge("int8", "the simulation", found.simulated, expected, found.noise(inputs))
     guided("the simulation", int8, inputs, integers, expected)
     with answers("int8"):
-        single, alone = (outputs_of(network, tuple(x[:1] for x in inputs)) for network in (int8, model))
-    judge("int8", "the simulation, one sample", single, alone, found.noise)
+        single, alone = (outputs_of(network, sample) for network in (int8, model))
+    judge("int8", "the simulation, one sample", single, alone, found.noise(sample))
     other_size = random_inputs(program, seed=21, grow=2)
-    resized = _at_another_size(int8, model, other_size, found.noise)
+    resized = _at_another_size(found, other_size)
     if not has_vnni() and program.target != "x86_avx2":
         return found  # kernels that overflow compute something else, which lq says
     try:
@@ -95,15 +100,15 @@ def check_int8(program: Program) -> Quantized:
     with answers("int8"):
         computed = outputs_of(int8, inputs)
         _same_form("kernels", int8, model, inputs)
-    judge("int8", "kernels", computed, found.simulated, found.noise)
+    judge("int8", "kernels", computed, found.simulated, found.noise(inputs))
     guided("kernels", int8, inputs, found.integers, found.simulated)
     with answers("int8"):
-        of_one = outputs_of(int8, tuple(x[:1] for x in inputs))
-    judge("int8", "kernels, one sample", of_one, single, found.noise)
+        of_one = outputs_of(int8, sample)
+    judge("int8", "kernels, one sample", of_one, single, found.noise(sample))
     if resized is not None:
         with answers("int8"):
             computed = outputs_of(int8, other_size)
-        judge("int8", "kernels, another size", computed, resized, found.noise)
+        judge("int8", "kernels, another size", computed, resized, found.noise(other_size))
     int8.execution = "simulation"
     return found
 
@@ -114,39 +119,49 @@ def _same_form(what: str, int8: nn.Module, model: nn.Module, inputs: tuple[Tenso
     same_form("int8", what, found, expected)
 
 
-def _at_another_size(
-    int8: Any, model: nn.Module, inputs: tuple[Tensor, ...], noise: list[tuple[float, float]]
-) -> list[Tensor] | None:
+def _at_another_size(quantized: Quantized, inputs: tuple[Tensor, ...]) -> list[Tensor] | None:
     """The simulation's outputs for images of another size, checked; None where the network does not take them."""
     try:
-        expected = outputs_of(model, inputs)
+        expected = outputs_of(quantized.model, inputs)
     except Exception:  # a network for one size, or a graph for one size
         return None
     try:
         with answers("int8"):
-            found = outputs_of(int8, inputs)
+            found = outputs_of(quantized.int8, inputs)
     except Refusal:  # what was converted may hold for the size of the example alone, if it says so
         return None
-    judge("int8", "the simulation, another size", found, expected, noise)
+    judge("int8", "the simulation, another size", found, expected, quantized.noise(inputs))
     return found
 
 
-def judge(check: str, what: str, found: list[Tensor], expected: list[Tensor], noise: list[tuple[float, float]]) -> None:
-    """Check that outputs are no further apart than roundings of the network make them."""
-    if len(found) != len(expected):
-        raise Failure(check, f"{what}: another number of outputs", f"{len(found)} instead of {len(expected)}")
-    for index, (value, wanted, (rms, most)) in enumerate(zip(found, expected, noise, strict=True)):
-        if value.shape != wanted.shape:
-            raise Failure(check, f"{what}: another shape", f"{value.shape} instead of {wanted.shape}")
-        found_rms, found_most = distance(value, wanted)
-        size = ARITHMETIC * float(wanted.abs().max().clamp(min=1e-6))
-        if not (found_rms <= RMS_FACTOR * rms + size and found_most <= LARGEST_FACTOR * most + size):
+def judge(check: str, what: str, found: list[Tensor], expected: list[Tensor], noise: Noise) -> None:
+    """Check that outputs are no further apart than roundings of the network make them.
+
+    Args:
+        check: name of the check.
+        what: computed ``found``.
+        found: outputs.
+        expected: likewise.
+        noise: measures what roundings make, for each output.
+    """
+    if [value.shape for value in found] != [value.shape for value in expected]:
+        shapes = [[tuple(value.shape) for value in values] for values in (found, expected)]
+        raise Failure(check, f"{what}: another number or shape of outputs", f"{shapes[0]} instead of {shapes[1]}")
+    pairs = [(distance(value, wanted), _arithmetic(wanted)) for value, wanted in zip(found, expected, strict=True)]
+    if all(most <= size for (_, most), size in pairs):
+        return
+    for index, (((rms, most), size), (usual_rms, usual)) in enumerate(zip(pairs, noise(), strict=True)):
+        if not (rms <= RMS_FACTOR * usual_rms + size and most <= LARGEST_FACTOR * usual + size):
             raise Failure(
                 check,
                 f"{what}: outputs differ by more than roundings make",
-                f"output {index}: RMS {found_rms:.3g} (roundings {rms:.3g}), largest {found_most:.3g} (roundings "
-                f"{most:.3g}), largest value {wanted.abs().max():.3g}",
+                f"output {index}: RMS {rms:.3g} (roundings {usual_rms:.3g}), largest {most:.3g} (roundings "
+                f"{usual:.3g}), largest value {expected[index].abs().max():.3g}",
             )
+
+
+def _arithmetic(value: Tensor) -> float:
+    return ARITHMETIC * float(value.abs().max().clamp(min=1e-6))
 
 
 def guided(what: str, int8: Any, inputs: tuple[Tensor, ...], integers: list[Tensor], expected: list[Tensor]) -> None:
@@ -165,12 +180,14 @@ def guided(what: str, int8: Any, inputs: tuple[Tensor, ...], integers: list[Tens
         raise Failure("int8", f"{what}: a layer computes something else", details)
     if not guide.replaced:
         return
-    try:
-        judge("int8", f"{what}, layer by layer", found, expected, [(0.0, 0.0)] * len(expected))
-    except Failure:
-        # Float operators after the last integers may amplify, too: a layer norm of values that are nearly the same.
-        noise = _simulating(int8, lambda: float_amplification(int8, inputs, integers))
-        judge("int8", f"{what}, layer by layer", found, expected, noise)
+    # Float operators after the last integers may amplify, too: a layer norm of values that are nearly the same.
+    judge(
+        "int8",
+        f"{what}, layer by layer",
+        found,
+        expected,
+        lambda: _simulating(int8, lambda: float_amplification(int8, inputs, integers)),
+    )
 
 
 def _simulating(int8: Any, run: Callable[[], T]) -> T:

@@ -27,7 +27,7 @@ import lq
 NOISE = 0.05
 
 #: Draws of the noise; the largest of their differences is the bound, times the factors below.
-DRAWS = 4
+DRAWS = 8
 
 #: Noise on sums, as a share of the largest: a bias is rounded to the grid of the sum that it is added to.
 BIAS_NOISE = 2e-4
