@@ -23,6 +23,7 @@ from lq.callback.averages import (
 )
 from lq.callback.batches import train_batches
 from lq.callback.checkpoints import attach_hooks
+from lq.callback.conversion import OUTPUTS
 from lq.callback.fit_end import quantize_at_fit_end
 from lq.callback.logging import RangeLog, log_result, make_room
 from lq.callback.preparation import prepare_for_batch
@@ -34,6 +35,7 @@ from lq.callback.training import all_reduce_ranges, training_share
 from lq.callback.unit import has_weighted_layers
 from lq.callback.weights import Weights
 from lq.export import FORMATS, Format, check_dependencies
+from lq.file_sets import recover
 from lq.files import ensure_writable_dir
 from lq.overrides import LayerSpec, Overrides
 from lq.prepare import Mode, NothingToQuantizeError, freeze, is_prepared, refresh_weights, set_state
@@ -92,7 +94,8 @@ class QuantizationCallback(Callback):
             :func:`lq.export`. Class names and mean and standard deviation of the images go into the files where the
             datamodule has attributes ``classes``, ``mean`` and ``std``.
         output_dir: folder for ``int8.pt2``, ``int8.json`` and ``int8.html``; by default ``int8`` in the Trainer's log
-            directory.
+            directory. What an earlier run left there under the names of these and of the exports is replaced, all of it
+            at once when everything has gone well; other files stay. ``Trainer(fast_dev_run=True)`` writes nothing.
 
     Attributes:
         result: a :class:`~lq.callback.result.QuantizationResult` once ``fit`` has ended, else None.
@@ -162,7 +165,7 @@ class QuantizationCallback(Callback):
         self.export: tuple[Format, ...] = tuple(export)
         self.output_dir = output_dir
         self.result: QuantizationResult | None = None
-        self._int8_dir = Path()
+        self._int8_dir: Path | None = None
         self._frozen_norms: set[nn.Module] = set()
         self._range_log = RangeLog()
         self._phase: Phase = "setup"
@@ -181,8 +184,9 @@ class QuantizationCallback(Callback):
             check_averaging(trainer, self)
         if self.convert:
             # Asked for here, where all processes are: the log directory is the first one's, which tells the others.
-            self._int8_dir = Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "int8")
-            if trainer.is_global_zero:
+            self._int8_dir = self._output_dir(trainer)
+            if trainer.is_global_zero and self._int8_dir is not None:
+                recover(self._int8_dir, OUTPUTS)
                 ensure_writable_dir(self._int8_dir, "output_dir")
             for format in self.export:
                 check_dependencies(format)
@@ -255,10 +259,17 @@ class QuantizationCallback(Callback):
         self._thaw()
         if trainer.state.fn != TrainerFn.FITTING or self._phase == "setup" or not self.convert:
             return  # nothing was trained yet: the error says all there is to say
-        if self.result is None and trainer.is_global_zero:
+        if self.result is None and trainer.is_global_zero and self._int8_dir is not None:
             tell_how_to_finish(self, trainer, pl_module, self._int8_dir, training_ended=self._phase == "conversion")
 
     # Private helpers
+
+    def _output_dir(self, trainer: Trainer) -> Path | None:
+        """Where the files go; None for a trial run, which writes nothing where a real one does."""
+        log_dir = trainer.log_dir  # to be asked for by every process
+        if getattr(trainer, "fast_dev_run", False):
+            return None
+        return Path(self.output_dir or Path(log_dir or trainer.default_root_dir) / "int8")
 
     def _thaw(self) -> None:
         """Let batch norm learn again, or a later fit would begin with it frozen."""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def quantize_at_fit_end(
-    callback: QuantizationCallback, trainer: Any, staged: StagedUnit, output_dir: Path, source: str | None = None
+    callback: QuantizationCallback, trainer: Any, staged: StagedUnit, output_dir: Path | None, source: str | None = None
 ) -> Outcome:
     """Convert the unit, and measure what that did.
 
@@ -48,7 +48,7 @@ def quantize_at_fit_end(
         callback: whose arguments say what to do.
         trainer: the Trainer, after training.
         staged: the unit, in float (PTQ) or prepared (QAT).
-        output_dir: where the files go.
+        output_dir: where the files go; None to keep none.
         source: what the weights are, where they are not to be chosen.
 
     Returns:
@@ -71,7 +71,7 @@ def quantize_at_fit_end(
 
 
 def _quantize(
-    callback: QuantizationCallback, trainer: Any, staged: StagedUnit, output_dir: Path, source: str | None
+    callback: QuantizationCallback, trainer: Any, staged: StagedUnit, output_dir: Path | None, source: str | None
 ) -> Outcome:
     pl_module = trainer.lightning_module
     path, weights = (None, source) if source is not None else choose_weights(trainer, callback.weights)

@@ -12,10 +12,12 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from lq.callback.callback import QuantizationCallback
 from lq.callback.checkpoints import restore, section_of
+from lq.callback.conversion import OUTPUTS
 from lq.callback.fit_end import quantize_at_fit_end
 from lq.callback.result import QuantizationResult
 from lq.callback.stages import attach
 from lq.export import Format, check_dependencies
+from lq.file_sets import recover
 from lq.files import ensure_writable_dir
 from lq.overrides import LayerSpec
 from lq.preparation import target_of
@@ -93,6 +95,7 @@ def quantize_checkpoint(
         export=export,
     )
     output = path.parent / "int8" if output_dir is None else Path(output_dir)
+    recover(output, OUTPUTS)
     ensure_writable_dir(output, "output_dir")
     for format in export:
         check_dependencies(format)

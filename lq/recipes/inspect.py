@@ -24,7 +24,7 @@ from lq.callback.checkpoints import section_of
 from lq.callback.page import result_page, settings_table
 from lq.callback.result import QuantizationResult
 from lq.config import ConfigError, field, main
-from lq.files import ensure_writable_dir
+from lq.files import ensure_writable_dir, write_text
 from lq.metadata import Metadata
 from lq.page import Column, Table, layer_table, page, section
 from lq.report import QuantizationReport
@@ -50,7 +50,7 @@ def run(config: Config) -> None:
         output = path.parent if config.output_dir is None else Path(config.output_dir)
         ensure_writable_dir(output, "output_dir")
         written = output / f"{path.name}.html"
-        written.write_text(text, encoding="utf-8")
+        write_text(written, text)
         print(f"written: {written}")
 
 
