@@ -16,6 +16,7 @@ from lq.callback.conversion import OUTPUTS
 from lq.callback.fit_end import quantize_at_fit_end
 from lq.callback.result import QuantizationResult
 from lq.callback.stages import attach
+from lq.callback.support import lightning_package
 from lq.export import Format, check_dependencies
 from lq.file_sets import recover
 from lq.files import ensure_writable_dir
@@ -120,9 +121,7 @@ def quantize_checkpoint(
 
 def _attached_trainer(pl_module: Any, data: Any, accelerator: str) -> Any:
     """A Trainer that knows module and data as it does once ``fit`` has ended."""
-    base = next(cls for cls in type(pl_module).__mro__ if cls.__name__ == "LightningModule")
-    # `lightning` and `pytorch_lightning` have a Trainer each, which takes no module of the other.
-    trainer: Any = importlib.import_module(base.__module__.partition(".core")[0]).Trainer(
+    trainer: Any = importlib.import_module(lightning_package(pl_module)).Trainer(
         accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False
     )
     trainer.strategy.connect(pl_module)
