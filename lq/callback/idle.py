@@ -55,9 +55,8 @@ def run_idle(pl_module: Any, step: Callable[[], Any]) -> None:
     """Call ``step``, in which ``pl_module`` logs nothing, optimizers and schedulers stand still, no gradient is made.
 
     Before ``fit`` has set them up, there are optimizers and schedulers as ``configure_optimizers`` makes them, for a
-    step that asks for them; and plain attributes of ``pl_module`` (a counter of steps, say) are afterwards as before.
-    Whether its parameters want gradients is always as before, also where the step was left halfway: between switching
-    a discriminator's parameters off and on again.
+    step that asks for them. Whether parameters want gradients is afterwards as before, also where the step was left
+    halfway: between switching a discriminator's parameters off and on again.
     """
     trainer = getattr(pl_module, "_trainer", None)
     strategy = getattr(trainer, "strategy", None)
@@ -65,14 +64,6 @@ def run_idle(pl_module: Any, step: Callable[[], Any]) -> None:
         with _idle(pl_module):
             step()
         return
-    before = {name: value for name, value in pl_module.__dict__.items() if isinstance(value, _PLAIN)}
-    try:
-        _run_before_training(pl_module, trainer, step)
-    finally:
-        pl_module.__dict__.update(before)
-
-
-def _run_before_training(pl_module: Any, trainer: Any, step: Callable[[], Any]) -> None:
     try:
         if pl_module.automatic_optimization:  # which seldom asks for them
             with _idle(pl_module):
@@ -86,6 +77,16 @@ def _run_before_training(pl_module: Any, trainer: Any, step: Callable[[], Any]) 
         return
     with _set_up(pl_module, trainer), _idle(pl_module):
         step()
+
+
+@contextmanager
+def same_attributes(pl_module: Any) -> Iterator[None]:
+    """Afterwards plain attributes of ``pl_module`` are as before: a counter of steps, say."""
+    before = {name: value for name, value in pl_module.__dict__.items() if isinstance(value, _PLAIN)}
+    try:
+        yield
+    finally:
+        pl_module.__dict__.update(before)
 
 
 @contextmanager

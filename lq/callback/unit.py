@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lq.callback.idle import run_idle
+from lq.callback.idle import run_idle, same_attributes
 from lq.graph.ops import WEIGHTED_MODULES
 
 #: The module that ``torch.compile(module)`` wraps, as a child of the wrapper.
@@ -92,7 +92,8 @@ def unit_arguments(
     Raises:
         ValueError: where the step never calls the unit.
     """
-    args, kwargs = _step_until(unit.register_forward_pre_hook, pl_module, unit, batch, step)
+    with same_attributes(pl_module):  # looking is no step of the training
+        args, kwargs = _step_until(unit.register_forward_pre_hook, pl_module, unit, batch, step)
     return args, kwargs
 
 
