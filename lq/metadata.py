@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
+from keyword import iskeyword
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from lq.treespecs import load_treespec
 
 #: Where it lies: an entry of a `.pt2` archive, a metadata property of an ONNX model.
 KEY = "lq"
@@ -101,8 +104,12 @@ class Metadata:
             tensors = tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in values.pop("tensors"))
             labels = values.pop("labels")
             inputs = tuple(values.pop("inputs"))
-            return cls(**values, inputs=inputs, tensors=tensors, labels=None if labels is None else tuple(labels))
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            metadata = cls(**values, inputs=inputs, tensors=tensors, labels=None if labels is None else tuple(labels))
+            if not all(name.isidentifier() and not iskeyword(name) for name in inputs):  # they become code
+                raise ValueError(f"its metadata name an input that is no argument: {', '.join(inputs)}")
+            _ = metadata._specs
+            return metadata
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"its metadata are not lq's: {error!r}") from error
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -139,8 +146,8 @@ class Metadata:
 
     @cached_property
     def _specs(self) -> tuple[pytree.TreeSpec, pytree.TreeSpec | None]:
-        out_spec = None if self.out_spec is None else pytree.treespec_loads(self.out_spec)
-        return pytree.treespec_loads(self.in_spec), out_spec
+        out_spec = None if self.out_spec is None else load_treespec(self.out_spec)
+        return load_treespec(self.in_spec), out_spec
 
 
 def package_version() -> str:

@@ -33,7 +33,7 @@ from lq.callback.stages import StagedUnit, attach, staged_unit
 from lq.callback.support import check_trainer
 from lq.callback.training import all_reduce_ranges, training_share
 from lq.callback.unit import has_weighted_layers
-from lq.callback.weights import Weights
+from lq.callback.weights import Weights, known_checkpoints
 from lq.export import FORMATS, Format, check_dependencies
 from lq.file_sets import recover
 from lq.files import ensure_writable_dir
@@ -99,6 +99,7 @@ class QuantizationCallback(Callback):
 
     Attributes:
         result: a :class:`~lq.callback.result.QuantizationResult` once ``fit`` has ended, else None.
+        known_before: the best checkpoint that there was before training, as a run that is resumed knows it.
 
     Raises:
         ValueError: where an argument is none of its choices.
@@ -165,6 +166,7 @@ class QuantizationCallback(Callback):
         self.export: tuple[Format, ...] = tuple(export)
         self.output_dir = output_dir
         self.result: QuantizationResult | None = None
+        self.known_before: dict[str, Any] = {}
         self._int8_dir: Path | None = None
         self._frozen_norms: set[nn.Module] = set()
         self._range_log = RangeLog()
@@ -198,6 +200,7 @@ class QuantizationCallback(Callback):
             self._begin_fit(trainer, staged)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.known_before = known_checkpoints(trainer)
         staged = staged_unit(pl_module)
         if not staged.is_built:
             raise _nothing_to_quantize(pl_module)

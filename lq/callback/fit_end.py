@@ -77,7 +77,7 @@ def _quantize(
     path, weights = (None, source) if source is not None else choose_weights(trainer, callback.weights)
     rank_zero_info(f"lq: INT8 is made of {weights}")
     if path is not None:
-        load_weights(trainer, pl_module, path)
+        load_weights(trainer, pl_module, path, callback.known_before)
     if pl_module.dtype != torch.float32:
         rank_zero_info(f"lq: the weights are cast from {dtype_name(pl_module.dtype)} to float32, and calibrated so")
         pl_module.float()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
+from lq.archives import check_torch_archive
 from lq.callback.callback import QuantizationCallback
 from lq.callback.checkpoints import restore, section_of
 from lq.callback.conversion import OUTPUTS
@@ -71,10 +72,12 @@ def quantize_checkpoint(
         What INT8 cost and bought, and where the files are.
 
     Raises:
-        ValueError: where an argument is none of its choices, or the checkpoint needs data and there are none.
+        ValueError: where an argument is none of its choices, the checkpoint is damaged, or it needs data and there are
+            none.
         FileNotFoundError: where there is no such file.
     """
     path = Path(checkpoint)
+    check_torch_archive(path)
     loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only is not False)
     section = section_of(loaded)
     preparation = None if section is None else section["preparation"]
@@ -102,7 +105,7 @@ def quantize_checkpoint(
         check_dependencies(format)
     pl_module: Any = model
     if isinstance(model, type):
-        pl_module = model.load_from_checkpoint(path, map_location="cpu", weights_only=weights_only)
+        pl_module = model.load_from_checkpoint(path, map_location="cpu", weights_only=weights_only is not False)
     pl_module.configure_model()
     staged = attach(pl_module, module)
     pl_module.on_load_checkpoint(loaded)

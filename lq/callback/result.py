@@ -138,7 +138,7 @@ class QuantizationResult:
             if values.get("analysis") is not None:
                 values["analysis"] = Analysis.from_dict(values["analysis"])
             return cls(**values)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"not what lq writes to int8.json: {error!r}") from error
 
     def table(self) -> Table:
