@@ -21,12 +21,12 @@ from lq.callback.averages import (
     check_averaging,
     refresh_averaged_ranges,
 )
-from lq.callback.batches import train_batches
+from lq.callback.batches import given_batches, train_batches
 from lq.callback.checkpoints import attach_hooks
 from lq.callback.conversion import OUTPUTS
 from lq.callback.fit_end import quantize_at_fit_end
 from lq.callback.logging import RangeLog, log_result, make_room
-from lq.callback.preparation import prepare_for_batch
+from lq.callback.preparation import check_batch, prepare_for_batch
 from lq.callback.rescue import tell_how_to_finish
 from lq.callback.result import QuantizationResult
 from lq.callback.stages import StagedUnit, attach, staged_unit
@@ -38,7 +38,15 @@ from lq.export import FORMATS, Format, check_dependencies
 from lq.file_sets import recover
 from lq.files import ensure_writable_dir
 from lq.overrides import LayerSpec, Overrides
-from lq.prepare import Mode, NothingToQuantizeError, freeze, is_prepared, refresh_weights, set_state
+from lq.prepare import (
+    Mode,
+    NothingToQuantizeError,
+    activation_quantizers,
+    freeze,
+    is_prepared,
+    refresh_weights,
+    set_state,
+)
 from lq.quantizer import QuantizerState
 from lq.targets import Target, get_target
 
@@ -209,8 +217,10 @@ class QuantizationCallback(Callback):
             self._begin_fit(trainer, staged)
         else:
             _check_layers(staged)
-            if self.mode == "ptq" and self.convert and self.overrides.specs:
-                self._check_overrides(trainer, staged)
+            if self.mode == "ptq" and self.convert:
+                self._check_calibration(trainer, staged)
+        if self.mode == "qat" and self.convert:
+            _check_training(trainer, staged)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._phase = "training"
@@ -302,11 +312,21 @@ class QuantizationCallback(Callback):
         if self.mode == "qat":
             self._prepare_for_training(trainer, staged)
 
-    def _check_overrides(self, trainer: Trainer, staged: StagedUnit) -> None:
-        """Find a name that matches nothing now, and not after the training."""
+    def _check_calibration(self, trainer: Trainer, staged: StagedUnit) -> None:
+        """Find a batch that no step takes, or a name that matches nothing, now and not after the training."""
+        loader = self.calibration_dataloader
+        if loader is not None and iter(loader) is loader:
+            loader = None  # what is looked at would be gone
+        if loader is None and not self.overrides.specs:
+            return
         with isolate_rng():
-            batch = next(train_batches(trainer, staged.pl_module), None)
-            if batch is not None:
+            module = staged.pl_module
+            batch = next(train_batches(trainer, module) if loader is None else given_batches(loader, module), None)
+            if batch is None:
+                return
+            if loader is not None:
+                check_batch(staged, batch)
+            if self.overrides.specs:
                 prepare_for_batch(
                     staged, batch, target=self.target, mode="ptq", observer="minmax", overrides=self.overrides
                 )
@@ -327,6 +347,18 @@ class QuantizationCallback(Callback):
             )
         name = type(staged.unit).__name__
         rank_zero_info(f"lq: {name} trains with fake-quantizers for target {self.target}")
+
+
+def _check_training(trainer: Trainer, staged: StagedUnit) -> None:
+    """Refuse a run that trains nothing, and so leaves ranges unknown that the checkpoint it goes on from has not."""
+    limits = {name: getattr(trainer, name, None) for name in ("max_epochs", "max_steps", "limit_train_batches")}
+    nothing = next((name for name, limit in limits.items() if limit == 0), None)
+    known = all(quantizer.calibrated for quantizer in activation_quantizers(staged.unit).values() if quantizer.rounds)
+    if nothing is not None and not known:
+        raise ValueError(
+            f"mode='qat' takes the ranges from training, and Trainer({nothing}=0) trains nothing: use "
+            f"QuantizationCallback(mode='ptq'), which calibrates, or train with fake-quantizers for an epoch"
+        )
 
 
 def _check_layers(staged: StagedUnit) -> None:

@@ -132,7 +132,13 @@ def _calibrate(callback: QuantizationCallback, trainer: Any, staged: StagedUnit)
             calibrators = {callback.calibrator, *callback.overrides.calibrators}
             observer = "minmax" if calibrators == {"minmax"} else "histogram"
             prepare_for_batch(
-                staged, first, target=callback.target, mode="ptq", observer=observer, overrides=callback.overrides
+                staged,
+                first,
+                target=callback.target,
+                mode="ptq",
+                observer=observer,
+                overrides=callback.overrides,
+                is_given=callback.calibration_dataloader is not None,
             )
         with evaluating(pl_module):
             comparison = calibrate_and_compare(

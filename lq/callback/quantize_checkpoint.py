@@ -18,6 +18,7 @@ from lq.callback.fit_end import quantize_at_fit_end
 from lq.callback.result import QuantizationResult
 from lq.callback.stages import attach
 from lq.callback.support import lightning_package
+from lq.callback.unit import COMPILED
 from lq.export import Format, check_dependencies
 from lq.file_sets import recover
 from lq.files import ensure_writable_dir
@@ -74,6 +75,7 @@ def quantize_checkpoint(
     Raises:
         ValueError: where an argument is none of its choices, the checkpoint is damaged, or it needs data and there are
             none.
+        TypeError: where ``model`` is no LightningModule.
         FileNotFoundError: where there is no such file.
     """
     path = Path(checkpoint)
@@ -88,6 +90,12 @@ def quantize_checkpoint(
         )
     if preparation is not None and calibrator is not None:
         raise ValueError(f"calibrator={calibrator!r} is for checkpoints without ranges, and {str(path)!r} has some")
+    cls = model if isinstance(model, type) else type(getattr(model, COMPILED, model))
+    if not any(base.__name__ == "LightningModule" for base in cls.__mro__):
+        raise TypeError(
+            f"model={cls.__name__} must be a LightningModule, or its class; a plain module is quantized by lq.prepare, "
+            f"lq.calibrate and lq.convert"
+        )
     callback = QuantizationCallback(
         mode="ptq" if preparation is None else "qat",  # whose ranges are there
         target=(target or "x86") if preparation is None else get_target(target or target_of(preparation)),
@@ -103,7 +111,7 @@ def quantize_checkpoint(
     ensure_writable_dir(output, "output_dir")
     for format in export:
         check_dependencies(format)
-    pl_module: Any = model
+    pl_module: Any = getattr(model, COMPILED, model)  # what torch.compile wraps
     if isinstance(model, type):
         pl_module = model.load_from_checkpoint(path, map_location="cpu", weights_only=weights_only is not False)
     pl_module.configure_model()
