@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lq.guards import GuardError, check_guards, compile_guard
+from lq.treespecs import load_treespec
 
 #: Where it lies: an entry of a `.pt2` archive, a metadata property of an ONNX model.
 KEY = "lq"
@@ -110,8 +112,12 @@ class Metadata:
             values |= {name: tuple(values.get(name, ())) for name in ("inputs", "guards", "notes")}
             for guard in values["guards"]:
                 compile_guard(guard)
-            return cls(**values, tensors=tensors, labels=None if labels is None else tuple(labels))
-        except (KeyError, TypeError, AttributeError, GuardError, json.JSONDecodeError) as error:
+            metadata = cls(**values, tensors=tensors, labels=None if labels is None else tuple(labels))
+            if not all(name.isidentifier() and not iskeyword(name) for name in metadata.inputs):  # they become code
+                raise ValueError(f"its metadata name an input that is no argument: {', '.join(metadata.inputs)}")
+            _ = metadata._specs
+            return metadata
+        except (KeyError, TypeError, AttributeError, GuardError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"its metadata are not lq's: {error!r}") from error
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -162,8 +168,8 @@ class Metadata:
 
     @cached_property
     def _specs(self) -> tuple[pytree.TreeSpec, pytree.TreeSpec | None]:
-        out_spec = None if self.out_spec is None else pytree.treespec_loads(self.out_spec)
-        return pytree.treespec_loads(self.in_spec), out_spec
+        out_spec = None if self.out_spec is None else load_treespec(self.out_spec)
+        return load_treespec(self.in_spec), out_spec
 
 
 def package_version() -> str:

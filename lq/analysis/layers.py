@@ -157,5 +157,5 @@ def elements(model: nn.Module, layer: Layer, analysis: GraphAnalysis) -> dict[st
     module: Any = model.get_submodule(name)
     parameters = sum(p.numel() for p in module.parameters())
     if isinstance(module, WEIGHTED_MODULES):
-        return {"parameters": parameters, "weights": module.weight.numel()}
+        return {"parameters": parameters, "weights": int(module.weight.numel())}
     return {"parameters": parameters}

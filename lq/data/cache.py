@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lq.archives import checked_members
 from lq.data.image_tree import ImageTree, read_image_tree
 from lq.data.splits import ImageData, LabelledImages
 
@@ -73,6 +74,7 @@ def _read(path: Path, tree: ImageTree) -> ImageData | None:
     try:
         # Zip members carry a CRC, which numpy's reader checks: a damaged array raises.
         with _READING, path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            checked_members(arrays.zip)  # stored as they are, so that none unpacks to more than the file
             if str(arrays["key"]) != _key(tree):
                 return None
             train, test = (

@@ -78,11 +78,12 @@ def _is_quotient(value: Any) -> bool:
 
 def _divide_integers(graph: fx.Graph, node: fx.Node) -> None:
     """``ceil(a / b)`` and ``floor(a / b)`` of sizes, which exporters know as divisions of integers alone."""
-    a, b = node.args[0].args  # type: ignore[union-attr]
+    quotient: Any = node.args[0]
+    a, b = quotient.args
     steps: list[tuple[Any, Any]] = [(operator.floordiv, b)]
     if node.target is math.ceil:
         steps = [(operator.mul, -1), *steps, (operator.mul, -1)]
-    value = a
+    value: Any = a
     for function, other in steps:
         with graph.inserting_before(node):
             value = graph.call_function(function, (value, other))

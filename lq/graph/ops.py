@@ -151,18 +151,18 @@ def _pads_on_the_grid(node: fx.Node) -> bool:
     if node.target is aten.pad.default:
         if argument(node, 2, "mode", "constant") != "constant":
             return False
-        value = argument(node, 3, "value")
+        value: Any = argument(node, 3, "value")
     else:
         value = argument(node, 2, "value", 0)
     if value in (None, 0):
         return True
-    return bool(value == -math.inf) and all(user.target in _MAX_POOLS for user in node.users)
+    return value == -math.inf and all(user.target in _MAX_POOLS for user in node.users)
 
 
 def _selects(node: fx.Node) -> bool:
     source = node.args[0] if node.args else None
     if node.target is operator.getitem and isinstance(source, fx.Node) and source.op == "call_function":
-        return source.target in _PIECES or (source.target in _POOLS_WITH_INDICES and node.args[1] == 0)
+        return source.target in _PIECES or (source.target in _POOLS_WITH_INDICES and not node.args[1])
     if node.target is aten.pad.default:
         return argument(node, 2, "mode", "constant") in _REPEATING_PADS
     return node.target in _PIECES or node.target in _POOLS_WITH_INDICES
