@@ -14,6 +14,7 @@ from lq.graph.codegen import compile_graph
 from lq.graph.eager import never_compiled
 from lq.graph.qdq import constant_qparams
 from lq.graph.signature import CallSignature
+from lq.graph_state import graph_from_state, graph_state
 from lq.guards import check_guards, input_name
 from lq.metadata import Metadata, TensorSpec, dtype_name
 from lq.report import QuantizationReport
@@ -144,7 +145,7 @@ class Int8Module(nn.Module):
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         names = self._input_names
-        args, kwargs = tree_map(_as_tensor, (args, dict(kwargs)))
+        args, kwargs = tree_map(_as_tensor, (args, dict(kwargs)))  # arrays would be taken for settings
         if self._signature is not None:
             inputs, settings = self._signature.bind(args, kwargs)
             other = {name: value for name, value in settings.items() if value != self.settings.get(name)}
@@ -227,7 +228,10 @@ class Int8Module(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": {}}
+        return {**self.__dict__, "_compiled": {}, "graph": graph_state(self.graph)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "graph": graph_from_state(state["graph"])})
 
     def extra_repr(self) -> str:
         return f"inputs=({', '.join(self._input_names)}), execution={self.execution!r}"

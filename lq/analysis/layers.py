@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -157,5 +158,5 @@ def elements(model: nn.Module, layer: Layer, analysis: GraphAnalysis) -> dict[st
     module: Any = model.get_submodule(name)
     parameters = sum(p.numel() for p in module.parameters())
     if isinstance(module, WEIGHTED_MODULES):
-        return {"parameters": parameters, "weights": int(module.weight.numel())}
+        return {"parameters": parameters, "weights": math.prod(module.weight.shape)}
     return {"parameters": parameters}

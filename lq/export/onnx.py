@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.export import ExportedProgram
 
 from lq.metadata import KEY, Metadata
 from lq.runtime.inference import MissingRuntimeError
+from lq.runtime.onnx_file import CHECKSUM
 
 #: ONNX Runtime, OpenVINO and TensorRT 10 all read it.
 OPSET = 18
@@ -78,7 +80,8 @@ def to_onnx(
         _quantize_biases(onnx, model)
     model.producer_name = "lq"
     model.producer_version = metadata.lq
-    onnx.helper.set_model_props(model, {KEY: metadata.to_json(), **_readable(metadata)})
+    checksum = hashlib.sha256(model.graph.SerializeToString()).hexdigest()
+    onnx.helper.set_model_props(model, {KEY: metadata.to_json(), CHECKSUM: checksum, **_readable(metadata)})
     onnx.checker.check_model(model, full_check=True)
     return model
 

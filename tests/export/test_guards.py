@@ -76,7 +76,7 @@ def test_other_sizes_are_refused_in_a_program(tmp_path: Path) -> None:
                 loaded(torch.randn(shape))
     # What is made of the file is for no other sizes either.
     lq.export(loaded, tmp_path / "again.pt2")
-    with pytest.raises(ValueError, match=r"exported for inputs with size\('x', 0\) <"):
+    with pytest.raises(ValueError, match=r"made for inputs with size\('x', 0\) <"):
         lq.load(tmp_path / "again.pt2")(torch.randn(5, 3, 16, 16))
 
 
@@ -101,7 +101,7 @@ def test_a_batch_of_one_that_is_told_apart(tmp_path: Path) -> None:
     lq.export(int8, tmp_path / "int8.pt2")
     loaded = lq.load(tmp_path / "int8.pt2")
     assert torch.equal(loaded(X), int8(X))
-    with pytest.raises(ValueError, match=r"exported for inputs with size\('x', 0\) != 1"):
+    with pytest.raises(ValueError, match=r"made for inputs with size\('x', 0\) != 1"):
         loaded(X[:1])
 
 
