@@ -108,8 +108,9 @@ class _Shapes(fx.Interpreter):
 def linear_for_single_positions(model: Int8Module) -> Int8Module:
     """``model`` with linear layers for the 1x1 convolutions that give a single position, which compute the same.
 
-    oneDNN lays the weights of such a convolution out otherwise for a batch of one than for any other, and a package,
-    whose weights are laid out once, re-orders them at every call: 40 ms for 512x512. A linear layer has one layout.
+    oneDNN lays the weights of such a convolution out otherwise for a batch of one than for any other, and for one
+    thread than for two, and a package, whose weights are laid out once, re-orders them at every call: 40 ms for
+    512x512. A linear layer has one layout.
     """
     with torch.no_grad():
         shapes = _Shapes(model)
