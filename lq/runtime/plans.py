@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-#: A training's batch, its last and smaller one, a single image, one more. Each holds all the weights.
-KEPT = 4
+#: More than a training meets (its batch, a last and smaller one, a single image) and what a server rounds batches to.
+KEPT = 8
 
 #: A network for inputs of some sizes, and the outputs for those that it was made with.
 Made = tuple[Callable[..., Any], Any]
