@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,7 +20,7 @@ from lq.guards import check_guards, input_name
 from lq.metadata import Metadata, TensorSpec, dtype_name
 from lq.report import QuantizationReport
 from lq.runtime.cpu import has_onednn_int8, torch_threads
-from lq.runtime.onednn import LoweredGraph, lower
+from lq.runtime.onednn import LoweredGraph, Packed, lower
 from lq.runtime.plans import Plans, sizes
 
 Execution = Literal["auto", "kernels", "simulation"]
@@ -187,11 +188,13 @@ class Int8Module(nn.Module):
         key = "kernels" if kernels else "simulation"
         if key not in self._compiled:
             # Threads that come here at once take the same one.
-            self._compiled.setdefault(key, Plans(self._plan) if kernels else self._simulation())
+            self._compiled.setdefault(key, Plans(partial(self._plan, Packed())) if kernels else self._simulation())
         return self._compiled[key]
 
-    def _plan(self, inputs: tuple[Any, ...]) -> tuple[Callable[..., Any], Any]:
-        lowered = lower(constant_qparams(self.graph, self), self, inputs)
+    def _plan(self, packed: Packed, inputs: tuple[Any, ...]) -> tuple[Callable[..., Any], Any]:
+        lowered = lower(constant_qparams(self.graph, self), self, inputs, packed=packed)
+        if self.report is not None and lowered.unfused:
+            self.report = self.report.as_it_ran(lowered.unfused)
         return lowered.compile(self), lowered.outputs
 
     def _simulation(self) -> Callable[..., Any]:

@@ -98,15 +98,7 @@ class PreparedForward(QuantizedForward):
         Raises:
             CaptureError: where the module cannot be captured any more.
         """
-        # The module may have been moved, or cast (after training in half precision), since the example was given.
-        like = next((p for p in self.module.parameters() if p.is_floating_point()), torch.empty(0))
-
-        def move(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return value
-            return value.to(like) if value.is_floating_point() else value.to(like.device)
-
-        inputs = tree_map(move, self.inputs)
+        inputs = self._moved_inputs()
         with unprepared(self.module), evaluating(self.module):
             captured = self.captured
             if captured is None or disagreement(captured, self.module, inputs, self.settings) is not None:
@@ -115,6 +107,28 @@ class PreparedForward(QuantizedForward):
             analysis = analyse(captured, self.module, inputs, self.scheme(target))
         self._check_known(analysis)
         return analysis
+
+    def change(self) -> str | None:
+        """How the module has come to compute something else than it did when it was captured last, or None.
+
+        Takes two forward passes of the example inputs; layers that were replaced are followed from here on.
+        """
+        if self.captured is None:
+            return None
+        with unprepared(self.module), evaluating(self.module):
+            return disagreement(self.captured, self.module, self._moved_inputs(), self.settings)
+
+    def _moved_inputs(self) -> dict[str, Any]:
+        """The example inputs where the module is, and in its precision."""
+        # The module may have been moved, or cast (after training in half precision), since the example was given.
+        like = next((p for p in self.module.parameters() if p.is_floating_point()), torch.empty(0))
+
+        def move(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            return value.to(like) if value.is_floating_point() else value.to(like.device)
+
+        return {name: tree_map(move, value) for name, value in self.inputs.items()}
 
     def _check_known(self, analysis: GraphAnalysis) -> None:
         """Refuse a network that rounds what had no quantizer when the model was prepared."""

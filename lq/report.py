@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.table import Table
@@ -30,6 +30,9 @@ class LayerReport:
         weight: scheme and range of the weight, or ``""``.
         input: name, scheme and range of the input's quantizer, or ``""``.
         reason: why it stays float, or ``""``.
+        output: name of the tensor that leaves it, or ``""``.
+        in_process: what of it PyTorch's kernels on this machine compute in float all the same and why, or ``""``; known
+            once the INT8 module has run.
     """
 
     name: str
@@ -38,6 +41,8 @@ class LayerReport:
     weight: str = ""
     input: str = ""
     reason: str = ""
+    output: str = ""
+    in_process: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,18 @@ class QuantizationReport:
     def float_layers(self) -> tuple[LayerReport, ...]:
         return tuple(layer for layer in self.layers if layer.precision == "float")
 
+    def as_it_ran(self, unfused: Mapping[str, str]) -> QuantizationReport:
+        """The report with what the kernels compute in float.
+
+        Args:
+            unfused: why, by the names of the tensors.
+        """
+        layers = tuple(
+            replace(layer, in_process=unfused[layer.output]) if layer.output in unfused else layer
+            for layer in self.layers
+        )
+        return replace(self, layers=layers)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists, strings and numbers, for JSON."""
         return asdict(self)
@@ -81,7 +98,9 @@ class QuantizationReport:
         for header in ("layer", "operators", "runs in", "weight", "input (quantizer, range)", "why float"):
             table.add_column(header, overflow="fold")
         for layer in self.layers:
-            table.add_row(layer.name, layer.kind, layer.precision, layer.weight, layer.input, layer.reason)
+            table.add_row(
+                layer.name, layer.kind, layer.precision, layer.weight, layer.input, layer.reason or layer.in_process
+            )
         if self.fold_difference is not None:
             table.caption = f"largest relative difference from folding batch norm: {self.fold_difference:.1e}"
         return table
@@ -141,6 +160,7 @@ def report_rows(
                     precision="int8",
                     weight=f"{weight.spec}, {_range(weight)}",
                     input=f"{source}: {quantizers[source].spec}, {_range(quantizers[source])}",
+                    output=site(chain.end),
                 )
                 layers.append((row, node))
         elif node in sums:
@@ -168,6 +188,7 @@ def _sum_row(total: Sum, model: nn.Module, quantizers: Mapping[str, Quantizer]) 
     return LayerReport(
         name=site(total.add),
         kind="add + relu" if total.clamp is not None else "add",
+        output=site(total.end),
         precision="int8",
         input="; ".join(f"{name}: {quantizers[name].spec}, {_range(quantizers[name])}" for name in sources),
     )

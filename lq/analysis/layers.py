@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,5 +157,6 @@ def elements(model: nn.Module, layer: Layer, analysis: GraphAnalysis) -> dict[st
     module: Any = model.get_submodule(name)
     parameters = sum(p.numel() for p in module.parameters())
     if isinstance(module, WEIGHTED_MODULES):
-        return {"parameters": parameters, "weights": math.prod(module.weight.shape)}
+        weight: Any = module.weight
+        return {"parameters": parameters, "weights": weight.numel()}
     return {"parameters": parameters}

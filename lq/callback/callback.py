@@ -26,7 +26,7 @@ from lq.callback.checkpoints import attach_hooks
 from lq.callback.conversion import OUTPUTS
 from lq.callback.fit_end import quantize_at_fit_end
 from lq.callback.logging import RangeLog, log_result, make_room
-from lq.callback.preparation import check_batch, prepare_for_batch
+from lq.callback.preparation import check_batch, prepare_for_batch, tell_of_a_change
 from lq.callback.rescue import tell_how_to_finish
 from lq.callback.result import QuantizationResult
 from lq.callback.stages import StagedUnit, attach, staged_unit
@@ -179,6 +179,7 @@ class QuantizationCallback(Callback):
         self._frozen_norms: set[nn.Module] = set()
         self._range_log = RangeLog()
         self._phase: Phase = "setup"
+        self._checked_epoch = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         staged = attach(pl_module, self.module)
@@ -224,6 +225,12 @@ class QuantizationCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._phase = "training"
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        staged = staged_unit(pl_module)
+        if staged.stage == "prepared" and trainer.current_epoch not in (0, self._checked_epoch):
+            self._checked_epoch = trainer.current_epoch
+            tell_of_a_change(staged)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.mode != "qat" or averages_at_the_end(trainer):

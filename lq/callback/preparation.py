@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +14,14 @@ from lq.calibration.error import CalibrationError
 from lq.callback.batches import first_samples
 from lq.callback.stages import StagedUnit
 from lq.callback.unit import unit_arguments
+from lq.graph.capture import CaptureError
 from lq.metadata import dtype_name
 from lq.modes import evaluating
 from lq.overrides import Overrides
 from lq.prepare import Mode, prepare
 from lq.targets import Target
+
+_log = logging.getLogger("lq")
 
 
 def prepare_for_batch(
@@ -46,6 +50,29 @@ def prepare_for_batch(
     """
     args, kwargs = first_samples(_arguments_for(staged, batch, is_given))
     prepare(staged.unit, args, example_kwargs=kwargs, target=target, mode=mode, observer=observer, overrides=overrides)
+
+
+def tell_of_a_change(staged: StagedUnit) -> None:
+    """Say in the log where the unit computes something else by now than when it was prepared, and what that means.
+
+    A callback may change an attribute between epochs, or replace a layer: training follows, and so does the INT8
+    network where all that it rounds has a quantizer.
+
+    Args:
+        staged: the unit, prepared.
+    """
+    forward = staged.prepared_forward
+    found = forward.change()
+    if found is None:
+        return
+    try:
+        forward.analyse()
+        then = "its INT8 network will be of the forward as it is by then"
+    except CaptureError as error:
+        then = f"it cannot be converted as it is now: {error}"
+    _log.warning(
+        "lq: the forward of the module that is quantized has changed since it was prepared (%s); %s", found, then
+    )
 
 
 def check_batch(staged: StagedUnit, batch: Any) -> None:

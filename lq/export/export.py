@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lq.convert import convert
-from lq.export.aoti import check_compiler, for_this_cpu, overflows_here, write_package
+from lq.export.aoti import (
+    check_compiler,
+    for_this_cpu,
+    linear_for_single_positions,
+    overflows_here,
+    write_package,
+)
 from lq.export.onnx import OPSET, import_onnx, to_onnx, write_onnx
 from lq.export.program import Program, examples, export_program, write_program
 from lq.export.verify import (
@@ -138,7 +144,7 @@ def export(
     with torch.no_grad():
         written = int8 if chosen == "pt2" else crop_kernels(int8, examples(int8))
         if chosen == "aoti":
-            written, int8 = for_this_cpu(written), for_this_cpu(int8)
+            written, int8 = linear_for_single_positions(for_this_cpu(written)), for_this_cpu(int8)
         simulation = simulated(int8, inputs)
         program = export_program(written, free_sizes=chosen == "pt2")
         metadata = _metadata(int8, program, simulation[0], labels, preprocessing)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -58,6 +59,9 @@ _UNARY = {
 
 #: What is done with the integers of each quantize node of the source graph when they are first computed.
 Watch = Callable[[fx.Node, Tensor], Tensor]
+
+#: Packed weights that are in use, by layer, settings and sizes.
+Packed = WeakValueDictionary[tuple[Any, ...], Tensor]
 
 
 def weight_for_this_cpu(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,11 +162,14 @@ class _Lowering:
     ``values`` has the node of the lowered graph for each of the source's, ``results`` what it gave.
     """
 
-    def __init__(self, graph: fx.Graph, root: nn.Module, inputs: Sequence[Any], watch: Watch | None) -> None:
+    def __init__(
+        self, graph: fx.Graph, root: nn.Module, inputs: Sequence[Any], watch: Watch | None, packed: Packed | None
+    ) -> None:
         self.source = graph
         self.root = root
         self.inputs = iter(inputs)
         self.watch = watch
+        self.packed: Packed = WeakValueDictionary() if packed is None else packed
         self.lowered = LoweredGraph(fx.Graph(), {})
         self.graph = self.lowered.graph
         self.values: dict[fx.Node, fx.Node] = {}
@@ -170,6 +177,7 @@ class _Lowering:
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.chains = {chain.end: chain for node in graph.nodes if (chain := self._match(node)) is not None}
         self.moved = {node: found for node in graph.nodes if (found := self._moved(node)) is not None}
+        self.kernels = {chain.op for chain in self.chains.values()}
         self.inner = {
             node
             for chain in self.chains.values()
@@ -198,6 +206,8 @@ class _Lowering:
     def _is_skipped(self, node: fx.Node) -> bool:
         if node in self.inner or _is(node, DEQUANTIZE):
             return True  # a dequantize is written where something reads it in float
+        if _is(node, DEQUANTIZE_WEIGHT) and all(user in self.kernels for user in node.users):
+            return True  # kernels read the integers
         # What only moves integers is written at their end.
         return bool(node.users) and all(self._reads_moved(user, node) for user in node.users)
 
@@ -454,13 +464,8 @@ class _Lowering:
             zero_point = 0
         if op.target is aten.conv2d.default and is_racy(weight, stride, padding):
             x, stride = self._call(subsample, (x, stride)), [1, 1]
-        shape = list(self.results[x].shape)
-        sizes = None if 0 in shape else shape  # an empty batch is of no size to lay weights out for
-        if is_linear:
-            packed = onednn.qlinear_prepack(weight.contiguous(), sizes and [math.prod(shape[:-1]), shape[-1]])
-        else:
-            settings = (stride, padding, dilation, groups)
-            packed = onednn.qconv_prepack(weight, scale, grid.scale, zero_point, *settings, sizes)
+        geometry = () if is_linear else (stride, padding, dilation, groups)
+        packed = self._pack(str(op.args[1].args[0].target), weight, scale, (grid.scale, zero_point, *geometry), x)
         inputs = (
             x,
             grid.scale,
@@ -480,13 +485,29 @@ class _Lowering:
             other = _grid(chain.residual)
             added = (other.scale, other.zero_point, "sum", 1.0, *(unary or (None, [])), "")
             accumulator = self._accumulator(chain)
-            args = (*inputs, accumulator, bias_node, stride, padding, dilation, groups, *output, *added)
+            args = (*inputs, accumulator, bias_node, *geometry, *output, *added)
             node = self._call(onednn.qconv2d_pointwise.binary, args)
         else:
             kernel = getattr(onednn, _KERNELS[op.target]).default
-            geometry = () if is_linear else (stride, padding, dilation, groups)
             node = self._call(kernel, (*inputs, bias_node, *geometry, *output, *(unary or ("none", [])), ""))
         return node if chain.quantize is None else self._clamp(node, chain, unary)
+
+    def _pack(self, name: str, weight: Tensor, scale: Tensor, settings: tuple[Any, ...], x: fx.Node) -> Tensor:
+        """The weight as the kernel wants it for inputs like ``x``."""
+        *leading, last = self.results[x].shape
+        is_linear = len(settings) == 2
+        shape = [math.prod(leading), last] if is_linear else [*leading, last]
+        # oneDNN knows a layout of its own for a batch of one; any other batch has the same.
+        key = (name, repr(settings), torch.get_num_threads(), min(shape[0], 2), *shape[1:])
+        packed = self.packed.get(key)
+        if packed is None:
+            sizes = None if 0 in shape else shape  # an empty batch is of no size to lay weights out for
+            if is_linear:
+                packed = onednn.qlinear_prepack(weight.contiguous(), sizes)
+            else:
+                packed = onednn.qconv_prepack(weight, scale, *settings, sizes)
+            self.packed[key] = packed
+        return packed
 
     def _clamp(self, node: fx.Node, chain: _Chain, unary: Any) -> fx.Node:
         """Integers between the clamp's bounds and on the quantizer's grid, where the kernel does not see to that."""
@@ -555,7 +576,13 @@ def is_racy(weight: Tensor, stride: list[int], padding: list[int]) -> bool:
 
 
 @torch.no_grad()
-def lower(graph: fx.Graph, root: nn.Module, inputs: Sequence[Any], watch: Watch | None = None) -> LoweredGraph:
+def lower(
+    graph: fx.Graph,
+    root: nn.Module,
+    inputs: Sequence[Any],
+    watch: Watch | None = None,
+    packed: Packed | None = None,
+) -> LoweredGraph:
     """Lower a quantize/dequantize graph with constant scales to oneDNN's INT8 kernels, and run it once.
 
     Args:
@@ -563,5 +590,6 @@ def lower(graph: fx.Graph, root: nn.Module, inputs: Sequence[Any], watch: Watch 
         root: the module it reads; its tensors must be on the CPU.
         inputs: the values of its placeholders; the lowered graph is for inputs of their sizes.
         watch: is given each quantize node with its integers (uint8), and gives the integers to go on with.
+        packed: weights that other lowered graphs of the same module hold, to be shared with them.
     """
-    return _Lowering(graph, root, inputs, watch).run()
+    return _Lowering(graph, root, inputs, watch, packed).run()

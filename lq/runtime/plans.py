@@ -7,18 +7,19 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-#: A training's batch, its last and smaller one, a single image, one more. Each holds all the weights.
-KEPT = 4
+#: More than a training meets (its batch, a last and smaller one, a single image) and what a server rounds batches to.
+KEPT = 8
 
 #: A network for inputs of some sizes, and the outputs for those that it was made with.
 Made = tuple[Callable[..., Any], Any]
 
 
 def sizes(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a plan depends on: the tensors' shapes and dtypes, and the values of everything else."""
+    """What inputs are told apart by: the tensors' shapes and dtypes, and the values of everything else."""
     return tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves(inputs))
 
 
@@ -39,7 +40,7 @@ class Plans:
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: Any) -> Any:
-        key = sizes(inputs)
+        key = (torch.get_num_threads(), *sizes(inputs))  # weights are laid out for so many threads, too
         with self._lock:
             plan = self._plans.get(key)
             if plan is None:

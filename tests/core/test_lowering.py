@@ -19,11 +19,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import lq
-from lq.graph.qdq import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE
+from lq.graph.qdq import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, constant_qparams
 from lq.graph.signature import CallSignature
 from lq.runtime.cpu import has_onednn_int8
-from lq.runtime.onednn import lower
-from lq.runtime.plans import Plans
+from lq.runtime.onednn import Packed, lower
+from lq.runtime.plans import KEPT, Plans
 
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 pytestmark = pytest.mark.skipif(not has_onednn_int8(), reason="no oneDNN INT8 kernels on this machine")
@@ -169,11 +169,25 @@ def test_sizes_in_any_order_and_few_plans() -> None:
     single = int8(X[:1])
     torch.testing.assert_close(int8(X)[:1], single)
     for shape in ((1, 3, 16, 16), (7, 3, 16, 16), (2, 3, 20, 12), (1, 3, 16, 16), (3, 3, 9, 9), (5, 3, 8, 8)):
-        assert_kernels_are_exact(int8, torch.randn(shape))
-        int8(torch.randn(shape))
+        x = torch.randn(shape)
+        assert_kernels_are_exact(int8, x)
+        assert torch.equal(int8(x), int8(x))  # the call that makes the plan, and one that uses it
     plans = int8._compiled["kernels"]
     assert isinstance(plans, Plans)
-    assert len(plans) == 4
+    for size in range(1, KEPT + 3):
+        int8(X[:1].repeat(size, 1, 1, 1))
+    assert len(plans) == KEPT
+
+
+def test_plans_share_weights() -> None:
+    int8 = lq.convert(calibrated(networks()["broadcast_sum"]))
+    graph, packed = constant_qparams(int8.graph, int8), Packed()
+    one, two, three = (lower(graph, int8, [X[:size]], packed=packed) for size in (1, 2, 3))
+    weights = [name for name in two.constants if name.endswith("_weight")]
+    assert all(two.constants[name] is three.constants[name] for name in weights)
+    assert not any(one.constants[name] is two.constants[name] for name in weights)
+    del one, two, three
+    assert len(packed) == 0  # no plan, no weights
 
 
 def test_threads_share_what_one_of_them_makes() -> None:
