@@ -23,7 +23,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from lq.graph import leaves
 from lq.graph.calls import UNKNOWN, CallTracker, FollowedForward, Positions, followed
-from lq.graph.functional import WriteThroughViewError, with_regions_inlined, without_writes
+from lq.graph.functional import WriteThroughViewError, is_write, with_regions_inlined, without_writes
 from lq.graph.normalize import name_sites, normalize
 from lq.graph.preserve import preserved
 from lq.graph.registry import registered_forward
@@ -411,6 +411,10 @@ def _functional_graph(program: ExportedProgram) -> tuple[ExportedProgram, fx.Gra
         return program, without_writes(graph), precision
     except WriteThroughViewError:
         pass
+    for node in program.graph.nodes:
+        if is_write(node) and "custom" in node.meta:
+            # What it becomes ends in the tensor that is written to, of which the call may have returned a part.
+            node.meta["custom"] = {k: v for k, v in node.meta["custom"].items() if k != "lq_position"}
     with quiet(*_TALKATIVE), traceback.preserve_node_meta():
         decomposed = program.run_decompositions({})
     graph, precision = with_regions_inlined(decomposed.graph_module)

@@ -238,12 +238,15 @@ _ARGUMENTS = {
 
 
 def _readers(node: fx.Node) -> Iterator[tuple[fx.Node, int, str]]:
-    """The calls that read a tensor, or what only moves its values, as INT8, each with the argument that it is."""
+    """The calls that read a tensor as INT8 or only move its values, each with the argument that it is."""
     for user in node.users:
         kind = classify(user)
-        if kind in MOVES:
-            yield from _readers(user)
-        elif "position" in user.meta:
+        if "position" not in user.meta:
+            if kind in MOVES:
+                yield from _readers(user)
+        elif kind in MOVES and user.args[0] is node:
+            yield user, 0, "input"
+        else:
             yield from ((user, index, name) for index, name in _ARGUMENTS.get(kind, ()) if user.args[index] is node)
 
 
