@@ -104,6 +104,13 @@ def _border_zeroed(self: Any, x: Tensor) -> Tensor:
     return self.b(x)
 
 
+def _part_rectified_in_place(self: Any, x: Tensor) -> Tensor:
+    # What the call returns is a part of what the next layer reads.
+    x = self.a(x) / 2
+    F.relu(x[:, 1:], inplace=True)
+    return self.b(F.pad(x, (1, 1, 1, 1)))
+
+
 def _data_written(self: Any, x: Tensor) -> Tensor:
     # Autograd does not see this write, and the forward does.
     x.data.clamp_(min=-0.5)
@@ -139,6 +146,7 @@ FORWARDS: dict[str, tuple[Any, str, dict[str, nn.Module]]] = {
     "view written": (_view_written, "a", {}),
     "view item set": (_view_item_set, "ab", {}),
     "halves written": (_halves_written, "a", {}),
+    "part rectified in place": (_part_rectified_in_place, "ab", {}),
     "flat view written": (_flat_view_written, "a", {}),
     "border zeroed": (_border_zeroed, "ab", {}),
     "data written": (_data_written, "a", {}),
