@@ -83,7 +83,8 @@ def model_inputs(
                 seen += batch_size(chunk)
 
     with unprepared(model), evaluating(model), torch.no_grad():
-        handle = model.register_forward_pre_hook(note, with_kwargs=True)
+        # Before hooks of the user's own: what they do to the inputs is part of what is analysed.
+        handle = model.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
         try:
             for batch in batches:
                 run(first_samples(batch, num_samples - seen) if forward is None else batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -93,7 +94,9 @@ def unit_arguments(
         ValueError: where the step never calls the unit.
     """
     with same_attributes(pl_module):  # looking is no step of the training
-        args, kwargs = _step_until(unit.register_forward_pre_hook, pl_module, unit, batch, step)
+        # Before hooks of the user's own: what they do to the arguments is part of the unit.
+        register = partial(unit.register_forward_pre_hook, prepend=True)
+        args, kwargs = _step_until(register, pl_module, unit, batch, step)
     return args, kwargs
 
 

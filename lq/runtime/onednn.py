@@ -262,10 +262,12 @@ class _Lowering:
     def _reading_positions(self) -> dict[fx.Node, int]:
         """For each node of the source, at which one's place it is written, and with that what it reads is read."""
         positions: dict[fx.Node, int] = {}
+        # A pool whose places are read, too, is computed where it stands, and once more on the integers.
+        again = {between: self.order[node] for node, found in self.moved.items() for between in found}
         for node in reversed(self.source.nodes):
-            positions[node] = self.order[node]
+            positions[node] = max(self.order[node], again.get(node, 0))
             if self._is_skipped(node):
-                positions[node] = max((positions[user] for user in node.users), default=self.order[node])
+                positions[node] = max((positions[user] for user in node.users), default=positions[node])
         return positions
 
     def _forget(self, node: fx.Node, written: fx.Node | None) -> None:

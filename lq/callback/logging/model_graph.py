@@ -38,6 +38,8 @@ def model_graph(graph: GraphAnalysis, root: nn.Module, activations: Mapping[str,
 
     nodes = []
     for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            continue  # weights: a picture of what flows
         precision = "int8" if in_int8(node) else "float"
         attributes = {"precision": _text(precision)}
         if site(node) in activations:
@@ -55,7 +57,7 @@ def model_graph(graph: GraphAnalysis, root: nn.Module, activations: Mapping[str,
             NodeDef(
                 name=_path(node),
                 op=_operator(node, root),
-                input=[_path(source) for source in node.all_input_nodes],
+                input=[_path(source) for source in node.all_input_nodes if source.op != "get_attr"],
                 device=f"/device:{precision.upper()}:0",
                 attr=attributes,
             )
