@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -97,3 +98,8 @@ def check_guards(guards: Sequence[str], sizes: Sizes) -> None:
 def input_name(path: tuple[Any, ...]) -> str:
     """The name of a tensor in the inputs, by the way to it."""
     return "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+
+
+def fixes_the_batch(guard: str) -> bool:
+    """Whether a guard holds for one size of the batch alone."""
+    return re.fullmatch(r"size\(.*, 0\) == \d+", guard) is not None

@@ -17,7 +17,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 from lq.files import write_archive
 from lq.graph.capture import any_size
 from lq.graph.qdq import constant_qparams
-from lq.guards import GuardError, compile_guard, input_name
+from lq.guards import GuardError, compile_guard, fixes_the_batch, input_name
 from lq.int8 import Int8Module
 from lq.metadata import KEY, Metadata
 from lq.quiet import quiet
@@ -32,6 +32,8 @@ def examples(model: Int8Module, *, own_batch: bool = False) -> dict[str, Any]:
         model: the INT8 network.
         own_batch: whether their batch is as large as that of the example inputs.
     """
+
+    own_batch = own_batch or any(map(fixes_the_batch, model.guards))
 
     def zeros(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -120,7 +122,13 @@ def export_program(model: Int8Module, *, free_sizes: bool) -> Program:
                 dynamic_shapes=tuple(tree_map(partial(free_axes, free=free), value) for value in inputs.values()),
                 strict=False,
             )
-        return Program(exported, *_sizes(exported, inputs))
+        shapes, guards = _sizes(exported, inputs)
+        if not any(node.op == "call_module" for node in module.graph.nodes):
+            # What operators ask of sizes (which memory format, how to broadcast) they ask again when they run, and
+            # only modules that are called as they are decide by it; what else the forward asked, the network knows.
+            # Sizes that have to be equal are worth a message of their own.
+            guards = tuple(guard for guard in guards if " == " in guard)
+        return Program(exported, shapes, guards)
 
     choices = {"sizes": "", "batch": "the image size is fixed", "none": "all sizes are fixed, that of the batch too"}
     errors: list[Exception] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -25,7 +24,7 @@ from lq.graph.capture import (
 )
 from lq.graph.interpret import node_values, output_of, run_node
 from lq.graph.preserve import preserved
-from lq.guards import input_name
+from lq.guards import fixes_the_batch, input_name
 
 #: Largest difference, root mean square, of what the same operators compute, in units of the dtype's epsilon times the
 #: root mean square of the values.
@@ -132,7 +131,7 @@ def capture_faithfully(module: nn.Module, inputs: Mapping[str, Any], settings: M
     """
     inputs = _two_samples(inputs)
     captured = _capture_faithfully(module, inputs, settings, batch=None)
-    if not any(map(_fixes_the_batch, captured.guards)):
+    if not any(map(fixes_the_batch, captured.guards)):
         return captured
     # The forward asks for the batch's size as a number, which torch.export fixes.
     tensors = [leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, Tensor)]
@@ -141,14 +140,10 @@ def capture_faithfully(module: nn.Module, inputs: Mapping[str, Any], settings: M
             free = _capture_faithfully(module, inputs, settings, batch=_UNCOMMON)
         except CaptureError:
             return captured
-        free.guards = tuple(guard for guard in free.guards if not _fixes_the_batch(guard))
+        free.guards = tuple(guard for guard in free.guards if not fixes_the_batch(guard))
         if set(free.float_leaves) <= set(captured.float_leaves) and not any(map(_refuses_one, free.guards)):
             return free
     return captured
-
-
-def _fixes_the_batch(guard: str) -> bool:
-    return re.fullmatch(r"size\(.*, 0\) == \d+", guard) is not None
 
 
 def _refuses_one(guard: str) -> bool:
@@ -182,7 +177,7 @@ def _capture_faithfully(
         captured = capture(module, inputs, settings, float_leaves, batch=batch)
         known = {**float_leaves, **captured.float_leaves}
         sample = first_sample(inputs)
-        fixed = batch is None and any(map(_fixes_the_batch, captured.guards))
+        fixed = batch is None and any(map(fixes_the_batch, captured.guards))
         for one in (inputs, None if fixed else sample):
             if one is None:
                 continue

@@ -138,7 +138,9 @@ class _Emitter:
             # Beside the integers of the same name, where a kernel reads this parameter too.
             chains = self.analysis.placement.chains
             taken = {chain.weight_key for chain in chains} | {f"{chain.name}.bias" for chain in chains}
-            return self._buffer(f"{path}_float" if path in taken else path, value.detach().clone())
+            # In plain order: for weights with their channels last, exporters fix sizes that decide memory formats.
+            held = value.detach().clone(memory_format=torch.contiguous_format)
+            return self._buffer(f"{path}_float" if path in taken else path, held)
         owner, name = self._owner(path)
         setattr(owner, name, copy.deepcopy(value))
         return self.graph.create_node("get_attr", path)
