@@ -64,7 +64,9 @@ def max_pool3d(
     q: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
 ) -> Tensor:
     # The kernel knows floats alone, in which the integers are exact; so do those below.
-    return F.max_pool3d(q.float(), kernel_size, stride or None, padding, dilation, ceil_mode).to(torch.uint8)
+    return F.max_pool3d(q.float().contiguous(), kernel_size, stride or None, padding, dilation, ceil_mode).to(
+        torch.uint8
+    )
 
 
 def adaptive_max_pool1d(q: Tensor, output_size: Any) -> Tensor:

@@ -163,8 +163,8 @@ def eager_or_none(eager: nn.Module, x: Tensor) -> Any:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_at_the_size_of_the_example(name: str) -> None:
-    if name == "BranchOnBatch":
-        pytest.skip("one sample of a batch is not the batch of one there")
+    if name in ("BranchOnBatch", "ScaledBySize", "LoopOverBatch"):
+        pytest.skip("one sample of a batch is not the batch of one there, or is refused: the tests below")
     leaves = ["2"] if name == "DataAndSize" else []
     unreached = {"large"}
     layers = [n for n, m in NETWORKS[name]().named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]

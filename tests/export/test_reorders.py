@@ -20,7 +20,7 @@ X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 SCRIPT = """
 import sys, torch, lq
-network = lq.load(sys.argv[1])
+network = lq.load(*sys.argv[1:])
 for threads in (1, 2):
     torch.set_num_threads(threads)
     for size in (1, 2, 8, 1):
@@ -52,7 +52,7 @@ class Wide(nn.Module):
 def test_the_second_call_re_orders_no_weights(format: lq.Format, tmp_path: Path) -> None:
     model = lq.calibrate(lq.prepare(Wide().eval(), X, target="x86_avx2"), [X])
     lq.export(model, tmp_path / "int8.pt2", format=format)
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "int8.pt2")]
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "int8.pt2"), "aoti" if format == "aoti" else "torch"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     executed = [line.split(",") for line in done.stdout.splitlines() if ",exec," in line]
