@@ -17,8 +17,8 @@ from lq.calibration import (
 from lq.convert import convert
 from lq.export import CompilerError, ExportMismatchError, ExportResult, Verification, export
 from lq.fold import FoldError, fold_batch_norm
+from lq.graph.capture import CaptureError
 from lq.graph.registry import register_layer
-from lq.graph.tracing import CaptureError
 from lq.int8 import Int8Module
 from lq.overrides import LayerSpec
 from lq.prepare import NothingToQuantizeError, freeze, prepare, quantizers, unprepare

@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -89,14 +90,14 @@ def parse(config_cls: type[T], argv: Sequence[str]) -> Parsed[T]:
         if taker is None:
             raise ConfigError(f"expected key=value, got {words[0]!r}")
         overrides.append((taker.name, words))
-    conf = OmegaConf.structured(config_cls)
+    conf = OmegaConf.structured(_without_literals(config_cls))
     for file in files:
         for name, value in _flatten(_load_yaml(file), schema):
             _assign(conf, _find(name, schema, f"{file}: "), value, f"{file}: ")
     for name, text in overrides:
         key = _find(name, schema)
         _assign(conf, key, _value(key, text) if isinstance(text, str) else text)
-    return Parsed(_finish(conf, schema), dry_run)
+    return Parsed(_finish(conf, schema, config_cls), dry_run)
 
 
 def main(
@@ -138,7 +139,8 @@ def main(
 
 def to_yaml(config: object) -> str:
     """A config dataclass as YAML, such as ``--config`` reads."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(OmegaConf.structured(config), resolve=True)))
+    cls = _without_literals(type(config))
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(OmegaConf.structured(_copied(config, cls)), resolve=True)))
 
 
 def print_help(config_cls: type[Any], description: str = "") -> None:
@@ -198,14 +200,69 @@ class _Key:
 def _schema(config_cls: type[Any]) -> dict[str, _Key]:
     if not (isinstance(config_cls, type) and dataclasses.is_dataclass(config_cls)):
         raise TypeError(f"config_cls={config_cls!r} must be a dataclass.")
-    return dict(_walk(config_cls, _plain(OmegaConf.structured(config_cls), resolve=False), ""))
+    return dict(_walk(config_cls, _plain(OmegaConf.structured(_without_literals(config_cls)), resolve=False), ""))
+
+
+def _without_literals(config_cls: type[Any]) -> type[Any]:
+    """A dataclass like ``config_cls`` for OmegaConf 2.3, which Hydra needs and which knows no ``Literal``: there the
+    type of the choices stands, and which ones they are is checked here."""
+    hints = get_type_hints(config_cls)
+    fields = []
+    for item in dataclasses.fields(config_cls):
+        hint = hints[item.name]
+        if _is_group(hint):
+            hint = _without_literals(hint)
+            default = dataclasses.field(default_factory=partial(_default, item, hint))
+        elif item.default_factory is not dataclasses.MISSING:
+            default = dataclasses.field(default_factory=item.default_factory)
+        else:
+            default = dataclasses.field(default=MISSING if item.default is dataclasses.MISSING else item.default)
+        fields.append((item.name, _open(hint), default))
+    return dataclasses.make_dataclass(config_cls.__name__, fields)
+
+
+def _default(item: dataclasses.Field[Any], cls: type[Any]) -> Any:
+    """A group's default, in the class that OmegaConf is given."""
+    if item.default_factory is dataclasses.MISSING:
+        return cls()
+    return _copied(item.default_factory(), cls)
+
+
+def _copied(config: Any, cls: type[Any]) -> Any:
+    """The values of a config in another class of the same fields."""
+    hints = get_type_hints(cls)
+
+    def copied(hint: Any, value: Any) -> Any:
+        if _is_group(hint):
+            return _copied(value, hint)
+        # OmegaConf 2.3 makes lists of tuples.
+        is_tuple = tuple in (get_origin(hint), *map(get_origin, get_args(hint)))
+        return tuple(value) if is_tuple and isinstance(value, list) else value
+
+    names = [item.name for item in dataclasses.fields(cls)]
+    return cls(**{name: copied(hints[name], getattr(config, name)) for name in names})
+
+
+def _is_group(hint: Any) -> bool:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def _open(hint: Any) -> Any:
+    """A type that takes what ``hint`` does, with the type of its choices for a ``Literal``."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        kinds = {type(choice) for choice in arguments}
+        return kinds.pop() if len(kinds) == 1 else Any
+    if origin in (Union, types.UnionType):
+        return Union[tuple(map(_open, arguments))]  # noqa: UP007
+    return hint
 
 
 def _walk(config_cls: type[Any], defaults: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, _Key]]:
     hints = get_type_hints(config_cls)
     for item in dataclasses.fields(config_cls):
         name, hint, default = prefix + item.name, hints[item.name], defaults[item.name]
-        group = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        group = _is_group(hint)
         help, choices = item.metadata.get("help", ""), item.metadata.get("choices", ())
         positional = item.metadata.get("positional", False)
         yield name, _Key(name, hint, help, choices, group, "" if group else _text(default), positional)
@@ -307,9 +364,19 @@ def _assign(conf: DictConfig, key: _Key, value: Any, source: str = "") -> None:
         choices = [choice for hint in key.alternatives for choice in _choices(hint)]
         wanted = _one_of(choices, value) if choices else f"{key.type_name}{_form_hint(key)}"
         raise ConfigError(f"{source}{key.name}={_text(value)}: expected {wanted}") from error
+    if not (isinstance(value, str) and "${" in value):  # a reference is looked at when all values are there
+        _check_literal(key, OmegaConf.select(conf, key.name), source)
 
 
-def _finish(conf: DictConfig, schema: Mapping[str, _Key]) -> Any:
+def _check_literal(key: _Key, value: Any, source: str = "") -> None:
+    if not all(get_origin(hint) is Literal for hint in key.alternatives) or (key.optional and value is None):
+        return
+    choices = [choice for hint in key.alternatives for choice in get_args(hint)]
+    if value != MISSING and value not in choices:
+        raise ConfigError(f"{source}{key.name}={_text(value)}: expected {_one_of(choices, value)}")
+
+
+def _finish(conf: DictConfig, schema: Mapping[str, _Key], config_cls: type[Any]) -> Any:
     """The typed config, with the checks that need all values, as they may refer to each other."""
     for key in schema.values():
         try:
@@ -320,8 +387,10 @@ def _finish(conf: DictConfig, schema: Mapping[str, _Key]) -> Any:
             raise ConfigError(f"{key.name} has no value; give {key.name}=VALUE ({key.type_name})")
         if key.choices and value not in key.choices and not (key.optional and value is None):
             raise ConfigError(f"{key.name}={_text(value)}: expected {_one_of(key.choices, value)}")
+        if not key.group:
+            _check_literal(key, value)
     try:
-        return OmegaConf.to_object(conf)
+        return _copied(OmegaConf.to_object(conf), config_cls)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         # What a dataclass's own __post_init__ refuses.
         raise ConfigError(str(error).splitlines()[0]) from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -11,10 +9,9 @@ from torch.utils._pytree import tree_map
 from lq.calibration.error import CalibrationError
 from lq.fold import check_fold
 from lq.graph.analysis import GraphAnalysis
-from lq.graph.captured import without_quantizers
 from lq.graph.emission import emit
+from lq.graph.forward import without_quantizers
 from lq.graph.placement import site
-from lq.graph.signature import CallSignature
 from lq.int8 import Int8Module
 from lq.modes import evaluating
 from lq.overrides import Scheme
@@ -56,7 +53,8 @@ def convert(model: nn.Module, target: str | Target | None = None) -> Int8Module:
         difference, _ = check_fold(model, forward, analysis)
         emitted = emit(model, analysis, found)
     int8 = Int8Module(emitted.root, emitted.graph)
-    int8.fix_call(CallSignature(type(model).forward), forward.settings)
+    int8.fix_call(forward.signature, forward.settings)
+    int8.guards = analysis.captured.guards
     int8.report = make_report(model, analysis, found, resolved, difference)
     int8.example_inputs = tree_map(lambda v: v.detach().cpu() if isinstance(v, Tensor) else v, forward.inputs)
     return int8
@@ -89,8 +87,7 @@ def _quantizers_for(scheme: Scheme, model: nn.Module, analysis: GraphAnalysis) -
     for chain in analysis.placement.chains:
         quantizer = found[chain.weight_key]
         assert isinstance(quantizer, WeightQuantizer)
-        layer: Any = chain.op.module
-        weight: Tensor = layer.weight if layer is not None else analysis.values[chain.op.weight]  # type: ignore[index]
+        weight: Tensor = analysis.values[chain.op.weight]
         grid = scheme.weight(chain.name)
         if quantizer.spec != grid:
             quantizer = weight_quantizer(grid, weight)

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from lq.graph.analysis import GraphAnalysis
-from lq.graph.captured import without_quantizers
 from lq.graph.emission import EmittedGraph, emit
+from lq.graph.forward import without_quantizers
 from lq.graph.interpret import node_values
 from lq.modes import evaluating
 from lq.prepare import PreparedForward, prepare, prepared_forward, quantizers_off

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
 from lq.graph.codegen import compile_graph
 from lq.graph.eager import never_compiled
 from lq.graph.qdq import constant_qparams
 from lq.graph.signature import CallSignature
+from lq.graph_state import graph_from_state, graph_state
+from lq.guards import check_guards, input_name
 from lq.metadata import Metadata, TensorSpec, dtype_name
 from lq.report import QuantizationReport
 from lq.runtime.cpu import has_onednn_int8, torch_threads
-from lq.runtime.onednn import LoweredGraph, lower
+from lq.runtime.onednn import LoweredGraph, Packed, lower
+from lq.runtime.plans import Plans, sizes
 
 Execution = Literal["auto", "kernels", "simulation"]
 
 
 #: Attributes of an Int8Module that a submodule of the same name would hide.
-_ATTRIBUTES = ("graph", "report", "example_inputs", "settings", "metadata", "threads")
+_ATTRIBUTES = ("graph", "guards", "report", "example_inputs", "settings", "metadata", "threads")
+
+#: How many sizes of inputs are remembered as checked.
+_MOST_FITTING = 64
 
 
 def _as_tensor(value: Any) -> Any:
@@ -78,7 +85,10 @@ class Int8Module(nn.Module):
         self._input_names = tuple(str(node.target) for node in graph.nodes if node.op == "placeholder")
         self._signature: CallSignature | None = None
         self.settings: dict[str, Any] = {}
+        #: What the sizes of the inputs have to fulfil, see :mod:`lq.guards`.
+        self.guards: tuple[str, ...] = ()
         self._compiled: dict[str, Callable[..., Any]] = {}
+        self._fitting: set[tuple[Any, ...]] = set()
         self.execution = execution
         self.eval()
 
@@ -119,8 +129,8 @@ class Int8Module(nn.Module):
     def _check_shapes(self, inputs: list[Any]) -> None:
         for name, value, example in zip(self._input_names, inputs, self.example_inputs.values(), strict=False):
             if isinstance(value, Tensor) and isinstance(example, Tensor):
-                sizes = tuple(size if axis == 1 else None for axis, size in enumerate(example.shape))
-                TensorSpec(name, sizes, dtype_name(value.dtype)).check(value)
+                shape = tuple(size if axis == 1 else None for axis, size in enumerate(example.shape))
+                TensorSpec(name, shape, dtype_name(value.dtype)).check(value)
 
     def _check_dtypes(self, inputs: list[Any]) -> None:
         # An image of bytes would go through, scaled by 255 from what the ranges are for.
@@ -136,6 +146,7 @@ class Int8Module(nn.Module):
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         names = self._input_names
+        args, kwargs = tree_map(_as_tensor, (args, dict(kwargs)))  # arrays would be taken for settings
         if self._signature is not None:
             inputs, settings = self._signature.bind(args, kwargs)
             other = {name: value for name, value in settings.items() if value != self.settings.get(name)}
@@ -154,25 +165,52 @@ class Int8Module(nn.Module):
             )
         else:
             values = [*args, *(kwargs[name] for name in names[len(args) :])]
-        tensors = [tree_map(_as_tensor, value) for value in values]
-        self._check_dtypes(tensors)
-        return tensors
+        self._check_dtypes(values)
+        self._check_sizes(values)
+        return values
+
+    def _check_sizes(self, inputs: list[Any]) -> None:
+        """The graph is the forward's for some sizes alone."""
+        key = sizes(tuple(inputs))
+        if key in self._fitting:
+            return
+        paths, _ = tree_flatten_with_path(dict(zip(self._input_names, inputs, strict=True)))
+        tensors = {input_name(path): leaf for path, leaf in paths if isinstance(leaf, Tensor)}
+        check_guards(self.guards, {name: tensor.shape for name, tensor in tensors.items()})
+        if self.metadata is not None and len(tensors) == len(self.metadata.tensors):
+            self.metadata.check(list(tensors.values()))
+        if len(self._fitting) < _MOST_FITTING:
+            self._fitting.add(key)
 
     def _function(self, inputs: list[Any]) -> Callable[..., Any]:
         on_cpu = all(leaf.device.type == "cpu" for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
         kernels = self.execution == "kernels" or (self.execution == "auto" and on_cpu and has_onednn_int8())
         key = "kernels" if kernels else "simulation"
         if key not in self._compiled:
-            self._compiled[key] = self.kernels().compile(self) if kernels else self._simulation()
+            # Threads that come here at once take the same one.
+            self._compiled.setdefault(key, Plans(partial(self._plan, Packed())) if kernels else self._simulation())
         return self._compiled[key]
+
+    def _plan(self, packed: Packed, inputs: tuple[Any, ...]) -> tuple[Callable[..., Any], Any]:
+        lowered = lower(constant_qparams(self.graph, self), self, inputs, packed=packed)
+        if self.report is not None and lowered.unfused:
+            self.report = self.report.as_it_ran(lowered.unfused)
+        return lowered.compile(self), lowered.outputs
 
     def _simulation(self) -> Callable[..., Any]:
         forward = compile_graph(constant_qparams(self.graph, self), "INT8 simulation")
         return lambda *inputs: forward(self, *inputs)
 
-    def kernels(self) -> LoweredGraph:
-        """The graph that runs on the CPU, with its oneDNN operators, to be looked at."""
-        return lower(constant_qparams(self.graph, self), self)
+    def kernels(self, *inputs: Any) -> LoweredGraph:
+        """The graph that runs on the CPU, with its oneDNN operators, to be looked at.
+
+        Args:
+            *inputs: for inputs of whose sizes; by default the example inputs.
+        """
+        values = inputs or tuple(self.example_inputs.values())
+        if not values:
+            raise ValueError("this INT8 module has no example inputs: give kernels(...) the inputs of a call")
+        return lower(constant_qparams(self.graph, self), self, [tree_map(_as_tensor, value) for value in values])
 
     def train(self, mode: bool = True) -> Int8Module:
         """Nothing here trains: the modules that stayed float keep computing as in evaluation."""
@@ -193,7 +231,10 @@ class Int8Module(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": {}}
+        return {**self.__dict__, "_compiled": {}, "graph": graph_state(self.graph)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "graph": graph_from_state(state["graph"])})
 
     def extra_repr(self) -> str:
         return f"inputs=({', '.join(self._input_names)}), execution={self.execution!r}"

@@ -7,11 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
+from keyword import iskeyword
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from lq.guards import GuardError, check_guards, compile_guard
+from lq.treespecs import load_treespec
 
 #: Where it lies: an entry of a `.pt2` archive, a metadata property of an ONNX model.
 KEY = "lq"
@@ -74,6 +78,8 @@ class Metadata:
         labels: names of the classes, or None.
         preprocessing: what has to be done to an image first (JSON values, such as mean and std), or None.
         report: the quantization report as plain values, or None.
+        guards: what has to hold for the sizes of the inputs beside their shapes, see :mod:`lq.guards`.
+        notes: what else to know of the file, such as why a size is fixed.
     """
 
     lq: str
@@ -85,6 +91,8 @@ class Metadata:
     labels: tuple[str, ...] | None = None
     preprocessing: Mapping[str, Any] | None = None
     report: Mapping[str, Any] | None = field(default=None, repr=False)
+    guards: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -100,9 +108,16 @@ class Metadata:
             values = json.loads(text)
             tensors = tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in values.pop("tensors"))
             labels = values.pop("labels")
-            inputs = tuple(values.pop("inputs"))
-            return cls(**values, inputs=inputs, tensors=tensors, labels=None if labels is None else tuple(labels))
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            # Files of an earlier version have none of the last two.
+            values |= {name: tuple(values.get(name, ())) for name in ("inputs", "guards", "notes")}
+            for guard in values["guards"]:
+                compile_guard(guard)
+            metadata = cls(**values, tensors=tensors, labels=None if labels is None else tuple(labels))
+            if not all(name.isidentifier() and not iskeyword(name) for name in metadata.inputs):  # they become code
+                raise ValueError(f"its metadata name an input that is no argument: {', '.join(metadata.inputs)}")
+            _ = metadata._specs
+            return metadata
+        except (KeyError, TypeError, AttributeError, GuardError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"its metadata are not lq's: {error!r}") from error
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -119,7 +134,7 @@ class Metadata:
             )
         values = (*args, *(kwargs[name] for name in self.inputs[len(args) :]))
         if len(values) == 1 and isinstance(values[0], Tensor) and len(self.tensors) == 1:
-            return [self.tensors[0].check(values[0])]  # the rest would be a tenth of a small network's time
+            return self.check([values[0]])  # the rest would be a tenth of a small network's time
         leaves, spec = pytree.tree_flatten(values)
         if len(leaves) != len(self.tensors):
             raise TypeError(
@@ -128,7 +143,21 @@ class Metadata:
             )
         if spec != self._specs[0]:
             raise TypeError(f"the arguments are nested as {spec}; the network was exported for {self._specs[0]}")
-        return [tensor.check(torch.as_tensor(leaf)) for tensor, leaf in zip(self.tensors, leaves, strict=True)]
+        return self.check([torch.as_tensor(leaf) for leaf in leaves])
+
+    def check(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors of a call as the network takes them, in the order of ``tensors``.
+
+        Raises:
+            TypeError: where a dtype does not fit.
+            ValueError: where a shape does not fit, or a guard does not hold.
+        """
+        checked = [tensor.check(value) for tensor, value in zip(self.tensors, values, strict=True)]
+        if self.guards:
+            check_guards(
+                self.guards, {spec.name: value.shape for spec, value in zip(self.tensors, checked, strict=True)}
+            )
+        return checked
 
     def unflatten(self, outputs: Sequence[Tensor]) -> Any:
         """The outputs as the network's forward returned them."""
@@ -139,8 +168,8 @@ class Metadata:
 
     @cached_property
     def _specs(self) -> tuple[pytree.TreeSpec, pytree.TreeSpec | None]:
-        out_spec = None if self.out_spec is None else pytree.treespec_loads(self.out_spec)
-        return pytree.treespec_loads(self.in_spec), out_spec
+        out_spec = None if self.out_spec is None else load_treespec(self.out_spec)
+        return load_treespec(self.in_spec), out_spec
 
 
 def package_version() -> str:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
+from lq.graph.agreement import capture_faithfully, disagreement, training_differences
 from lq.graph.analysis import GraphAnalysis, analyse
-from lq.graph.captured import QUANTIZERS, CapturedForward, QuantizerTree, WeightQuantizedForward, without_quantizers
+from lq.graph.calls import follow, unfollow
+from lq.graph.capture import CapturedGraph, CaptureError
+from lq.graph.forward import QUANTIZERS, QuantizedForward, QuantizerTree, without_quantizers
 from lq.graph.placement import place, site
-from lq.graph.signature import CallSignature
-from lq.graph.tracing import CaptureError
+from lq.graph.signature import signature_of
 from lq.modes import evaluating
 from lq.overrides import Overrides, OverridesLike, Scheme
 from lq.quantizer import (
@@ -33,17 +36,20 @@ M = TypeVar("M", bound=nn.Module)
 Mode = Literal["ptq", "qat"]
 
 
+#: A registered function may compute in another order than the layer does; in units of float32's epsilon.
+_REGISTERED_TOLERANCE = 10_000
+
+
 class NothingToQuantizeError(ValueError):
     """The model has no layer that could run in INT8."""
 
 
-class PreparedForward(CapturedForward):
+class PreparedForward(QuantizedForward):
     """The forward of a prepared module, with what it was prepared for.
 
     Args:
-        module: see :class:`~lq.graph.captured.CapturedForward`.
-        analysis: the float module's graph.
-        sites: see :class:`~lq.graph.captured.CapturedForward`.
+        module: see :class:`~lq.graph.forward.QuantizedForward`.
+        captured: the float module's graph in evaluation mode.
         scheme: the engine family the quantizers were placed for, and the layers that are quantized in another way.
         mode: ``"ptq"`` or ``"qat"``.
         observer: statistics of the activations.
@@ -54,21 +60,27 @@ class PreparedForward(CapturedForward):
     def __init__(
         self,
         module: nn.Module,
-        analysis: GraphAnalysis,
-        sites: Mapping[str, str],
+        captured: CapturedGraph,
         scheme: Scheme,
         mode: Mode,
         observer: str,
         inputs: Mapping[str, Any],
         settings: Mapping[str, Any],
     ) -> None:
-        super().__init__(module, analysis.traced, sites)
+        super().__init__(module, captured.positions)
+        self.captured: CapturedGraph | None = captured
         self.target = scheme.target
         self.overrides = scheme.overrides
         self.mode: Mode = mode
         self.observer = observer
         self.inputs = dict(inputs)
         self.settings = dict(settings)
+        #: The attributes that are the layers' weights, by their quantizers; a weight that is computed is not there.
+        self.weights: dict[str, str] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The graph follows from the module: copies and pickles do without and capture it anew.
+        return {**super().__getstate__(), "captured": None}
 
     def scheme(self, target: Target | None = None) -> Scheme:
         """What each tensor is rounded to, for the module's own target or another one."""
@@ -77,9 +89,37 @@ class PreparedForward(CapturedForward):
     def analyse(self, target: Target | None = None) -> GraphAnalysis:
         """The float graph of the module as it is now, run on the example inputs with all quantizers off.
 
+        The graph is captured anew where the module computes something else by now: a callback changed an attribute, a
+        layer was replaced.
+
         Args:
             target: whose placement it is; by default that of the target the module was prepared for.
+
+        Raises:
+            CaptureError: where the module cannot be captured any more.
         """
+        inputs = self._moved_inputs()
+        with unprepared(self.module), evaluating(self.module):
+            captured = self.captured
+            if captured is None or disagreement(captured, self.module, inputs, self.settings) is not None:
+                captured = capture_faithfully(self.module, inputs, self.settings)
+            self.captured = captured
+            analysis = analyse(captured, self.module, inputs, self.scheme(target))
+        self._check_known(analysis)
+        return analysis
+
+    def change(self) -> str | None:
+        """How the module has come to compute something else than it did when it was captured last, or None.
+
+        Takes two forward passes of the example inputs; layers that were replaced are followed from here on.
+        """
+        if self.captured is None:
+            return None
+        with unprepared(self.module), evaluating(self.module):
+            return disagreement(self.captured, self.module, self._moved_inputs(), self.settings)
+
+    def _moved_inputs(self) -> dict[str, Any]:
+        """The example inputs where the module is, and in its precision."""
         # The module may have been moved, or cast (after training in half precision), since the example was given.
         like = next((p for p in self.module.parameters() if p.is_floating_point()), torch.empty(0))
 
@@ -88,9 +128,35 @@ class PreparedForward(CapturedForward):
                 return value
             return value.to(like) if value.is_floating_point() else value.to(like.device)
 
-        inputs = tree_map(move, self.inputs)
-        with quantizers_off(self.module), without_quantizers(self.module):
-            return analyse(self.module, inputs, self.settings, self.scheme(target))
+        return {name: tree_map(move, value) for name, value in self.inputs.items()}
+
+    def _check_known(self, analysis: GraphAnalysis) -> None:
+        """Refuse a network that rounds what had no quantizer when the model was prepared."""
+        placement = analysis.placement
+        needed = [*map(site, placement.activations), *(chain.weight_key for chain in placement.chains)]
+        known = quantizers(self.module)
+        channels = {chain.weight_key: len(analysis.values[chain.op.weight]) for chain in placement.chains}
+        new = [
+            name
+            for name in needed
+            if name not in known
+            or (name in channels and known[name].spec.per_channel and len(known[name].scale) != channels[name])
+        ]
+        if new:
+            raise CaptureError(
+                f"{new[0]!r} is rounded in the INT8 network and had no quantizer when the model was prepared: its "
+                f"forward has taken another way since (an attribute was changed, a layer replaced, a hook added). "
+                f"Call lq.unprepare(model) and lq.prepare it as it is now"
+            )
+
+    def weight(self, key: str) -> torch.Tensor | None:
+        """The weight that the quantizer called ``key`` rounds; None where the forward computes it."""
+        if key not in self.weights:
+            return None
+        path, _, name = self.weights[key].rpartition(".")
+        value = getattr(self.module.get_submodule(path), name)
+        assert isinstance(value, torch.Tensor)
+        return value
 
 
 def example_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -105,7 +171,7 @@ def example_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, A
 
 def is_prepared(module: nn.Module) -> bool:
     """Whether ``module`` carries quantizers that :func:`prepare` put there."""
-    return isinstance(module.__dict__.get("forward"), CapturedForward)
+    return isinstance(module.__dict__.get("forward"), QuantizedForward)
 
 
 def prepared_forward(module: nn.Module) -> PreparedForward:
@@ -185,16 +251,18 @@ def prepare(
             f"this {type(model).__name__} is prepared already; call lq.unprepare(model) first to prepare it anew"
         )
 
-    _refuse_replaced_forward(type(model).__name__, model)
-
     args, kwargs = example_arguments(example_inputs)
-    inputs, settings = CallSignature(type(model).forward).bind(args, {**kwargs, **(example_kwargs or {})})
+    inputs, settings = signature_of(model, model.__dict__.get("forward")).bind(
+        args, {**kwargs, **(example_kwargs or {})}
+    )
     scheme = Scheme(resolved, Overrides.of(overrides))
-    analysis = analyse(model, inputs, settings, scheme)
+    with evaluating(model):
+        captured = capture_faithfully(model, inputs, settings)
+        if captured.registered:
+            _check_registered(model, captured, inputs, settings)
+        analysis = analyse(captured, model, inputs, scheme)
     paths = [path for path, _ in model.named_modules() if path]
     scheme.overrides.check([*paths, *(site(node) for node in analysis.graph.nodes)])
-    if analysis.traced.registered:
-        _check_registered(model, analysis, inputs, settings)
     placement = analysis.placement
     if not placement.chains:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in placement.float_layers.items())
@@ -202,77 +270,82 @@ def prepare(
             f"nothing to quantize in {type(model).__name__}: its forward runs no convolution or linear layer that an "
             f"INT8 kernel exists for{reasons}"
         )
-
-    for chain in placement.chains:
-        if chain.op.module is not None:
-            _refuse_replaced_forward(chain.name, chain.op.module)
-
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    forward = PreparedForward(model, captured, scheme, mode, observer, inputs, settings)
     tree = QuantizerTree()
-    sites: dict[str, str] = {}
-    everywhere = {
-        node
-        for residual in get_args(Residual)
-        for node in place(analysis.traced, model, analysis.values, _with_residual(scheme, residual)).activations
-    }
-    for node in analysis.graph.nodes:
-        if node in everywhere:
-            sites[site(node)] = site(node)
-            names = placement.names_of(node)
-            quantizer = activation_quantizer(
-                scheme.activation(*names),
-                observer,
-                rounds=node in placement.activations,
-                own_calibrator=scheme.calibrator(*names),
-            )
-            tree[site(node)] = quantizer.to(device)
-    for chain in placement.chains:
-        layer: Any = chain.op.module
-        if chain.weight_key not in list(tree):
-            weight = layer.weight if layer is not None else analysis.values[chain.op.weight]  # type: ignore[index]
-            tree[chain.weight_key] = weight_quantizer(scheme.weight(chain.name), weight)
-        if chain.op.weight is not None:
-            sites[site(chain.op.weight)] = chain.weight_key
+    _put_on_activations(forward, tree, analysis)
+    _put_on_weights(forward, tree, analysis)
     for module in tree.modules():
         module.train(model.training)
+    follow(model)
     model.add_module(QUANTIZERS, tree)
-    for chain in placement.chains:
-        if chain.op.module is not None:
-            quantizer = tree[chain.weight_key]
-            assert isinstance(quantizer, WeightQuantizer)
-            chain.op.module.forward = WeightQuantizedForward(chain.op.module, quantizer)
-    model.forward = PreparedForward(model, analysis, sites, scheme, mode, observer, inputs, settings)
+    model.forward = forward
+    _check_training(model, inputs, settings)
     if mode == "qat":
         set_state(model, QuantizerState.OBSERVE | QuantizerState.FAKE_QUANTIZE)
     return model
 
 
+def _put_on_activations(forward: PreparedForward, tree: QuantizerTree, analysis: GraphAnalysis) -> None:
+    """A quantizer for each tensor that the target quantizes, and a watching one for what other targets do."""
+    scheme, placement = forward.scheme(), analysis.placement
+    device = next((p.device for p in forward.module.parameters()), torch.device("cpu"))
+    everywhere = {
+        node
+        for residual in get_args(Residual)
+        for node in place(analysis.captured, analysis.values, _with_residual(scheme, residual)).activations
+    }
+    for node in analysis.graph.nodes:
+        if node in everywhere:
+            names = placement.names_of(node)
+            quantizer = activation_quantizer(
+                scheme.activation(*names),
+                forward.observer,
+                rounds=node in placement.activations,
+                own_calibrator=scheme.calibrator(*names),
+            ).to(device)
+            tree[site(node)] = quantizer
+            forward.quantize_tensor(node, quantizer)
+
+
+def _put_on_weights(forward: PreparedForward, tree: QuantizerTree, analysis: GraphAnalysis) -> None:
+    scheme = forward.scheme()
+    for chain in analysis.placement.chains:
+        weight = chain.op.weight
+        if chain.weight_key not in list(tree):
+            tree[chain.weight_key] = weight_quantizer(scheme.weight(chain.name), analysis.values[weight])
+            if weight.op == "get_attr":
+                forward.weights[chain.weight_key] = str(weight.target)
+        quantizer = tree[chain.weight_key]
+        assert isinstance(quantizer, WeightQuantizer)
+        forward.quantize_weight(chain.op.node, quantizer)
+
+
+def _check_training(model: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuse a prepared model that trains otherwise than the float model, its quantizers off."""
+    found = training_differences(model, partial(unprepared, model), inputs, settings)
+    if found is not None:
+        name = type(unprepare(model)).__name__
+        raise CaptureError(
+            f"prepared, {name} does not train as it did: {found}. Name a part of the model that does not depend on how "
+            f"it is called, or report this with the forward's code"
+        )
+
+
 def _check_registered(
-    model: nn.Module, analysis: GraphAnalysis, inputs: Mapping[str, Any], settings: Mapping[str, Any]
+    model: nn.Module, captured: CapturedGraph, inputs: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> None:
     """Refuse a registered function that computes something else than the layer it stands for."""
-    output = next(node for node in analysis.graph.nodes if node.op == "output")
-    with evaluating(model), torch.no_grad():
-        expected = tree_leaves(model(**inputs, **settings))
-    for found, wanted in zip(tree_leaves(analysis.values[output]), expected, strict=True):
-        if isinstance(wanted, torch.Tensor) and not torch.allclose(found, wanted, rtol=1e-3, atol=1e-5):
-            raise ValueError(
-                f"with the functions registered for {', '.join(sorted(analysis.traced.registered))} the model computes "
-                f"something else (difference {(found - wanted).abs().max():.2g}): lq.register_layer(cls, forward) "
-                f"needs a forward that does what that of the class does in evaluation mode"
-            )
+    found = disagreement(captured, model, inputs, settings, tolerance=_REGISTERED_TOLERANCE, as_registered=False)
+    if found is not None:
+        raise ValueError(
+            f"with the functions registered for {', '.join(sorted(captured.registered))} the model computes "
+            f"something else ({found}): lq.register_layer(cls, forward) needs a forward that does what that of the "
+            f"class does in evaluation mode"
+        )
 
 
 def _with_residual(scheme: Scheme, residual: Residual) -> Scheme:
     return replace(scheme, target=replace(scheme.target, residual=residual))
-
-
-def _refuse_replaced_forward(name: str, module: nn.Module) -> None:
-    if "forward" in module.__dict__:
-        raise CaptureError(
-            f"{name}: its forward was replaced on the object (module.forward = ...), which a graph captured from its "
-            f"class would not do; put the code into a subclass"
-        )
 
 
 def unprepare(model: M) -> M:
@@ -281,11 +354,17 @@ def unprepare(model: M) -> M:
     Raises:
         ValueError: where ``model`` is not prepared.
     """
-    prepared_forward(model)
-    for module in _replaced_forwards(model):
-        del module.forward
+    forward = prepared_forward(model)
+    unfollow(model)
+    _remove(model, forward)
     del model._modules[QUANTIZERS]
     return model
+
+
+def _remove(model: nn.Module, forward: PreparedForward) -> None:
+    del model.forward
+    if forward.own is not None:
+        model.forward = forward.own
 
 
 @contextmanager
@@ -295,21 +374,17 @@ def unprepared(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: where ``model`` is not prepared.
     """
-    prepared_forward(model)
-    forwards = _replaced_forwards(model)
-    for module in forwards:
-        del module.forward
-    try:
-        with without_quantizers(model):
+    forward = prepared_forward(model)
+    with without_quantizers(model):
+        followed = unfollow(model)
+        _remove(model, forward)
+        try:
             yield
-    finally:
-        for module, forward in forwards.items():
-            module.forward = forward
-
-
-def _replaced_forwards(model: nn.Module) -> dict[nn.Module, Any]:
-    forwards = {module: module.__dict__.get("forward") for module in model.modules()}
-    return {m: f for m, f in forwards.items() if isinstance(f, (CapturedForward, WeightQuantizedForward))}
+        finally:
+            for module, own in followed.items():
+                module.forward = own
+            follow(model)  # what came in meanwhile
+            model.forward = forward
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:
@@ -343,11 +418,11 @@ def freeze(model: nn.Module) -> None:
 
 def refresh_weights(model: nn.Module) -> None:
     """Bring the ranges of the layers' weights up to date, as the next forward would: an optimizer step moved them."""
-    for forward in _replaced_forwards(model).values():
-        if isinstance(forward, WeightQuantizedForward):
-            weight = forward.layer.weight
-            assert isinstance(weight, torch.Tensor)
-            forward.quantizer.refresh(weight)
+    forward = prepared_forward(model)
+    for key, quantizer in quantizers(model).items():
+        weight = forward.weight(key)
+        if weight is not None and isinstance(quantizer, WeightQuantizer):
+            quantizer.refresh(weight)
 
 
 def simulate(model: nn.Module) -> None:

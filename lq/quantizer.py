@@ -73,6 +73,10 @@ class Quantizer(nn.Module):
             self.observer(x)
             if self.state & QuantizerState.FAKE_QUANTIZE and self.rounds:
                 self.update_qparams()
+        return self.round(x)
+
+    def round(self, x: Tensor) -> Tensor:
+        """``x`` on the grid, where this quantizer rounds at all now; its range stays."""
         if self.state & QuantizerState.FAKE_QUANTIZE and self.calibrated and self.rounds:
             return fake_quantize(x, self.scale, self.zero_point, self.spec)
         return x

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.table import Table
@@ -11,7 +12,7 @@ from torch import fx, nn
 
 from lq.display import as_text
 from lq.graph.analysis import GraphAnalysis
-from lq.graph.ops import OpKind, classify, module_of
+from lq.graph.ops import MOVES, OpKind, classify
 from lq.graph.placement import Sum, site, source_of
 from lq.prepare import is_prepared, prepared_forward, quantizers
 from lq.quantizer import Quantizer
@@ -29,6 +30,9 @@ class LayerReport:
         weight: scheme and range of the weight, or ``""``.
         input: name, scheme and range of the input's quantizer, or ``""``.
         reason: why it stays float, or ``""``.
+        output: name of the tensor that leaves it, or ``""``.
+        in_process: what of it PyTorch's kernels on this machine compute in float all the same and why, or ``""``; known
+            once the INT8 module has run.
     """
 
     name: str
@@ -37,6 +41,8 @@ class LayerReport:
     weight: str = ""
     input: str = ""
     reason: str = ""
+    output: str = ""
+    in_process: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,18 @@ class QuantizationReport:
     def float_layers(self) -> tuple[LayerReport, ...]:
         return tuple(layer for layer in self.layers if layer.precision == "float")
 
+    def as_it_ran(self, unfused: Mapping[str, str]) -> QuantizationReport:
+        """The report with what the kernels compute in float.
+
+        Args:
+            unfused: why, by the names of the tensors.
+        """
+        layers = tuple(
+            replace(layer, in_process=unfused[layer.output]) if layer.output in unfused else layer
+            for layer in self.layers
+        )
+        return replace(self, layers=layers)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists, strings and numbers, for JSON."""
         return asdict(self)
@@ -80,7 +98,9 @@ class QuantizationReport:
         for header in ("layer", "operators", "runs in", "weight", "input (quantizer, range)", "why float"):
             table.add_column(header, overflow="fold")
         for layer in self.layers:
-            table.add_row(layer.name, layer.kind, layer.precision, layer.weight, layer.input, layer.reason)
+            table.add_row(
+                layer.name, layer.kind, layer.precision, layer.weight, layer.input, layer.reason or layer.in_process
+            )
         if self.fold_difference is not None:
             table.caption = f"largest relative difference from folding batch norm: {self.fold_difference:.1e}"
         return table
@@ -131,29 +151,29 @@ def report_rows(
         chain = chain_of.get(node)
         if chain is not None:
             if node is chain.op.node:
-                parts = [chain.op.kind, *(classify(part, model) for part in chain.nodes[1:])]
+                parts = [chain.op.kind, *(classify(part) for part in chain.nodes[1:])]
                 weight = quantizers[chain.weight_key]
-                source = site(source_of(chain.op.input, model))
+                source = site(source_of(chain.op.input))
                 row = LayerReport(
                     name=chain.name,
                     kind=" + ".join(part.value for part in parts),
                     precision="int8",
                     weight=f"{weight.spec}, {_range(weight)}",
                     input=f"{source}: {quantizers[source].spec}, {_range(quantizers[source])}",
+                    output=site(chain.end),
                 )
                 layers.append((row, node))
         elif node in sums:
             if node is sums[node].add:
                 layers.append((_sum_row(sums[node], model, quantizers), node))
-        elif _computes(node, model):
-            kind = classify(node, model)
+        elif _computes(node):
+            kind = classify(node)
             name = site(node)
-            module = module_of(node, model)
-            path = name if module is None else str(node.target)  # a module's second call has a name of its own
+            layer = node.meta["layer"]
+            path = name if layer is None else layer  # a module's second call has a name of its own
             reason = placement.float_layers.get(path, _FLOAT_REASONS.get(kind, "its input or weight has no INT8 form"))
-            label = _function_name(node) if module is None else type(module).__name__
-            layers.append((LayerReport(name, label, "float", reason=reason), node))
-    reached = {str(node.target) for node in analysis.graph.nodes if node.op == "call_module"}
+            layers.append((LayerReport(name, operator_label(node, model), "float", reason=reason), node))
+    reached = {node.meta["path"] for node in analysis.graph.nodes if node.op.startswith("call")}
     for name, module in model.named_modules():
         owner_reached = any(name == path or name.startswith(f"{path}.") for path in reached)
         chain_names = {chain.name for chain in placement.chains}
@@ -164,26 +184,31 @@ def report_rows(
 
 
 def _sum_row(total: Sum, model: nn.Module, quantizers: Mapping[str, Quantizer]) -> LayerReport:
-    sources = [site(source_of(operand, model)) for operand in total.add.all_input_nodes]
+    sources = [site(source_of(operand)) for operand in total.add.all_input_nodes]
     return LayerReport(
         name=site(total.add),
         kind="add + relu" if total.clamp is not None else "add",
+        output=site(total.end),
         precision="int8",
         input="; ".join(f"{name}: {quantizers[name].spec}, {_range(quantizers[name])}" for name in sources),
     )
 
 
-def _function_name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+def operator_label(node: fx.Node, model: nn.Module) -> str:
+    """What a node computes, for people: the class of the layer whose output it is, or else the function's name."""
+    layer = node.meta["layer"]
+    if node.op == "call_module":
+        return type(model.get_submodule(str(node.target))).__name__
+    if layer is not None and site(node).rpartition(".")[2] != node.meta["name"]:
+        return type(model.get_submodule(layer)).__name__
+    return str(node.meta["name"])
 
 
-def _computes(node: fx.Node, model: nn.Module) -> bool:
+def _computes(node: fx.Node) -> bool:
     """Whether a node does arithmetic worth a row: not a move of values, not a look at a shape."""
-    if node.op not in ("call_module", "call_function", "call_method"):
+    if node.op not in ("call_module", "call_function"):
         return False
-    if classify(node, model) in (OpKind.IDENTITY, OpKind.SAME_SCALE):
-        return False
-    return _function_name(node) not in ("size", "getattr", "getitem", "dim")
+    return classify(node) not in (*MOVES, OpKind.SHAPE) and node.target is not operator.getitem
 
 
 def report(model: nn.Module) -> QuantizationReport:

@@ -99,6 +99,6 @@ def analyze(
 
 def _figures(model: nn.Module, layer: Layer, analysis: GraphAnalysis, roundings: Roundings) -> dict[str, Any]:
     """What is known of a layer by itself."""
-    weight = weight_figures(model, layer.kernel, roundings) if isinstance(layer.kernel, Chain) else {}
+    weight = weight_figures(layer.kernel, analysis, roundings) if isinstance(layer.kernel, Chain) else {}
     output = {"output_sqnr_db": layer.output.sqnr_db, "cosine": layer.output.cosine}
     return {**elements(model, layer, analysis), **weight, **layer.input_figures(), **output}

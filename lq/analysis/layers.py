@@ -12,8 +12,8 @@ from lq.analysis.measures import Likeness, is_float_tensor
 from lq.analysis.rounding import Roundings, rounded
 from lq.analysis.simulation import Values
 from lq.graph.analysis import GraphAnalysis
-from lq.graph.folding import fold
-from lq.graph.ops import WEIGHTED_MODULES, module_of, weighted_op
+from lq.graph.folding import BatchNormStatistics, fold
+from lq.graph.ops import WEIGHTED_MODULES, weighted_op
 from lq.graph.placement import Chain, Sum
 from lq.quantizer import Quantizer
 from lq.report import LayerReport
@@ -132,9 +132,9 @@ def watch_outputs(layers: list[Layer], floats: Values) -> dict[fx.Node, Callable
     return {layer.end: comparing(layer, layer.end) for layer in layers if layer.end is not None}
 
 
-def weight_figures(model: nn.Module, chain: Chain, roundings: Roundings) -> dict[str, Any]:
+def weight_figures(chain: Chain, analysis: GraphAnalysis, roundings: Roundings) -> dict[str, Any]:
     """SQNR of a weight, with batch norm folded: channels count as much as they do in what the layer puts out."""
-    norm = None if chain.batch_norm is None else module_of(chain.batch_norm, model)
+    norm = None if chain.batch_norm is None else BatchNormStatistics.of(chain.batch_norm, analysis.values)
     quantizer = roundings.weight_quantizers[chain.weight_key]
     folded = fold(roundings.weight(chain), None, norm, quantizer)
     assert folded.weight_int is not None and folded.weight_scale is not None
@@ -146,13 +146,17 @@ def weight_figures(model: nn.Module, chain: Chain, roundings: Roundings) -> dict
 
 def elements(model: nn.Module, layer: Layer, analysis: GraphAnalysis) -> dict[str, int]:
     """How many a layer's weight and bias have, and its weight alone (0 where it is no convolution or linear layer)."""
-    module = model.get_submodule(layer.row.name) if layer.node is None else module_of(layer.node, model)
-    op = None if layer.node is None else weighted_op(layer.node, model)
-    if op is not None and op.weight is not None:
+    op = None if layer.node is None else weighted_op(layer.node)
+    if op is not None:
         tensors = [analysis.values[op.weight], None if op.bias is None else analysis.values[op.bias]]
-    elif isinstance(module, WEIGHTED_MODULES):  # not its parameters: a weight may be computed from others
-        tensors = [module.weight, module.bias]
-    else:
-        return {} if module is None else {"parameters": sum(p.numel() for p in module.parameters())}
-    found = [tensor.numel() for tensor in tensors if isinstance(tensor, Tensor)]
-    return {"parameters": sum(found), "weights": found[0]}
+        found = [tensor.numel() for tensor in tensors if isinstance(tensor, Tensor)]
+        return {"parameters": sum(found), "weights": found[0]}
+    name = layer.row.name if layer.node is None else layer.node.meta["layer"]
+    if name is None or (layer.node is not None and layer.row.kind == layer.node.meta["name"]):
+        return {}
+    module: Any = model.get_submodule(name)
+    parameters = sum(p.numel() for p in module.parameters())
+    if isinstance(module, WEIGHTED_MODULES):
+        weight: Any = module.weight
+        return {"parameters": parameters, "weights": weight.numel()}
+    return {"parameters": parameters}

@@ -21,12 +21,12 @@ class Rounding:
     """What is rounded, in one variant of a model.
 
     Args:
-        tensors: the grid behind a node of the float graph, for all that read it.
-        weights: the rounded weight of a ``torch.nn`` layer, by the layer's path.
+        tensors: the grid of what a node of the float graph makes, for all that read it.
+        weights: the rounded weight of a layer, by the node that reads or computes the float one.
     """
 
     tensors: dict[fx.Node, Quantizer] = field(default_factory=dict)
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[fx.Node, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,21 +65,19 @@ class Roundings:
             c.weight_key: _up_to_date(self._found[c.weight_key], self.weight(c)) for c in base.chains
         }
         self._weights = {
-            chain.name: rounded(self.weight(chain), self.weight_quantizers[chain.weight_key])
+            chain.op.weight: rounded(self.weight(chain), self.weight_quantizers[chain.weight_key])
             for chain in base.chains
-            if chain.op.module is not None
         }
         self.whole = self._rounding(base, self._scheme, base)
 
     def weight(self, chain: Chain) -> Tensor:
         """The float weight of a layer, as it is before a batch norm is folded in."""
-        layer: Any = chain.op.module
-        weight: Tensor = layer.weight if layer is not None else self._analysis.values[chain.op.weight]  # type: ignore[index]
+        weight: Tensor = self._analysis.values[chain.op.weight]
         return weight.detach()
 
     def of(self, node: fx.Node) -> Quantizer:
         """The quantizer of the tensor whose grid ``node`` lies on."""
-        return self._found[site(source_of(node, self._model))]
+        return self._found[site(source_of(node))]
 
     def only(self, name: str) -> Rounding:
         """As if ``overrides`` kept all layers in float but ``name``.
@@ -90,7 +88,7 @@ class Roundings:
         kernel = self._kernels[name]
         base = self._analysis.placement
         if isinstance(kernel, Sum):
-            nodes = [*(source_of(operand, self._model) for operand in kernel.add.all_input_nodes), kernel.end]
+            nodes = [*(source_of(operand) for operand in kernel.add.all_input_nodes), kernel.end]
             return Rounding({node: self._found[site(node)] for node in nodes})
         others = frozenset(self._kernels) - {name}
         placement = self._place(replace(self._scheme, overrides=_InFloat(self._scheme.overrides.specs, others)))
@@ -108,17 +106,11 @@ class Roundings:
             return None
 
     def _place(self, scheme: Scheme) -> Placement:
-        return place(self._analysis.traced, self._model, self._analysis.values, scheme)
+        return place(self._analysis.captured, self._analysis.values, scheme)
 
     def _rounding(self, placement: Placement, scheme: Scheme, named_by: Placement) -> Rounding:
         tensors = {node: self._on_grid(scheme, site(node), named_by.names_of(node)) for node in placement.activations}
-        weights = {}
-        for chain in placement.chains:
-            if chain.op.weight is not None:
-                tensors[chain.op.weight] = self.weight_quantizers[chain.weight_key]
-            else:
-                weights[chain.name] = self._weights[chain.name]
-        return Rounding(tensors, weights)
+        return Rounding(tensors, {chain.op.weight: self._weights[chain.op.weight] for chain in placement.chains})
 
     def _on_grid(self, scheme: Scheme, name: str, names: tuple[str, ...]) -> Quantizer:
         grid = scheme.activation(*names)

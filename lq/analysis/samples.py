@@ -27,8 +27,7 @@ def default_num_samples(analysis: GraphAnalysis) -> int:
     chains = analysis.placement.chains
     one = 0.0
     for chain in chains:
-        layer: Any = chain.op.module
-        weight = layer.weight if layer is not None else analysis.values[chain.op.weight]  # type: ignore[index]
+        weight = analysis.values[chain.op.weight]
         out = analysis.values[chain.op.node]
         one += out[:1].numel() * weight[0].numel()
     fitting = int(MULTIPLICATIONS / max(1.0, one * len(chains)))
@@ -84,7 +83,8 @@ def model_inputs(
                 seen += batch_size(chunk)
 
     with unprepared(model), evaluating(model), torch.no_grad():
-        handle = model.register_forward_pre_hook(note, with_kwargs=True)
+        # Before hooks of the user's own: what they do to the inputs is part of what is analysed.
+        handle = model.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
         try:
             for batch in batches:
                 run(first_samples(batch, num_samples - seen) if forward is None else batch)

@@ -7,16 +7,11 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
-from torch.nn import functional as F
+from torch import fx, nn
 
 from lq.analysis.rounding import Rounding, rounded
-from lq.graph.ops import OpKind, classify, is_inplace
-from lq.graph.qdq import lookup
-
-#: Operators whose output is a tensor of its own, never a view of their input.
-_FRESH = (OpKind.CONV, OpKind.LINEAR, OpKind.BATCH_NORM, OpKind.ADD)
+from lq.graph.capture import CapturedGraph
+from lq.graph.interpret import run_node
 
 
 @dataclass
@@ -55,19 +50,18 @@ class Simulator:
 
     Args:
         root: the module, without quantizers.
-        graph: its graph.
+        captured: its graph.
     """
 
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, root: nn.Module, captured: CapturedGraph) -> None:
         self._root = root
-        self._nodes = list(graph.nodes)
+        self._captured = captured
+        self._nodes = list(captured.graph.nodes)
         self._dying: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         order = {node: index for index, node in enumerate(self._nodes)}
         for node in self._nodes:
             if node.users:
                 self._dying[max(node.users, key=order.__getitem__)].append(node)
-        self._inplace = {node for node in self._nodes if is_inplace(node, root)}
-        self._fresh = {n for n in self._nodes if len(n.users) == 1 and classify(n, root) in _FRESH}
 
     def plan(self, rounding: Rounding, base: Rounding | None = None) -> Plan:
         """What to run for ``rounding``, after a run of ``base``; all of it without one."""
@@ -77,9 +71,8 @@ class Simulator:
         read: set[fx.Node] = set()
         for node in self._nodes:
             runs = base is None or not differs.isdisjoint(node.all_input_nodes)
-            if base is not None and node.op == "call_module":
-                target = str(node.target)
-                runs = runs or rounding.weights.get(target) is not base.weights.get(target)
+            if base is not None and rounding.weights.get(node) is not base.weights.get(node):
+                runs = True
             rounds = base is not None and rounding.tensors.get(node) is not base.tensors.get(node)
             if runs or rounds:
                 steps.append((node, runs))
@@ -108,7 +101,6 @@ class Simulator:
             watch: called with a node's value as made.
         """
         env: dict[fx.Node, Any] = {}
-        keeps = {*keep_made, *keep_read}
         kept = Values()
         outputs = None
 
@@ -119,7 +111,7 @@ class Simulator:
             if not runs or node.op == "placeholder":
                 value = base.made[node]
             else:
-                value = self._compute(node, read, plan.rounding, env.keys() - keeps)
+                value = self._compute(node, read, plan.rounding)
             if watch and node in watch:
                 watch[node](value)
             if node in keep_made:
@@ -136,38 +128,8 @@ class Simulator:
                 env.pop(dead, None)
         return outputs, kept
 
-    def _compute(self, node: fx.Node, read: Callable[[fx.Node], Any], rounding: Rounding, own: Set[fx.Node]) -> Any:
-        if node.op == "get_attr":
-            return lookup(self._root, str(node.target))
-        args: Any = map_arg(node.args, read)
-        kwargs: Any = map_arg(node.kwargs, read)
-        if node.op == "output":
-            return args[0]
-        if node in self._inplace and args and isinstance(args[0], Tensor):
-            source = node.args[0]
-            # What nobody else will look at may be overwritten, which spares a pass through memory.
-            if not (isinstance(source, fx.Node) and source in self._fresh and source in own):
-                args = (args[0].clone(), *args[1:])
-        if node.op == "call_function":
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        module = self._root.get_submodule(str(node.target))
-        weight = rounding.weights.get(str(node.target))
-        if weight is None:
-            return module(*args, **kwargs)
-        # Called as a module all the same, so that hooks on it run as they do in the prepared model.
-        module.forward = _with_weight(module, weight)
-        try:
-            return module(*args, **kwargs)
-        finally:
-            del module.forward
-
-
-def _with_weight(layer: Any, weight: Tensor) -> Callable[[Tensor], Tensor]:
-    def forward(input: Tensor) -> Tensor:
-        if isinstance(layer, nn.Linear):
-            return F.linear(input, weight, layer.bias)
-        return layer._conv_forward(input, weight, layer.bias)  # type: ignore[no-any-return]
-
-    return forward
+    def _compute(self, node: fx.Node, read: Callable[[fx.Node], Any], rounding: Rounding) -> Any:
+        weight = rounding.weights.get(node)
+        if weight is not None:
+            return weight
+        return run_node(node, read, self._root, lambda target: self._captured.read(self._root, target))

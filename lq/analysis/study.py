@@ -38,7 +38,7 @@ class Study:
         sensitivity: bool,
     ) -> None:
         self.layers = layers
-        self.simulator = simulator = Simulator(model, analysis.graph)
+        self.simulator = simulator = Simulator(model, analysis.captured)
         self.placeholders = [node for node in analysis.graph.nodes if node.op == "placeholder"]
         self.float_plan = simulator.plan(Rounding())
         self.int8_plan = simulator.plan(roundings.whole, Rounding())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from lq.analysis.layers import Layer
 from lq.calibration.calibrate import batch_size
 from lq.convert import convert
 from lq.graph.analysis import GraphAnalysis
+from lq.graph.interpret import run_node
 from lq.graph.placement import site, source_of
-from lq.graph.qdq import origin
+from lq.graph.qdq import lookup, origin
 from lq.modes import evaluating
 from lq.prepare import quantizers, unprepared
 from lq.quantizer import WeightQuantizer
@@ -26,22 +28,26 @@ from lq.runtime.cpu import has_onednn_int8
 _WARMUP, _FEWEST, _MOST, _SECONDS = 2, 5, 50, 3.0
 
 
-class _Stopwatch(fx.Interpreter):
+class _Stopwatch:
     """Runs a graph and notes how long each operator took, seconds."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(root, graph=graph)
+    def __init__(self, root: nn.Module, graph: fx.Graph, attribute: Callable[[str], Any]) -> None:
+        self._root = root
+        self._graph = graph
+        self._attribute = attribute
         self.seconds: dict[fx.Node, float] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op not in ("call_function", "call_method", "call_module"):
-            return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        run: Callable[..., Any] = getattr(self, n.op)
-        start = time.perf_counter()
-        value = run(n.target, args, kwargs)
-        self.seconds[n] = time.perf_counter() - start
-        return value
+    def run(self, *inputs: Any) -> None:
+        given = iter(inputs)
+        values: dict[fx.Node, Any] = {}
+        for node in self._graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(given)
+                continue
+            start = time.perf_counter()
+            values[node] = run_node(node, values.__getitem__, self._root, self._attribute)
+            if node.op.startswith("call"):
+                self.seconds[node] = time.perf_counter() - start
 
 
 def layer_times(
@@ -69,7 +75,10 @@ def layer_times(
         return [{} for _ in layers]
     contenders = {"int8_ms": _int8_network(model)} if has_onednn_int8() else {}
     with unprepared(model), evaluating(model):
-        contenders = {"float_ms": _Stopwatch(model, analysis.graph), **contenders}
+        contenders = {
+            "float_ms": _Stopwatch(model, analysis.graph, partial(analysis.captured.read, model)),
+            **contenders,
+        }
         rounds = _race(contenders, inputs)
     samples = batch_size(inputs)
     owners = {"float_ms": _float_owners(layers), "int8_ms": _int8_owners(layers, model)}
@@ -121,7 +130,7 @@ def _int8_network(model: nn.Module) -> _Stopwatch:
     root.add_module("module", int8)
     for name, value in lowered.constants.items():
         setattr(root, name, value)
-    return _Stopwatch(root, lowered.graph)
+    return _Stopwatch(root, lowered.graph, partial(lookup, root))
 
 
 def _float_owners(layers: list[Layer]) -> dict[str | None, int]:
@@ -132,5 +141,5 @@ def _int8_owners(layers: list[Layer], model: nn.Module) -> dict[str | None, int]
     owners = _float_owners(layers)
     for index, layer in enumerate(layers):
         for read in layer.inputs:
-            owners.setdefault(site(source_of(read.node, model)), index)
+            owners.setdefault(site(source_of(read.node)), index)
     return owners

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -18,6 +19,7 @@ from lq.calibration.error import CalibrationError
 from lq.calibration.recalibrate import recalibrate
 from lq.calibrators import CALIBRATORS, Calibrator, default_calibrator, get_calibrator
 from lq.distributed import agreed, world_size
+from lq.metadata import dtype_name
 from lq.modes import evaluating
 from lq.prepare import activation_quantizers, prepared_forward, quantizers, set_state, simulate
 from lq.progress import progress_bar
@@ -210,12 +212,43 @@ def default_forward(model: nn.Module) -> Callable[[Any], Any]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     arguments = {**prepared.inputs, **prepared.settings}
 
+    def to_device(value: Any) -> Any:
+        value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        return value.to(device) if isinstance(value, Tensor) else value
+
     def run(batch: Any) -> Any:
-        batch = tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, batch)
+        batch = tree_map(to_device, batch)
         if isinstance(batch, Mapping):
-            return model(**{name: value for name, value in batch.items() if name in arguments})
-        if isinstance(batch, (tuple, list)):
-            return model(*batch[: len(prepared.inputs)])
-        return model(batch)
+            named = {name: value for name, value in batch.items() if name in arguments}
+            args: tuple[Any, ...] = ()
+        else:
+            args, named = (tuple(batch[: len(prepared.inputs)]) if isinstance(batch, (tuple, list)) else (batch,)), {}
+        try:
+            return model(*args, **named)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            given = {**dict(zip(prepared.inputs, args, strict=False)), **named}
+            other = next((name for name, value in prepared.inputs.items() if not _alike(given.get(name), value)), "")
+            if given.get(other) is None:  # the error says which input is missing
+                raise
+            raise CalibrationError(
+                f"a calibration batch gives {_described(given.get(other))} for the input {other!r}, and the model was "
+                f"prepared with {_described(prepared.inputs[other])}: batches are the inputs, tuples that begin with "
+                f"them, or dicts by their names; give forward=... for any others"
+            ) from error
 
     return run
+
+
+def _alike(value: Any, example: Any) -> bool:
+    """Whether it is a tensor of as many axes, and of numbers of the same kind, where the example is one."""
+    if not isinstance(example, Tensor):
+        return True
+    if not isinstance(value, Tensor):
+        return False
+    return value.dim() == example.dim() and value.is_floating_point() == example.is_floating_point()
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {dtype_name(value.dtype)} tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -10,10 +10,9 @@ from rich.table import Table
 from torch import nn
 
 from lq.display import as_text
-from lq.graph.captured import WeightQuantizedForward
 from lq.histogram import Histogram
 from lq.observers import HistogramObserver
-from lq.prepare import quantizers
+from lq.prepare import quantizers, refresh_weights
 from lq.quantizer import Quantizer, WeightQuantizer
 from lq.spec import QuantSpec
 
@@ -81,10 +80,7 @@ def ranges(model: nn.Module) -> RangeTable:
         ValueError: where ``model`` is not prepared.
     """
     found = quantizers(model)
-    for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, WeightQuantizedForward):
-            forward.quantizer.refresh(forward.layer.weight)  # type: ignore[arg-type]
+    refresh_weights(model)
     return RangeTable(tuple(_row(name, quantizer) for name, quantizer in found.items()))
 
 

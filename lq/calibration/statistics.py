@@ -11,11 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lq.archives import checked_members
 from lq.calibrators import Calibrator, get_calibrator
 from lq.files import ensure_writable_dir, write_atomically
 from lq.prepare import activation_quantizers, simulate
 
 M = TypeVar("M", bound=nn.Module)
+
+#: What the statistics of one quantizer unpack to at most (a histogram, and the ranges of ten thousand batches), the
+#: header, and how much smaller still more ranges get: what unpacks to more than all of them is no file of statistics.
+_QUANTIZER_BYTES = 64 * 1024 + 10_000 * 8
+_HEADER_BYTES = 1 << 20
+_COMPRESSION = 20
 
 #: Names the format, so that another .npz file is not taken for one of these.
 _FORMAT = "lq statistics 1"
@@ -78,7 +85,7 @@ def load_statistics(model: M, path: str | Path, calibrator: str | Calibrator | N
             model: then with the names that differ. The model is as before.
     """
     found = activation_quantizers(model)
-    model_name, saved, arrays = _read(Path(path))
+    model_name, saved, arrays = _read(Path(path), len(found))
     missing, unknown = [n for n in found if n not in saved], [n for n in saved if n not in found]
     if missing or unknown:
         raise ValueError(
@@ -111,7 +118,7 @@ def load_statistics(model: M, path: str | Path, calibrator: str | Calibrator | N
     return model
 
 
-def _read(path: Path) -> tuple[str, dict[str, tuple[str, str]], dict[str, dict[str, Tensor]]]:
+def _read(path: Path, count: int) -> tuple[str, dict[str, tuple[str, str]], dict[str, dict[str, Tensor]]]:
     """The model's class, and by quantizer the names of observer and calibrator, and the observer's state."""
     if not path.is_file():
         raise FileNotFoundError(f"path={str(path)!r}: no such file")
@@ -119,6 +126,8 @@ def _read(path: Path) -> tuple[str, dict[str, tuple[str, str]], dict[str, dict[s
     try:
         # numpy does not close a file that it opened itself and then found to be damaged.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            largest = count * _QUANTIZER_BYTES + _HEADER_BYTES + _COMPRESSION * path.stat().st_size
+            checked_members(arrays.zip, max_bytes=largest)
             header = json.loads(arrays["header"].tobytes())
             if header["format"] != _FORMAT:
                 raise ValueError(f"its format is {header['format']!r}, not {_FORMAT!r}")

@@ -33,6 +33,11 @@ def train_batches(trainer: Any, pl_module: Any) -> Iterator[Any]:
     return _transferred(_train_dataloader(trainer), pl_module)
 
 
+def given_batches(loader: Iterable[Any], pl_module: Any) -> Iterator[Any]:
+    """The batches of any dataloader, as :func:`train_batches` gives them."""
+    return _transferred(loader, pl_module)
+
+
 def has_train_data(trainer: Any) -> bool:
     """Whether there is a train dataloader, or can be."""
     return trainer.train_dataloader is not None or bool(trainer.fit_loop._data_source.is_defined())

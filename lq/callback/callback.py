@@ -21,22 +21,32 @@ from lq.callback.averages import (
     check_averaging,
     refresh_averaged_ranges,
 )
-from lq.callback.batches import train_batches
+from lq.callback.batches import given_batches, train_batches
 from lq.callback.checkpoints import attach_hooks
+from lq.callback.conversion import OUTPUTS
 from lq.callback.fit_end import quantize_at_fit_end
 from lq.callback.logging import RangeLog, log_result, make_room
-from lq.callback.preparation import prepare_for_batch
+from lq.callback.preparation import check_batch, prepare_for_batch, tell_of_a_change
 from lq.callback.rescue import tell_how_to_finish
 from lq.callback.result import QuantizationResult
 from lq.callback.stages import StagedUnit, attach, staged_unit
 from lq.callback.support import check_trainer
 from lq.callback.training import all_reduce_ranges, training_share
 from lq.callback.unit import has_weighted_layers
-from lq.callback.weights import Weights
+from lq.callback.weights import Weights, known_checkpoints
 from lq.export import FORMATS, Format, check_dependencies
+from lq.file_sets import recover
 from lq.files import ensure_writable_dir
 from lq.overrides import LayerSpec, Overrides
-from lq.prepare import Mode, NothingToQuantizeError, freeze, is_prepared, refresh_weights, set_state
+from lq.prepare import (
+    Mode,
+    NothingToQuantizeError,
+    activation_quantizers,
+    freeze,
+    is_prepared,
+    refresh_weights,
+    set_state,
+)
 from lq.quantizer import QuantizerState
 from lq.targets import Target, get_target
 
@@ -92,10 +102,12 @@ class QuantizationCallback(Callback):
             :func:`lq.export`. Class names and mean and standard deviation of the images go into the files where the
             datamodule has attributes ``classes``, ``mean`` and ``std``.
         output_dir: folder for ``int8.pt2``, ``int8.json`` and ``int8.html``; by default ``int8`` in the Trainer's log
-            directory.
+            directory. What an earlier run left there under the names of these and of the exports is replaced, all of it
+            at once when everything has gone well; other files stay. ``Trainer(fast_dev_run=True)`` writes nothing.
 
     Attributes:
         result: a :class:`~lq.callback.result.QuantizationResult` once ``fit`` has ended, else None.
+        known_before: the best checkpoint that there was before training, as a run that is resumed knows it.
 
     Raises:
         ValueError: where an argument is none of its choices.
@@ -162,10 +174,12 @@ class QuantizationCallback(Callback):
         self.export: tuple[Format, ...] = tuple(export)
         self.output_dir = output_dir
         self.result: QuantizationResult | None = None
-        self._int8_dir = Path()
+        self.known_before: dict[str, Any] = {}
+        self._int8_dir: Path | None = None
         self._frozen_norms: set[nn.Module] = set()
         self._range_log = RangeLog()
         self._phase: Phase = "setup"
+        self._checked_epoch = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         staged = attach(pl_module, self.module)
@@ -181,8 +195,9 @@ class QuantizationCallback(Callback):
             check_averaging(trainer, self)
         if self.convert:
             # Asked for here, where all processes are: the log directory is the first one's, which tells the others.
-            self._int8_dir = Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "int8")
-            if trainer.is_global_zero:
+            self._int8_dir = self._output_dir(trainer)
+            if trainer.is_global_zero and self._int8_dir is not None:
+                recover(self._int8_dir, OUTPUTS)
                 ensure_writable_dir(self._int8_dir, "output_dir")
             for format in self.export:
                 check_dependencies(format)
@@ -194,6 +209,7 @@ class QuantizationCallback(Callback):
             self._begin_fit(trainer, staged)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.known_before = known_checkpoints(trainer)
         staged = staged_unit(pl_module)
         if not staged.is_built:
             raise _nothing_to_quantize(pl_module)
@@ -202,11 +218,19 @@ class QuantizationCallback(Callback):
             self._begin_fit(trainer, staged)
         else:
             _check_layers(staged)
-            if self.mode == "ptq" and self.convert and self.overrides.specs:
-                self._check_overrides(trainer, staged)
+            if self.mode == "ptq" and self.convert:
+                self._check_calibration(trainer, staged)
+        if self.mode == "qat" and self.convert:
+            _check_training(trainer, staged)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._phase = "training"
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        staged = staged_unit(pl_module)
+        if staged.stage == "prepared" and trainer.current_epoch not in (0, self._checked_epoch):
+            self._checked_epoch = trainer.current_epoch
+            tell_of_a_change(staged)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.mode != "qat" or averages_at_the_end(trainer):
@@ -255,10 +279,17 @@ class QuantizationCallback(Callback):
         self._thaw()
         if trainer.state.fn != TrainerFn.FITTING or self._phase == "setup" or not self.convert:
             return  # nothing was trained yet: the error says all there is to say
-        if self.result is None and trainer.is_global_zero:
+        if self.result is None and trainer.is_global_zero and self._int8_dir is not None:
             tell_how_to_finish(self, trainer, pl_module, self._int8_dir, training_ended=self._phase == "conversion")
 
     # Private helpers
+
+    def _output_dir(self, trainer: Trainer) -> Path | None:
+        """Where the files go; None for a trial run, which writes nothing where a real one does."""
+        log_dir = trainer.log_dir  # to be asked for by every process
+        if getattr(trainer, "fast_dev_run", False):
+            return None
+        return Path(self.output_dir or Path(log_dir or trainer.default_root_dir) / "int8")
 
     def _thaw(self) -> None:
         """Let batch norm learn again, or a later fit would begin with it frozen."""
@@ -288,11 +319,21 @@ class QuantizationCallback(Callback):
         if self.mode == "qat":
             self._prepare_for_training(trainer, staged)
 
-    def _check_overrides(self, trainer: Trainer, staged: StagedUnit) -> None:
-        """Find a name that matches nothing now, and not after the training."""
+    def _check_calibration(self, trainer: Trainer, staged: StagedUnit) -> None:
+        """Find a batch that no step takes, or a name that matches nothing, now and not after the training."""
+        loader = self.calibration_dataloader
+        if loader is not None and iter(loader) is loader:
+            loader = None  # what is looked at would be gone
+        if loader is None and not self.overrides.specs:
+            return
         with isolate_rng():
-            batch = next(train_batches(trainer, staged.pl_module), None)
-            if batch is not None:
+            module = staged.pl_module
+            batch = next(train_batches(trainer, module) if loader is None else given_batches(loader, module), None)
+            if batch is None:
+                return
+            if loader is not None:
+                check_batch(staged, batch)
+            if self.overrides.specs:
                 prepare_for_batch(
                     staged, batch, target=self.target, mode="ptq", observer="minmax", overrides=self.overrides
                 )
@@ -313,6 +354,18 @@ class QuantizationCallback(Callback):
             )
         name = type(staged.unit).__name__
         rank_zero_info(f"lq: {name} trains with fake-quantizers for target {self.target}")
+
+
+def _check_training(trainer: Trainer, staged: StagedUnit) -> None:
+    """Refuse a run that trains nothing, and so leaves ranges unknown that the checkpoint it goes on from has not."""
+    limits = {name: getattr(trainer, name, None) for name in ("max_epochs", "max_steps", "limit_train_batches")}
+    nothing = next((name for name, limit in limits.items() if limit == 0), None)
+    known = all(quantizer.calibrated for quantizer in activation_quantizers(staged.unit).values() if quantizer.rounds)
+    if nothing is not None and not known:
+        raise ValueError(
+            f"mode='qat' takes the ranges from training, and Trainer({nothing}=0) trains nothing: use "
+            f"QuantizationCallback(mode='ptq'), which calibrates, or train with fake-quantizers for an epoch"
+        )
 
 
 def _check_layers(staged: StagedUnit) -> None:

@@ -19,7 +19,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lq.callback.averages import AVERAGED, refresh_averaged_ranges
 from lq.callback.stages import StagedUnit
 from lq.convert import convert
-from lq.graph.captured import QUANTIZERS
+from lq.graph.forward import QUANTIZERS
 from lq.preparation import describe_preparation, prepare_like, target_of
 from lq.prepare import is_prepared, refresh_weights
 

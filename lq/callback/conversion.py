@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,8 @@ from lq.callback.result import QuantizationResult, Side
 from lq.callback.stages import StagedUnit
 from lq.convert import convert
 from lq.export import ExportResult, Format, export
+from lq.file_sets import replaced_as_a_whole
+from lq.files import write_text
 from lq.int8 import Int8Module
 from lq.modes import evaluating
 from lq.prepare import activation_quantizers, unprepared
@@ -31,8 +35,14 @@ from lq.targets import Target
 #: Samples in the batch that throughput is measured with.
 BATCH_SIZE = 32
 
-#: Formats that are written on request, with the endings of their files.
-_OTHER_FORMATS: dict[Format, str] = {"onnx": ".onnx", "aoti": ".aoti.pt2"}
+#: The network's file, which is always written, and those of the formats that are written on request.
+_NETWORK = "int8.pt2"
+_OTHER_FORMATS: dict[Format, str] = {"onnx": "int8.onnx", "aoti": "int8.aoti.pt2"}
+_PAGE = "int8.html"
+_RESULT = "int8.json"
+
+#: All that a run writes: what an earlier one left under these names goes where this one writes nothing of that name.
+OUTPUTS = (_NETWORK, *_OTHER_FORMATS.values(), _PAGE, _RESULT)
 
 
 class Outcome(NamedTuple):
@@ -55,7 +65,8 @@ class Conversion:
     """What is done with a unit whose ranges are known.
 
     Args:
-        output_dir: where ``int8.pt2`` and everything else goes.
+        output_dir: where ``int8.pt2`` and everything else goes, all of it at once when all of it is there; None to
+            write nothing.
         weights: what to say of the weights' origin.
         target: the engine family to convert for.
         formats: what to write beside ``int8.pt2``.
@@ -67,7 +78,7 @@ class Conversion:
         settings: what to tell of the run.
     """
 
-    output_dir: Path
+    output_dir: Path | None
     weights: str
     target: Target
     formats: Sequence[Format] = ()
@@ -81,6 +92,8 @@ class Conversion:
     def run(self, staged: StagedUnit, float_metrics: dict[str, float]) -> Outcome:
         """Write, measure, and put INT8 in the unit's place.
 
+        What is written replaces what an earlier run wrote when everything has gone well, and as a whole.
+
         Args:
             staged: the unit, prepared and calibrated or trained.
             float_metrics: of the same weights in float.
@@ -88,17 +101,41 @@ class Conversion:
         Returns:
             The result, which is also written to ``int8.json`` and ``int8.html``, with what was seen on the way.
         """
+        with self._folder() as folder:
+            outcome, written = self._run(staged, float_metrics, folder)
+        if self.output_dir is None:
+            rank_zero_info("lq: fast_dev_run: the INT8 model was made and measured, and no file is kept of it")
+            return outcome
+        if (self.output_dir / _PAGE).exists():
+            rank_zero_info(f"lq: what was done, layer by layer, is in {self.output_dir / _PAGE}")
+        for file in written:
+            rank_zero_info(f"lq: INT8 model written to {replace(file, path=self.output_dir / file.path.name)}")
+        return outcome
+
+    @contextmanager
+    def _folder(self) -> Iterator[Path]:
+        """Where to write, until everything is there."""
+        if self.output_dir is None:
+            with tempfile.TemporaryDirectory() as folder:
+                yield Path(folder)
+        else:
+            with replaced_as_a_whole(self.output_dir, OUTPUTS) as new:
+                yield new
+
+    def _run(
+        self, staged: StagedUnit, float_metrics: dict[str, float], folder: Path
+    ) -> tuple[Outcome, list[ExportResult]]:
         unit = staged.unit.cpu()
         int8 = convert(unit, self.target)
         write = partial(export, labels=self.labels, preprocessing=self.preprocessing)
-        artifact = self.output_dir / "int8.pt2"
+        artifact = folder / _NETWORK
         exports: list[ExportResult] = [write(int8, artifact)]
         failure: Exception | None = None
         try:
-            for format, ending in _OTHER_FORMATS.items():
+            for format, name in _OTHER_FORMATS.items():
                 if format in self.formats:
                     network = int8 if format == "aoti" else unit
-                    exports.append(write(network, artifact.with_suffix(ending), format=format))
+                    exports.append(write(network, folder / name, format=format))
         except Exception as error:
             failure = error
         forward = staged.prepared_forward
@@ -115,6 +152,7 @@ class Conversion:
         staged.put_int8(int8)
         int8_metrics = {} if self.evaluate is None else self.evaluate()
         assert int8.report is not None
+        kept = self.output_dir
         result = QuantizationResult(
             mode=forward.mode,
             target=self.target.name,
@@ -124,21 +162,18 @@ class Conversion:
             int8_side=replace(int8_side, metrics=int8_metrics),
             report=int8.report,
             batch_size=BATCH_SIZE,
-            artifact=str(artifact),
-            exports=tuple(str(written.path) for written in exports),
+            artifact="" if kept is None else str(kept / artifact.name),
+            exports=() if kept is None else tuple(str(kept / written.path.name) for written in exports),
             weights=self.weights,
             settings=dict(self.settings),
             analysis=findings.analysis,
         )
-        artifact.with_suffix(".json").write_text(result.to_json())
         with going_on("writing the page"):
             advised = [] if result.analysis is None else [advice.layer for advice in result.analysis.advice()]
             page = result_page(result, findings.predictions, findings.tensor_charts(advised))
-            artifact.with_suffix(".html").write_text(page, encoding="utf-8")
-            rank_zero_info(f"lq: what was done, layer by layer, is in {artifact.with_suffix('.html')}")
-        for written in exports:
-            rank_zero_info(f"lq: INT8 model written to {written}")
-        return Outcome(result, failure, findings)
+            write_text(folder / _PAGE, page)
+        write_text(folder / _RESULT, result.to_json())
+        return Outcome(result, failure, findings), exports
 
     def _measure(self, float_unit: nn.Module, int8: Int8Module, artifact: Path) -> tuple[Side, Side]:
         """Size, latency and throughput of both, CPU against CPU: there INT8 kernels run in process, also after a fit

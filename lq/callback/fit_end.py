@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def quantize_at_fit_end(
-    callback: QuantizationCallback, trainer: Any, staged: StagedUnit, output_dir: Path, source: str | None = None
+    callback: QuantizationCallback, trainer: Any, staged: StagedUnit, output_dir: Path | None, source: str | None = None
 ) -> Outcome:
     """Convert the unit, and measure what that did.
 
@@ -48,7 +48,7 @@ def quantize_at_fit_end(
         callback: whose arguments say what to do.
         trainer: the Trainer, after training.
         staged: the unit, in float (PTQ) or prepared (QAT).
-        output_dir: where the files go.
+        output_dir: where the files go; None to keep none.
         source: what the weights are, where they are not to be chosen.
 
     Returns:
@@ -71,13 +71,13 @@ def quantize_at_fit_end(
 
 
 def _quantize(
-    callback: QuantizationCallback, trainer: Any, staged: StagedUnit, output_dir: Path, source: str | None
+    callback: QuantizationCallback, trainer: Any, staged: StagedUnit, output_dir: Path | None, source: str | None
 ) -> Outcome:
     pl_module = trainer.lightning_module
     path, weights = (None, source) if source is not None else choose_weights(trainer, callback.weights)
     rank_zero_info(f"lq: INT8 is made of {weights}")
     if path is not None:
-        load_weights(trainer, pl_module, path)
+        load_weights(trainer, pl_module, path, callback.known_before)
     if pl_module.dtype != torch.float32:
         rank_zero_info(f"lq: the weights are cast from {dtype_name(pl_module.dtype)} to float32, and calibrated so")
         pl_module.float()
@@ -132,7 +132,13 @@ def _calibrate(callback: QuantizationCallback, trainer: Any, staged: StagedUnit)
             calibrators = {callback.calibrator, *callback.overrides.calibrators}
             observer = "minmax" if calibrators == {"minmax"} else "histogram"
             prepare_for_batch(
-                staged, first, target=callback.target, mode="ptq", observer=observer, overrides=callback.overrides
+                staged,
+                first,
+                target=callback.target,
+                mode="ptq",
+                observer=observer,
+                overrides=callback.overrides,
+                is_given=callback.calibration_dataloader is not None,
             )
         with evaluating(pl_module):
             comparison = calibrate_and_compare(

@@ -174,16 +174,15 @@ def _weights(unit: nn.Module, graph: GraphAnalysis) -> dict[str, QuantizedWeight
     known = quantizers(unit)
     found = {}
     for chain in graph.placement.chains:
-        layer: Any = chain.op.module
-        weight = layer.weight if layer is not None else graph.values[chain.op.weight]  # type: ignore[index]
+        weight = graph.values[chain.op.weight]
         found[chain.weight_key] = QuantizedWeight(weight.detach(), known[chain.weight_key])
     return found
 
 
 def _inputs(unit: nn.Module, graph: GraphAnalysis) -> dict[str, str]:
-    found = {chain.name: site(source_of(chain.op.input, unit)) for chain in graph.placement.chains}
+    found = {chain.name: site(source_of(chain.op.input)) for chain in graph.placement.chains}
     for total in graph.placement.sums:
-        found[site(total.add)] = site(source_of(total.add.all_input_nodes[0], unit))
+        found[site(total.add)] = site(source_of(total.add.all_input_nodes[0]))
     return found
 
 

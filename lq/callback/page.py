@@ -73,7 +73,7 @@ def _settings(result: QuantizationResult) -> dict[str, Any]:
         "calibrator": result.calibrator,
         "weights": result.weights,
         **result.settings,
-        "files": list(result.exports) or [result.artifact],
+        "files": list(result.exports) or [result.artifact or "none kept"],
     }
     if result.calibrator_scores:
         settings["calibrators compared"] = result.calibrator_scores

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from lq.calibration.error import CalibrationError
 from lq.callback.batches import first_samples
 from lq.callback.stages import StagedUnit
 from lq.callback.unit import unit_arguments
+from lq.graph.capture import CaptureError
+from lq.metadata import dtype_name
 from lq.modes import evaluating
 from lq.overrides import Overrides
 from lq.prepare import Mode, prepare
 from lq.targets import Target
 
+_log = logging.getLogger("lq")
+
 
 def prepare_for_batch(
-    staged: StagedUnit, batch: Any, *, target: Target, mode: Mode, observer: str, overrides: Overrides
+    staged: StagedUnit,
+    batch: Any,
+    *,
+    target: Target,
+    mode: Mode,
+    observer: str,
+    overrides: Overrides,
+    is_given: bool = False,
 ) -> None:
     """Put quantizers on the unit, for inputs as ``training_step`` makes them of ``batch``.
 
@@ -27,9 +43,73 @@ def prepare_for_batch(
         mode: likewise.
         observer: likewise.
         overrides: likewise.
+        is_given: whether it is of the user's calibration dataloader.
+
+    Raises:
+        CalibrationError: where ``training_step`` cannot take a batch that is.
     """
+    args, kwargs = first_samples(_arguments_for(staged, batch, is_given))
+    prepare(staged.unit, args, example_kwargs=kwargs, target=target, mode=mode, observer=observer, overrides=overrides)
+
+
+def tell_of_a_change(staged: StagedUnit) -> None:
+    """Say in the log where the unit computes something else by now than when it was prepared, and what that means.
+
+    A callback may change an attribute between epochs, or replace a layer: training follows, and so does the INT8
+    network where all that it rounds has a quantizer.
+
+    Args:
+        staged: the unit, prepared.
+    """
+    forward = staged.prepared_forward
+    found = forward.change()
+    if found is None:
+        return
+    try:
+        forward.analyse()
+        then = "its INT8 network will be of the forward as it is by then"
+    except CaptureError as error:
+        then = f"it cannot be converted as it is now: {error}"
+    _log.warning(
+        "lq: the forward of the module that is quantized has changed since it was prepared (%s); %s", found, then
+    )
+
+
+def check_batch(staged: StagedUnit, batch: Any) -> None:
+    """Refuse a batch of the user's calibration dataloader that ``training_step`` cannot take.
+
+    Args:
+        staged: the unit.
+        batch: of that dataloader, on the module's device.
+
+    Raises:
+        CalibrationError: with what the batch is, and what the step said of it.
+    """
+    _arguments_for(staged, batch, is_given=True)
+
+
+def _arguments_for(staged: StagedUnit, batch: Any, is_given: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
     pl_module, unit = staged.pl_module, staged.unit
-    with evaluating(pl_module), torch.no_grad():
-        args, kwargs = unit_arguments(pl_module, unit, batch)
-    args, kwargs = first_samples((args, kwargs))
-    prepare(unit, args, example_kwargs=kwargs, target=target, mode=mode, observer=observer, overrides=overrides)
+    try:
+        with evaluating(pl_module), torch.no_grad():
+            found = unit_arguments(pl_module, unit, batch)
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(found)):
+            raise TypeError(f"it gives the {type(unit).__name__} no tensor")
+    except Exception as error:
+        if not is_given:
+            raise
+        raise CalibrationError(
+            f"training_step of {type(pl_module).__name__} does not take a batch of calibration_dataloader, which is "
+            f"{_described(batch)} ({type(error).__name__}: {error}); give batches as the train dataloader does"
+        ) from error
+    return found
+
+
+def _described(batch: Any) -> str:
+    if isinstance(batch, Tensor):
+        return f"a {dtype_name(batch.dtype)} tensor of shape {tuple(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_described(value)}" for key, value in batch.items()) + "}"
+    if isinstance(batch, (list, tuple)):
+        return f"a {type(batch).__name__} of {', '.join(map(_described, batch)) or 'nothing'}"
+    return f"a {type(batch).__name__}"

@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
+from lq.archives import check_torch_archive
 from lq.callback.callback import QuantizationCallback
 from lq.callback.checkpoints import restore, section_of
+from lq.callback.conversion import OUTPUTS
 from lq.callback.fit_end import quantize_at_fit_end
 from lq.callback.result import QuantizationResult
 from lq.callback.stages import attach
+from lq.callback.support import lightning_package
+from lq.callback.unit import COMPILED
 from lq.export import Format, check_dependencies
+from lq.file_sets import recover
 from lq.files import ensure_writable_dir
 from lq.overrides import LayerSpec
 from lq.preparation import target_of
@@ -68,10 +73,13 @@ def quantize_checkpoint(
         What INT8 cost and bought, and where the files are.
 
     Raises:
-        ValueError: where an argument is none of its choices, or the checkpoint needs data and there are none.
+        ValueError: where an argument is none of its choices, the checkpoint is damaged, or it needs data and there are
+            none.
+        TypeError: where ``model`` is no LightningModule.
         FileNotFoundError: where there is no such file.
     """
     path = Path(checkpoint)
+    check_torch_archive(path)
     loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only is not False)
     section = section_of(loaded)
     preparation = None if section is None else section["preparation"]
@@ -82,6 +90,12 @@ def quantize_checkpoint(
         )
     if preparation is not None and calibrator is not None:
         raise ValueError(f"calibrator={calibrator!r} is for checkpoints without ranges, and {str(path)!r} has some")
+    cls = model if isinstance(model, type) else type(getattr(model, COMPILED, model))
+    if not any(base.__name__ == "LightningModule" for base in cls.__mro__):
+        raise TypeError(
+            f"model={cls.__name__} must be a LightningModule, or its class; a plain module is quantized by lq.prepare, "
+            f"lq.calibrate and lq.convert"
+        )
     callback = QuantizationCallback(
         mode="ptq" if preparation is None else "qat",  # whose ranges are there
         target=(target or "x86") if preparation is None else get_target(target or target_of(preparation)),
@@ -93,12 +107,13 @@ def quantize_checkpoint(
         export=export,
     )
     output = path.parent / "int8" if output_dir is None else Path(output_dir)
+    recover(output, OUTPUTS)
     ensure_writable_dir(output, "output_dir")
     for format in export:
         check_dependencies(format)
-    pl_module: Any = model
+    pl_module: Any = getattr(model, COMPILED, model)  # what torch.compile wraps
     if isinstance(model, type):
-        pl_module = model.load_from_checkpoint(path, map_location="cpu", weights_only=weights_only)
+        pl_module = model.load_from_checkpoint(path, map_location="cpu", weights_only=weights_only is not False)
     pl_module.configure_model()
     staged = attach(pl_module, module)
     pl_module.on_load_checkpoint(loaded)
@@ -117,9 +132,7 @@ def quantize_checkpoint(
 
 def _attached_trainer(pl_module: Any, data: Any, accelerator: str) -> Any:
     """A Trainer that knows module and data as it does once ``fit`` has ended."""
-    base = next(cls for cls in type(pl_module).__mro__ if cls.__name__ == "LightningModule")
-    # `lightning` and `pytorch_lightning` have a Trainer each, which takes no module of the other.
-    trainer: Any = importlib.import_module(base.__module__.partition(".core")[0]).Trainer(
+    trainer: Any = importlib.import_module(lightning_package(pl_module)).Trainer(
         accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False
     )
     trainer.strategy.connect(pl_module)

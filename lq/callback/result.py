@@ -46,7 +46,7 @@ class QuantizationResult:
         int8_side: the INT8 model.
         report: layer by layer.
         batch_size: samples in the batch that throughput was measured with.
-        artifact: path of the INT8 file that ``lq.load`` runs in process.
+        artifact: path of the INT8 file that ``lq.load`` runs in process; ``""`` where none is kept (``fast_dev_run``).
         exports: paths of all files that were written.
         weights: which weights were converted: those training ended with, or of which checkpoint.
         settings: what else was set, and on which data and machine, as JSON values.
@@ -138,7 +138,7 @@ class QuantizationResult:
             if values.get("analysis") is not None:
                 values["analysis"] = Analysis.from_dict(values["analysis"])
             return cls(**values)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"not what lq writes to int8.json: {error!r}") from error
 
     def table(self) -> Table:

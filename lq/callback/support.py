@@ -39,3 +39,9 @@ def class_names(value: Any) -> set[str]:
     """Names of the class of ``value`` and of its bases."""
     # By name, as `lightning` and `pytorch_lightning` have classes of their own.
     return {cls.__name__ for cls in type(value).__mro__}
+
+
+def lightning_package(pl_module: Any) -> str:
+    """``"lightning.pytorch"`` or ``"pytorch_lightning"``: each has a Trainer that takes no module of the other."""
+    base = next(cls for cls in type(pl_module).__mro__ if cls.__name__ == "LightningModule")
+    return base.__module__.partition(".core")[0]

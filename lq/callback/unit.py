@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lq.callback.idle import run_idle, same_attributes
 from lq.graph.ops import WEIGHTED_MODULES
 
 #: The module that ``torch.compile(module)`` wraps, as a child of the wrapper.
@@ -74,16 +76,6 @@ def _stop_behind(register: Callable[..., RemovableHandle], seen: list[Any]) -> I
         handle.remove()
 
 
-@contextmanager
-def _not_logging(pl_module: Any) -> Iterator[None]:
-    """Outside its loops Lightning refuses ``self.log``, which the user's step may well call."""
-    pl_module.log = pl_module.log_dict = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        del pl_module.log, pl_module.log_dict
-
-
 def unit_arguments(
     pl_module: Any, unit: nn.Module, batch: Any, step: Step = "training_step"
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -101,7 +93,10 @@ def unit_arguments(
     Raises:
         ValueError: where the step never calls the unit.
     """
-    args, kwargs = _step_until(unit.register_forward_pre_hook, pl_module, unit, batch, step)
+    with same_attributes(pl_module):  # looking is no step of the training
+        # Before hooks of the user's own: what they do to the arguments is part of the unit.
+        register = partial(unit.register_forward_pre_hook, prepend=True)
+        args, kwargs = _step_until(register, pl_module, unit, batch, step)
     return args, kwargs
 
 
@@ -119,8 +114,13 @@ def _step_until(
 ) -> Any:
     calls: list[Any] = []
     # Compiled code was made for the module as it was, and does not know of hooks.
-    with torch.compiler.set_stance("force_eager"), _stop_behind(register, calls), _not_logging(pl_module):
-        getattr(pl_module, step)(batch, 0)
+    with torch.compiler.set_stance("force_eager"), _stop_behind(register, calls):
+        try:
+            run_idle(pl_module, lambda: getattr(pl_module, step)(batch, 0))
+        except Exception as error:
+            if hasattr(error, "add_note"):  # from Python 3.11 on
+                error.add_note(_what_was_tried(unit, step))
+            raise
     if not calls:
         name = type(unit).__name__
         raise ValueError(
@@ -128,3 +128,11 @@ def _step_until(
             f"with QuantizationCallback(module='...')"
         )
     return calls[0]
+
+
+def _what_was_tried(unit: nn.Module, step: Step) -> str:
+    return (
+        f"lq called {step} on one batch, without gradients, to see what it gives the {type(unit).__name__} that is "
+        f"quantized. Up to there it has to do without a loop around it: self.manual_backward(loss) then does nothing, "
+        f"and loss.backward() fails"
+    )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 from lq.callback.averages import averages_at_the_end
@@ -65,17 +68,52 @@ def choose_weights(trainer: Any, weights: Weights | None) -> tuple[str | None, s
     return best, f"the weights of the best checkpoint, {best}"
 
 
-def load_weights(trainer: Any, pl_module: Any, path: str) -> None:
-    """Load the ``state_dict`` of a checkpoint of this run into ``pl_module``, the same in every process."""
+def known_checkpoints(trainer: Any) -> dict[str, Any]:
+    """The best checkpoint that the Trainer knows, with what tells whether it is written anew."""
+    best = best_checkpoint(trainer)
+    return {} if best is None else {best: _stamp(best)}
+
+
+def load_weights(trainer: Any, pl_module: Any, path: str, known_before: Mapping[str, Any] | None = None) -> None:
+    """Load the ``state_dict`` of a checkpoint of this run into ``pl_module``, the same in every process.
+
+    Args:
+        trainer: the Trainer.
+        pl_module: the LightningModule.
+        path: of the checkpoint.
+        known_before: what :func:`known_checkpoints` said before training: a run that is resumed takes the path of its
+            best checkpoint from the one that it is resumed from, which may be a stranger's.
+
+    Raises:
+        ValueError: where an earlier run wrote it, and it holds pickled objects.
+    """
     checkpoint: Any = None
     if trainer.is_global_zero:
-        # Written by this very run, so what is pickled in it is the user's own.
-        checkpoint = trainer.strategy.load_checkpoint(path, weights_only=False)
+        try:
+            checkpoint = trainer.strategy.load_checkpoint(path, weights_only=True)
+        except UnpicklingError as error:
+            if (known_before or {}).get(path) == _stamp(path):
+                raise ValueError(
+                    f"the best checkpoint, {path!r}, was written by an earlier run, and holds pickled objects "
+                    f"(hyperparameters that are no plain values), which can run code when they are loaded. Where you "
+                    f"trust it: lq.quantize_checkpoint({path!r}, MyModule, data, weights_only=False); or convert what "
+                    f"training ended with: QuantizationCallback(weights='last')"
+                ) from error
+            # Written by this very run, so what is pickled in it is the user's own.
+            checkpoint = trainer.strategy.load_checkpoint(path, weights_only=False)
         checkpoint = {key: value for key, value in checkpoint.items() if key not in _TRAINING_STATE}
     if world_size() > 1:
         checkpoint = trainer.strategy.broadcast(checkpoint)
     pl_module.on_load_checkpoint(checkpoint)
     pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
+
+
+def _stamp(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:  # a URL, or gone
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 #: Parts of a checkpoint that are large and of no use to the weights.

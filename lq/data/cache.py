@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 import threading
 import zipfile
 from pathlib import Path
@@ -13,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lq.archives import checked_members
 from lq.data.image_tree import ImageTree, read_image_tree
 from lq.data.splits import ImageData, LabelledImages
+from lq.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ def _read(path: Path, tree: ImageTree) -> ImageData | None:
     try:
         # Zip members carry a CRC, which numpy's reader checks: a damaged array raises.
         with _READING, path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            checked_members(arrays.zip)  # stored as they are, so that none unpacks to more than the file
             if str(arrays["key"]) != _key(tree):
                 return None
             train, test = (
@@ -88,12 +90,8 @@ def _read(path: Path, tree: ImageTree) -> ImageData | None:
 
 
 def _write(path: Path, tree: ImageTree, data: ImageData) -> None:
-    temporary: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside and renamed: a reader sees the old file or the whole new one, however many processes write.
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
-            temporary = file.name
+    def write(beside: Path) -> None:
+        with beside.open("wb") as file:
             np.savez(
                 file,
                 key=np.array(_key(tree)),
@@ -102,8 +100,10 @@ def _write(path: Path, tree: ImageTree, data: ImageData) -> None:
                 test_images=data.test.images.numpy(),
                 test_labels=data.test.labels.numpy(),
             )
-        os.replace(temporary, path)
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A reader sees the old file or the whole new one, however many processes write.
+        write_atomically(path, write)
     except OSError as error:
         log.info("not caching decoded images in %s: %s", path.parent, error)
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)

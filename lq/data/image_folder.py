@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lq.data.errors import DatasetNotFoundError
-from lq.data.image_tree import DECODE_ERRORS, SUFFIXES, is_hidden
+from lq.data.image_tree import DECODE_ERRORS, FORMATS, SUFFIXES, is_hidden
 from lq.data.in_memory import Batch
 from lq.data.transforms import normalize
 from lq.quiet import quiet
@@ -31,6 +31,9 @@ SPLITS = ("train", "val")
 
 _LAYOUT = "It must hold train/CLASS/*.JPEG and val/CLASS/*.JPEG (or .jpg, .png)."
 _JPEG = b"\xff\xd8"
+
+#: Bytes of a file that are read into memory: ten times those of the largest photographs.
+_MAX_BYTES = 1 << 30
 _NAMED = 5  # classes that an error names; there may be a thousand
 
 
@@ -124,17 +127,19 @@ def decode_rgb(path: Path) -> Tensor:
         ValueError: where it cannot be read or decoded, naming the file.
     """
     try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"it has {path.stat().st_size} bytes, and {_MAX_BYTES} are the most that are read")
         content = np.fromfile(path, dtype=np.uint8)
+        # PIL reads a file's header, and refuses one that says that it has too many pixels: torchvision takes any.
         # torchvision announces the end of its decoders on every call.
-        with quiet():
+        with Image.open(io.BytesIO(content.data), formats=FORMATS) as image, quiet():
             # PNG files by PIL: torchvision 0.29 ends the process with a segmentation fault where one is damaged.
             if content[:2].tobytes() == _JPEG:
                 return _decode_jpeg(content)
-            with Image.open(io.BytesIO(content.tobytes())) as image:
-                if image.mode[0] in "IF":
-                    # PIL would make 255 of all that is above.
-                    raise ValueError(f"its pixels have more than 8 bits (mode {image.mode})")
-                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+            if image.mode[0] in "IF":
+                # PIL would make 255 of all that is above.
+                raise ValueError(f"its pixels have more than 8 bits (mode {image.mode})")
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
     except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the image {path}: {error}; repair or remove it") from error
 

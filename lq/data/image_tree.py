@@ -20,6 +20,12 @@ SPLITS = ("train", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png")
 SIZE = 32
 
+#: Formats that PIL may take a file for: it knows one that is a program, and others that start one.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+#: Bytes of a file that holds one image: 3 kB of pixels, and whatever a camera or a program writes beside them.
+MAX_BYTES = 1 << 20
+
 # What PIL and zipfile raise on damaged input, besides OSError: bad PNG chunks, bad CRCs, bad streams, encryption.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error)
 
@@ -51,7 +57,8 @@ def open_image_tree(path: Path) -> ImageTree | None:
         The listing, or None where ``path`` is neither a zip file nor a folder with both splits.
 
     Raises:
-        ValueError: where several folders inside ``path`` hold splits, or the splits differ in their classes.
+        ValueError: where several folders inside ``path`` hold splits, the splits differ in their classes, or a file is
+            too large for an image of 32 by 32.
     """
     if path.is_dir():
         stamps = dict(_folder_stamps(path))
@@ -99,6 +106,7 @@ def _folder_stamps(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
                 name = file.relative_to(path).as_posix()
                 if _is_image(name):
                     stat = file.stat()
+                    _check_size(path, name, stat.st_size)
                     yield name, (stat.st_size, stat.st_mtime_ns)
 
 
@@ -107,7 +115,16 @@ def _zip_stamps(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             if _is_image(info.filename):
+                _check_size(path, info.filename, info.file_size)
                 yield info.filename, (info.file_size, info.CRC, stat.st_size, stat.st_mtime_ns)
+
+
+def _check_size(path: Path, name: str, size: int) -> None:
+    """Refuse a file before it is read: of a few thousand bytes in a zip file gigabytes could be unpacked."""
+    if size > MAX_BYTES:
+        raise ValueError(
+            f"{name} of {path} has {size} bytes, and an image of {SIZE}x{SIZE} pixels at most {MAX_BYTES}; remove it"
+        )
 
 
 def _is_image(name: str) -> bool:
@@ -149,7 +166,7 @@ def _decode_split(tree: ImageTree, split: str, archive: zipfile.ZipFile | None) 
 
 def _decode(content: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """An encoded image to RGB bytes, ``(32, 32, 3)``."""
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         # The header tells the size, so that a huge image is refused before it is decoded.
         if image.size != (SIZE, SIZE):
             raise ValueError(f"it is {image.width}x{image.height} pixels and not {SIZE}x{SIZE}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,13 +15,22 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lq.convert import convert
-from lq.export.aoti import check_compiler, for_this_cpu, write_package
+from lq.export.aoti import (
+    check_compiler,
+    for_this_cpu,
+    linear_for_single_positions,
+    overflows_here,
+    write_package,
+)
 from lq.export.onnx import OPSET, import_onnx, to_onnx, write_onnx
-from lq.export.program import examples, export_program, write_program
+from lq.export.program import Program, examples, export_program, write_program
 from lq.export.verify import (
     OUTPUT_TOLERANCE,
     ExportMismatchError,
+    UnreadableError,
     Verification,
+    allowed_difference,
+    check_kernels,
     check_onnx,
     check_program,
     compare,
@@ -29,11 +39,13 @@ from lq.export.verify import (
 from lq.files import ensure_writable_dir, write_atomically
 from lq.graph.cropping import crop_kernels
 from lq.graph.qdq import QUANTIZE, QUANTIZE_BUFFER
+from lq.guards import input_name
 from lq.int8 import Int8Module
 from lq.metadata import Metadata, TensorSpec, dtype_name, package_version
 from lq.modes import evaluating
 from lq.prepare import example_arguments, is_prepared, prepared_forward
-from lq.runtime.load import installed_runtimes, load
+from lq.runtime.cpu import has_onednn_int8
+from lq.runtime.load import RUNTIMES, installed_runtimes, load
 from lq.runtime.onnxruntime import import_onnxruntime
 from lq.targets import Target, get_target
 
@@ -53,6 +65,7 @@ class ExportResult:
         target: the target whose placement the file has.
         size_bytes: the file's size.
         verifications: for each engine that ran the file, how far its outputs are from the simulation's.
+        unreadable: why an engine that is installed cannot run the file, by its name.
     """
 
     path: Path
@@ -60,10 +73,12 @@ class ExportResult:
     target: str
     size_bytes: int
     verifications: tuple[Verification, ...] = ()
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        unreadable = (f"{runtime} cannot run it: {reason}" for runtime, reason in self.unreadable.items())
         lines = [f"{self.path} ({self.format} for {self.target}, {self.size_bytes / 1e6:.2f} MB)"]
-        return "\n".join([*lines, *(f"  {verification}" for verification in self.verifications)])
+        return "\n".join([*lines, *(f"  {line}" for line in (*self.verifications, *unreadable))])
 
 
 def export(
@@ -129,10 +144,11 @@ def export(
     with torch.no_grad():
         written = int8 if chosen == "pt2" else crop_kernels(int8, examples(int8))
         if chosen == "aoti":
-            written, int8 = for_this_cpu(written), for_this_cpu(int8)
+            written, int8 = linear_for_single_positions(for_this_cpu(written)), for_this_cpu(int8)
         simulation = simulated(int8, inputs)
-        metadata = _metadata(int8, simulation[0], labels, preprocessing, sizes_are_free=chosen == "pt2")
-        return _write(written, path, chosen, metadata, inputs, simulation, opset, verify)
+        program = export_program(written, free_sizes=chosen == "pt2")
+        metadata = _metadata(int8, program, simulation[0], labels, preprocessing)
+        return _write(written, program, path, chosen, metadata, inputs, simulation, opset, verify)
 
 
 def check_dependencies(format: Format, *, verify: bool = True) -> None:
@@ -214,34 +230,42 @@ def _samples(int8: Int8Module, samples: Any) -> dict[str, Any]:
 
 def _metadata(
     int8: Int8Module,
+    program: Program,
     outputs: Any,
     labels: Sequence[str] | None,
     preprocessing: Mapping[str, Any] | None,
-    *,
-    sizes_are_free: bool,
 ) -> Metadata:
     inputs = examples(int8)
     paths, _ = pytree.tree_flatten_with_path(inputs)
     _, in_spec = pytree.tree_flatten(tuple(inputs.values()))
-    tensors = []
-    for path, value in paths:
-        name = "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
-        shape = [None if axis == 0 or (sizes_are_free and axis != 1) else n for axis, n in enumerate(value.shape)]
-        tensors.append(TensorSpec(name, tuple(shape), dtype_name(value.dtype)))
+    tensors = tuple(
+        TensorSpec(input_name(path), shape, dtype_name(value.dtype))
+        for (path, value), shape in zip(paths, program.shapes, strict=True)
+    )
+    guards, notes = tuple(dict.fromkeys((*int8.guards, *program.guards))), program.notes
     _, out_spec = pytree.tree_flatten(outputs)
     if int8.metadata is not None:  # it comes from a file, which says what the caller does not
         labels = int8.metadata.labels if labels is None else labels
         preprocessing = int8.metadata.preprocessing if preprocessing is None else preprocessing
+        # Its program was made for some sizes, and goes on to be for no others.
+        tensors = tuple(
+            replace(new, shape=tuple(b if a is None else a for a, b in zip(new.shape, old.shape, strict=True)))
+            for new, old in zip(tensors, int8.metadata.tensors, strict=True)
+        )
+        guards = tuple(dict.fromkeys((*guards, *int8.metadata.guards)))
+        notes = tuple(dict.fromkeys((*notes, *int8.metadata.notes)))
     return Metadata(
         lq=package_version(),
         target="" if int8.report is None else int8.report.target,
         inputs=tuple(inputs),
-        tensors=tuple(tensors),
+        tensors=tensors,
         in_spec=pytree.treespec_dumps(in_spec),
         out_spec=pytree.treespec_dumps(out_spec),
         labels=None if labels is None else tuple(labels),
         preprocessing=preprocessing,
         report=None if int8.report is None else int8.report.to_dict(),
+        guards=guards,
+        notes=notes,
     )
 
 
@@ -254,6 +278,7 @@ def _check_json(preprocessing: Mapping[str, Any]) -> None:
 
 def _write(
     int8: Int8Module,
+    program: Program,
     path: Path,
     format: Format,
     metadata: Metadata,
@@ -263,38 +288,73 @@ def _write(
     verify: bool,
 ) -> ExportResult:
     verifications: list[Verification] = []
+    unreadable: dict[str, str] = {}
     expected, integers = simulation
-    program = export_program(int8, free_sizes=format == "pt2")
+    exported = program.exported
 
     def write(beside: Path) -> None:
         if format == "pt2":
-            write_program(program, metadata, beside)
+            write_program(exported, metadata, beside)
         elif format == "aoti":
-            write_package(program, metadata, beside)
+            write_package(exported, metadata, beside)
         else:
             sites = _sites(int8)
             # TensorRT refuses to dequantize 32-bit integers, and quantizes the biases itself.
-            model = to_onnx(program, sites, metadata, opset=opset, int32_bias=metadata.target != "tensorrt")
+            model = to_onnx(exported, sites, metadata, opset=opset, int32_bias=metadata.target != "tensorrt")
             if verify:
-                check_onnx(model, sites, integers, expected, metadata.flatten((), inputs))
+                with suppress(UnreadableError):  # the engines are asked once more, and each is told apart
+                    check_onnx(model, sites, integers, expected, metadata.flatten((), inputs))
             write_onnx(model, beside)
         if verify:
             for runtime in installed_runtimes(format):
-                loaded = load(beside, runtime)
-                if isinstance(loaded, Int8Module):
-                    check_program(loaded, inputs, expected)
-                found = compare(runtime, loaded(**inputs), expected)
-                _judge(found, int8)
-                verifications.append(found)
+                try:
+                    verifications.append(_verify(beside, runtime, int8, inputs, simulation))
+                except UnreadableError as error:
+                    unreadable[runtime] = error.reason
+                    warnings.warn(f"lq: {error}", stacklevel=2)
+            if not verifications:
+                raise ValueError(
+                    "none of the engines that are installed can run the file, so it cannot be verified; verify=False "
+                    "writes it all the same: "
+                    + "; ".join(f"{runtime} says: {reason}" for runtime, reason in unreadable.items())
+                )
 
     write_atomically(path, write)
-    return ExportResult(path, format, metadata.target, path.stat().st_size, tuple(verifications))
+    return ExportResult(path, format, metadata.target, path.stat().st_size, tuple(verifications), unreadable)
 
 
-def _judge(found: Verification, int8: Int8Module) -> None:
-    if found.relative_difference <= OUTPUT_TOLERANCE:
-        return
-    if found.runtime != "aoti" and for_this_cpu(int8) is not int8:
+def _verify(
+    file: Path, runtime: str, int8: Int8Module, inputs: dict[str, Any], simulation: tuple[Any, list[Tensor]]
+) -> Verification:
+    """Judge what an engine makes of a file: layer by layer where its layers can be had, by its outputs elsewhere."""
+    expected, integers = simulation
+    try:
+        loaded = load(file, runtime)
+        outputs = loaded(**inputs)
+    except Exception as error:
+        if runtime not in RUNTIMES["onnx"]:  # the others were written for one engine alone
+            raise
+        raise UnreadableError(runtime, error) from error
+    found = compare(runtime, outputs, expected)
+    wrong = None
+    if isinstance(loaded, Int8Module):
+        sites = _sites(int8)
+        check_program(loaded, sites, integers, expected, inputs)
+        if not has_onednn_int8():
+            return found
+        try:
+            check_kernels(loaded, sites, integers, expected, inputs)
+        except ExportMismatchError as error:
+            wrong = str(error)
+    elif found.relative_difference > OUTPUT_TOLERANCE:
+        found = replace(found, allowed=allowed_difference(int8, inputs, expected))
+        if found.relative_difference > found.allowed:
+            wrong = f"the exported file does not compute what the INT8 network does: {found}"
+    if wrong is None:
+        return found
+    # The process's own kernels are not given the convolutions that others are not right with.
+    is_known = overflows_here(int8) if loaded.runtime == "torch" else for_this_cpu(int8) is not int8
+    if loaded.runtime != "aoti" and is_known:
         # The file as it is written was checked already: what differs are the kernels of this CPU.
         warnings.warn(
             f"lq: {found}. The file is right, but INT8 kernels of this CPU are not with it: without VNNI they sum in "
@@ -302,8 +362,8 @@ def _judge(found: Verification, int8: Int8Module) -> None:
             f"channels that is no multiple of 16. Against the first, calibrate or train for target='x86_avx2'",
             stacklevel=2,
         )
-        return
-    raise ExportMismatchError(f"the exported file does not compute what the INT8 network does: {found}")
+        return found
+    raise ExportMismatchError(wrong)
 
 
 def _sites(int8: Int8Module) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.export import ExportedProgram
 
 from lq.metadata import KEY, Metadata
 from lq.runtime.inference import MissingRuntimeError
+from lq.runtime.onnx_file import CHECKSUM
 
 #: ONNX Runtime, OpenVINO and TensorRT 10 all read it.
 OPSET = 18
@@ -78,7 +80,8 @@ def to_onnx(
         _quantize_biases(onnx, model)
     model.producer_name = "lq"
     model.producer_version = metadata.lq
-    onnx.helper.set_model_props(model, {KEY: metadata.to_json(), **_readable(metadata)})
+    checksum = hashlib.sha256(model.graph.SerializeToString()).hexdigest()
+    onnx.helper.set_model_props(model, {KEY: metadata.to_json(), CHECKSUM: checksum, **_readable(metadata)})
     onnx.checker.check_model(model, full_check=True)
     return model
 
@@ -125,12 +128,15 @@ def _rename_quantized(model: Any, sites: list[str]) -> None:
     taken = {name for node in model.graph.node for name in node.output} - set(renamed)
     renamed = {old: new for old, new in renamed.items() if new not in taken}
     made_by = {name: node for node in model.graph.node for name in node.output}
+    calls: dict[str, int] = {}
     for node in model.graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
         node.output[:] = [renamed.get(name, name) for name in node.output]
         dequantize = made_by.get(node.input[1]) if node.op_type in ("Conv", "Gemm") else None
         if dequantize is not None and dequantize.input[0].endswith(".weight"):
-            node.name = dequantize.input[0].removesuffix(".weight")
+            layer = dequantize.input[0].removesuffix(".weight")
+            calls[layer] = calls.get(layer, 0) + 1
+            node.name = layer if calls[layer] == 1 else f"{layer}:{calls[layer]}"  # a layer that is called again
     for value in model.graph.value_info:
         value.name = renamed.get(value.name, value.name)
 

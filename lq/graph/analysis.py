@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import fx, nn
 
-from lq.graph.interpret import node_values
+from lq.graph.capture import CapturedGraph
+from lq.graph.interpret import node_values, output_of
 from lq.graph.placement import Placement, place
-from lq.graph.tracing import TracedGraph, trace
-from lq.modes import evaluating
+from lq.graph.preserve import preserved
 from lq.overrides import Scheme
 
 
@@ -20,33 +20,34 @@ class GraphAnalysis:
     """The evaluation graph of a module, an example value for each node, and the placement that follows.
 
     Args:
-        traced: the graph of evaluation mode.
+        captured: the graph of evaluation mode.
         values: a value for each node, from the example inputs.
         placement: what runs in INT8, what gets a quantizer, what stays float.
     """
 
-    traced: TracedGraph
+    captured: CapturedGraph
     values: dict[fx.Node, Any]
     placement: Placement
 
     @property
     def graph(self) -> fx.Graph:
-        return self.traced.graph
+        return self.captured.graph
+
+    @property
+    def outputs(self) -> Any:
+        """What the graph returns for the example inputs."""
+        return self.values[output_of(self.graph)]
 
 
-def analyse(module: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any], scheme: Scheme) -> GraphAnalysis:
-    """Trace ``module`` in evaluation mode, run it once on ``inputs`` and place the quantizers.
+def analyse(captured: CapturedGraph, module: nn.Module, inputs: Mapping[str, Any], scheme: Scheme) -> GraphAnalysis:
+    """Run a captured graph once on ``inputs`` and place the quantizers.
 
     Args:
-        module: the float module.
+        captured: the graph of ``module`` in evaluation mode.
+        module: the float module, which is in that mode.
         inputs: example inputs by name.
-        settings: the forward's other arguments.
         scheme: the target, and what differs from it.
-
-    Raises:
-        CaptureError: where its forward cannot be traced.
     """
-    with evaluating(module):
-        traced = trace(module, tuple(inputs), settings)
-        values = node_values(traced.graph, module, inputs)
-    return GraphAnalysis(traced, values, place(traced, module, values, scheme))
+    with preserved(module):
+        values = node_values(captured.graph, module, inputs, lambda target: captured.read(module, target))
+    return GraphAnalysis(captured, values, place(captured, values, scheme))

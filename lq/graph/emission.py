@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from lq.graph.analysis import GraphAnalysis
+from lq.graph.calls import FollowedForward
 from lq.graph.convolution import CONVOLUTIONS
-from lq.graph.folding import fold, round_bias
-from lq.graph.ops import OpKind, WeightedOp, argument, clamp_bounds, classify, module_of
+from lq.graph.folding import BatchNormStatistics, fold, round_bias
+from lq.graph.ops import MOVES, OpKind, WeightedOp, clamp_bounds, classify
 from lq.graph.placement import Chain, Sum, site, source_of
-from lq.graph.qdq import DEQUANTIZE_BUFFER, DEQUANTIZE_WEIGHT, QUANTIZE_BUFFER, lookup, mark_origin
+from lq.graph.qdq import DEQUANTIZE_BUFFER, DEQUANTIZE_WEIGHT, QUANTIZE_BUFFER, mark_origin
 from lq.quantizer import Quantizer
 
 aten = torch.ops.aten
@@ -78,10 +78,11 @@ class _Emitter:
         reads += [operand for total in self.analysis.placement.sums for operand in total.add.all_input_nodes]
         carried = set()
         for node in reads:
-            if source_of(node, self.module) not in self.quantized:
+            if source_of(node) not in self.quantized:
                 continue
             while node not in self.quantized:
-                if classify(node, self.module) is OpKind.SAME_SCALE:
+                # What makes several pieces is no tensor itself.
+                if classify(node) in MOVES and isinstance(self.analysis.values[node], Tensor):
                     carried.add(node)
                 node = node.args[0]  # type: ignore[assignment]
         return carried
@@ -91,14 +92,6 @@ class _Emitter:
             return  # held where something reads it: a kernel's weight is read as integers, under the same name
         chain = self.chain_of.get(node)
         if (chain is not None and node is not chain.end) or node in self.inside_sums:
-            return
-        if classify(node, self.module) is OpKind.IDENTITY:
-            source = node.args[0]
-            assert isinstance(source, fx.Node)
-            if source in self.integers:
-                self.integers[node] = self.integers[source]
-            if source in self.values:
-                self.values[node] = self.values[source]
             return
         if chain is not None:
             value = self._emit_chain(chain)
@@ -111,8 +104,7 @@ class _Emitter:
         if node in self.quantized:
             self.integers[node] = (self._quantize(value, self.quantized[node]), self.quantized[node])
         elif node in self.carried:
-            assert isinstance(node.args[0], fx.Node)
-            key = self.integers[node.args[0]][1]
+            key = self.quantized[source_of(node)]
             self.integers[node] = (self._quantize(value, key), key)
 
     def _read(self, node: fx.Node) -> fx.Node:
@@ -125,30 +117,30 @@ class _Emitter:
         return self.values[node]
 
     def _copy(self, node: fx.Node) -> fx.Node:
-        if classify(node, self.module) is OpKind.SAME_SCALE:
-            pool = self._max_pool2d(node)
-            if pool is not None:
-                return pool
         if node.op == "get_attr":
             return self._hold_attribute(str(node.target))
         copied = self.graph.node_copy(node, self._read)
         copied.meta = {}
         if node.op == "call_module":
             owner, name = self._owner(str(node.target))
-            if not isinstance(owner._modules.get(name), type(module_of(node, self.module))):
-                module = copy.deepcopy(module_of(node, self.module))
-                assert module is not None
-                owner.add_module(name, module.eval().requires_grad_(False))
+            original = self.module.get_submodule(str(node.target))
+            if not isinstance(owner._modules.get(name), type(original)):
+                leaf = as_it_is(original).eval()
+                for parameter in leaf.parameters():  # TorchScript modules have no requires_grad_ of their own
+                    parameter.requires_grad_(False)
+                owner.add_module(name, leaf)
         return copied
 
     def _hold_attribute(self, path: str) -> fx.Node:
         """A parameter, buffer or constant of the float module, for a reader that is no INT8 kernel."""
-        value = lookup(self.module, path)
+        value = self.analysis.captured.read(self.module, path)
         if isinstance(value, Tensor):
             # Beside the integers of the same name, where a kernel reads this parameter too.
             chains = self.analysis.placement.chains
             taken = {chain.weight_key for chain in chains} | {f"{chain.name}.bias" for chain in chains}
-            return self._buffer(f"{path}_float" if path in taken else path, value.detach().clone())
+            # In plain order: for weights with their channels last, exporters fix sizes that decide memory formats.
+            held = value.detach().clone(memory_format=torch.contiguous_format)
+            return self._buffer(f"{path}_float" if path in taken else path, held)
         owner, name = self._owner(path)
         setattr(owner, name, copy.deepcopy(value))
         return self.graph.create_node("get_attr", path)
@@ -199,19 +191,17 @@ class _Emitter:
     def _emit_clamp(self, value: fx.Node, clamp: fx.Node | None) -> fx.Node:
         if clamp is None:
             return value
-        low, high = clamp_bounds(clamp, self.module)
+        bounds = clamp_bounds(clamp)
+        assert bounds is not None
+        low, high = bounds
         if high is None:
             return self.graph.call_function(aten.relu.default, (value,))
         return self.graph.call_function(aten.hardtanh.default, (value, low, high))
 
     def _weight_and_bias(self, chain: Chain) -> tuple[fx.Node, fx.Node | None]:
-        layer: Any = chain.op.module
-        if layer is not None:
-            weight, bias = layer.weight, layer.bias
-        else:
-            weight = self.analysis.values[chain.op.weight]  # type: ignore[index]
-            bias = None if chain.op.bias is None else self.analysis.values[chain.op.bias]
-        norm = None if chain.batch_norm is None else module_of(chain.batch_norm, self.module)
+        values = self.analysis.values
+        weight, bias = values[chain.op.weight], None if chain.op.bias is None else values[chain.op.bias]
+        norm = None if chain.batch_norm is None else BatchNormStatistics.of(chain.batch_norm, values)
         quantizer = None if self.quantizers is None else self.quantizers[chain.weight_key]
         folded = fold(weight, bias, norm, quantizer)
         folded_bias = folded.bias
@@ -234,13 +224,11 @@ class _Emitter:
         return self.graph.call_function(aten.linear.default, (x, weight, bias))
 
     def _conv(self, op: WeightedOp, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
-        padding = _padding(op, self._weight_shape(op))
-        symmetric = all(before == after for before, after in padding) and op.padding_mode == "zeros"
-        if not symmetric:
-            # F.pad counts from the last axis; what it adds lies on the input's own grid (zero is always on it).
+        padding = _padding(op, self.analysis.values[op.weight].shape)
+        if any(before != after for before, after in padding):
+            # Padding counts from the last axis; what it adds lies on the input's own grid (zero is always on it).
             flat = [side for pair in reversed(padding) for side in pair]
-            mode = "constant" if op.padding_mode == "zeros" else op.padding_mode
-            x = self.graph.call_function(F.pad, (x, flat, mode))
+            x = self.graph.call_function(aten.pad.default, (x, flat))
             if op.input in self.integers:
                 key = self.integers[op.input][1]
                 x = self._qdq(DEQUANTIZE_BUFFER, self._quantize(x, key), key)
@@ -249,34 +237,17 @@ class _Emitter:
         args = (x, weight, bias, list(op.stride), sides, list(op.dilation), op.groups)
         return self.graph.call_function(CONVOLUTIONS[op.spatial_dims], args)
 
-    def _weight_shape(self, op: WeightedOp) -> torch.Size:
-        weight = op.module.weight if op.module is not None else self.analysis.values[op.weight]  # type: ignore[index]
-        shape: torch.Size = weight.shape  # type: ignore[union-attr, assignment]
-        return shape
 
-    def _max_pool2d(self, node: fx.Node) -> fx.Node | None:
-        """A 2-d max pool as the one operator that there is an INT8 kernel for; None for anything else."""
-        module = module_of(node, self.module)
-        if isinstance(module, nn.MaxPool2d):
-            settings = (module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
-            if module.return_indices:
-                return None
-        elif node.target in (F.max_pool2d, torch.max_pool2d):
-            kernel = argument(node, 1, "kernel_size")
-            stride = argument(node, 2, "stride")
-            settings = (
-                kernel,
-                kernel if stride is None else stride,
-                argument(node, 3, "padding", 0),
-                argument(node, 4, "dilation", 1),
-                argument(node, 5, "ceil_mode", False),
-            )
-        else:
-            return None
-        *sizes, ceil_mode = settings
-        pairs = [[size, size] if isinstance(size, int) else list(size) for size in sizes]
-        x = self._read(argument(node, 0, "input"))
-        return self.graph.call_function(aten.max_pool2d.default, (x, *pairs, ceil_mode))
+def as_it_is(module: nn.Module) -> nn.Module:
+    """A copy of a submodule that stands on its own."""
+    copied = copy.deepcopy(module)
+    for part in copied.modules():
+        if isinstance(part.__dict__.get("forward"), FollowedForward):
+            own = part.__dict__["forward"].own
+            del part.forward
+            if own is not None:
+                part.forward = own
+    return copied
 
 
 def _padding(op: WeightedOp, weight_shape: torch.Size) -> list[tuple[int, int]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx
 
 from lq.functional import SCALE_EPS, quantize
 from lq.quantizer import Quantizer
@@ -29,20 +30,39 @@ class FoldedLayer:
     weight_scale: Tensor | None = None
 
 
-def batch_norm_affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """The map a batch norm is in evaluation mode, ``y = x * factor + shift``, in float64, each of shape ``(C,)``.
+@dataclass(frozen=True)
+class BatchNormStatistics:
+    """A batch norm of evaluation mode: tensors of shape ``(C,)``, of which ``weight`` and ``bias`` may be None."""
 
-    ``factor = gamma / sqrt(var + eps)`` and ``shift = beta - mean * factor`` (Ioffe and Szegedy 2015, algorithm 2).
-    """
-    mean, var, eps = norm.running_mean.double(), norm.running_var.double(), norm.eps
-    gamma = norm.weight.detach().double() if norm.weight is not None else torch.ones_like(mean)
-    beta = norm.bias.detach().double() if norm.bias is not None else torch.zeros_like(mean)
-    factor = gamma / torch.sqrt(var + eps)
-    return factor, beta - mean * factor
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    @classmethod
+    def of(cls, node: fx.Node, values: Mapping[fx.Node, Any]) -> BatchNormStatistics:
+        """What an ``aten.batch_norm`` node reads."""
+        weight, bias, mean, var = (values[arg] if isinstance(arg, fx.Node) else arg for arg in node.args[1:5])
+        return cls(mean, var, weight, bias, float(node.args[7]))  # type: ignore[arg-type]
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """The map that it is, ``y = x * factor + shift``, in float64, each of shape ``(C,)``.
+
+        ``factor = gamma / sqrt(var + eps)`` and ``shift = beta - mean * factor`` (Ioffe and Szegedy 2015,
+        algorithm 2).
+        """
+        mean, var = self.mean.double(), self.var.double()
+        gamma = self.weight.detach().double() if self.weight is not None else torch.ones_like(mean)
+        beta = self.bias.detach().double() if self.bias is not None else torch.zeros_like(mean)
+        factor = gamma / torch.sqrt(var + self.eps)
+        return factor, beta - mean * factor
 
 
 @torch.no_grad()
-def fold(weight: Tensor, bias: Tensor | None, norm: nn.Module | None, quantizer: Quantizer | None) -> FoldedLayer:
+def fold(
+    weight: Tensor, bias: Tensor | None, norm: BatchNormStatistics | None, quantizer: Quantizer | None
+) -> FoldedLayer:
     """Fold ``norm`` into a layer, and quantize its weight with ``quantizer``'s scales.
 
     With one symmetric scale for each output channel, folding and quantizing commute: ``w * f`` with the scale
@@ -59,7 +79,7 @@ def fold(weight: Tensor, bias: Tensor | None, norm: nn.Module | None, quantizer:
     factor = torch.ones(weight.shape[0], dtype=torch.float64, device=weight.device)
     folded_bias = bias.detach().double() if bias is not None else None
     if norm is not None:
-        factor, shift = batch_norm_affine(norm)
+        factor, shift = norm.affine()
         folded_bias = shift if folded_bias is None else folded_bias * factor + shift
     column = factor.reshape(-1, *[1] * (weight.dim() - 1))
     folded_weight = (weight.detach().double() * column).to(dtype)

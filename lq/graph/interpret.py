@@ -2,34 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
+from torch.fx.node import map_arg
 
-from lq.graph.ops import is_inplace
+from lq.graph.qdq import lookup
 
 
-class _Recorder(fx.Interpreter):
-    """Keeps every value as its operator made it: what an in-place operator overwrites is a copy."""
+def run_node(node: fx.Node, read: Callable[[fx.Node], Any], root: nn.Module, attribute: Callable[[str], Any]) -> Any:
+    """The value of a node that is no placeholder.
 
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = super().fetch_args_kwargs_from_env(n)
-        if is_inplace(n, self.module) and args and isinstance(args[0], Tensor):
-            args = (args[0].clone(), *args[1:])
-        return args, kwargs
+    Args:
+        node: the node.
+        read: gives the value of each node that it reads.
+        root: the module whose submodules it calls.
+        attribute: gives what a ``get_attr`` node reads.
+    """
+    if node.op == "get_attr":
+        return attribute(str(node.target))
+    args: Any = map_arg(node.args, read)
+    kwargs: Any = map_arg(node.kwargs, read)
+    if node.op == "output":
+        return args[0]
+    if node.op == "call_module":
+        return root.get_submodule(str(node.target))(*args, **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 @torch.no_grad()
-def node_values(graph: fx.Graph, root: nn.Module, inputs: Mapping[str, Any]) -> dict[fx.Node, Any]:
+def node_values(
+    graph: fx.Graph, root: nn.Module, inputs: Mapping[str, Any], attribute: Callable[[str], Any] | None = None
+) -> dict[fx.Node, Any]:
     """The value of each node for one set of inputs.
 
     Args:
-        graph: the graph.
+        graph: a graph without writes.
         root: the module whose attributes it reads.
-        inputs: the placeholders' values by name.
+        inputs: the placeholders' values, in their order.
+        attribute: gives what a ``get_attr`` node reads; by default the attribute of ``root``.
     """
-    interpreter = _Recorder(root, garbage_collect_values=False, graph=graph)  # type: ignore[arg-type]
-    interpreter.run(*inputs.values())
-    return dict(interpreter.env)
+    values: dict[fx.Node, Any] = {}
+    given = iter(inputs.values())
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(given)
+        else:
+            values[node] = run_node(node, values.__getitem__, root, attribute or (lambda name: lookup(root, name)))
+    return values
+
+
+def output_of(graph: fx.Graph) -> fx.Node:
+    """The output node."""
+    output: fx.Node = next(node for node in reversed(graph.nodes) if node.op == "output")
+    return output

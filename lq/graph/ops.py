@@ -1,16 +1,15 @@
-"""What a node of the graph computes, as far as quantization cares."""
+"""What a node of a captured graph computes, as far as quantization cares: one table of ATen operators."""
 
 from __future__ import annotations
 
 import enum
+import math
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 aten = torch.ops.aten
 
@@ -24,123 +23,91 @@ class OpKind(enum.Enum):
     CLAMP = "relu"  # ReLU and its relatives: a clamp, which an INT8 kernel does on its way out
     ADD = "add"
     SAME_SCALE = "same_scale"  # moves or selects values: the output lies on the grid of the input
+    PAD = "pad"  # with what lies on every grid (zero), or is never chosen (below all, in front of a max pool)
     AVG_POOL = "avg_pool"
-    IDENTITY = "identity"
+    SHAPE = "shape"  # looks at sizes and computes with them
     OTHER = "other"
 
 
 #: Layers with a weight that INT8 kernels exist for, in PyTorch's own form.
 WEIGHTED_MODULES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
-_MODULES: dict[type[nn.Module], OpKind] = {
-    nn.Conv1d: OpKind.CONV,
-    nn.Conv2d: OpKind.CONV,
-    nn.Conv3d: OpKind.CONV,
-    nn.Linear: OpKind.LINEAR,
-    nn.BatchNorm1d: OpKind.BATCH_NORM,
-    nn.BatchNorm2d: OpKind.BATCH_NORM,
-    nn.BatchNorm3d: OpKind.BATCH_NORM,
-    nn.ReLU: OpKind.CLAMP,
-    nn.ReLU6: OpKind.CLAMP,
-    nn.Hardtanh: OpKind.CLAMP,
-    nn.MaxPool1d: OpKind.SAME_SCALE,
-    nn.MaxPool2d: OpKind.SAME_SCALE,
-    nn.MaxPool3d: OpKind.SAME_SCALE,
-    nn.AdaptiveMaxPool1d: OpKind.SAME_SCALE,
-    nn.AdaptiveMaxPool2d: OpKind.SAME_SCALE,
-    nn.AdaptiveMaxPool3d: OpKind.SAME_SCALE,
-    nn.Flatten: OpKind.SAME_SCALE,
-    nn.Unflatten: OpKind.SAME_SCALE,
-    nn.PixelShuffle: OpKind.SAME_SCALE,
-    nn.ChannelShuffle: OpKind.SAME_SCALE,
-    nn.Dropout: OpKind.IDENTITY,
-    nn.Dropout1d: OpKind.IDENTITY,
-    nn.Dropout2d: OpKind.IDENTITY,
-    nn.Dropout3d: OpKind.IDENTITY,
-    nn.Identity: OpKind.IDENTITY,
-    nn.AvgPool1d: OpKind.AVG_POOL,
-    nn.AvgPool2d: OpKind.AVG_POOL,
-    nn.AvgPool3d: OpKind.AVG_POOL,
-    nn.AdaptiveAvgPool1d: OpKind.AVG_POOL,
-    nn.AdaptiveAvgPool2d: OpKind.AVG_POOL,
-    nn.AdaptiveAvgPool3d: OpKind.AVG_POOL,
+#: Convolutions by their number of spatial axes: with padding as numbers, and as a word.
+CONVOLUTIONS: dict[Any, int] = {
+    aten.conv1d.default: 1,
+    aten.conv2d.default: 2,
+    aten.conv3d.default: 3,
+    aten.conv1d.padding: 1,
+    aten.conv2d.padding: 2,
+    aten.conv3d.padding: 3,
 }
 
-_FUNCTIONS: dict[Callable[..., Any], OpKind] = {
-    F.conv1d: OpKind.CONV,
-    F.conv2d: OpKind.CONV,
-    F.conv3d: OpKind.CONV,
-    F.linear: OpKind.LINEAR,
-    F.relu: OpKind.CLAMP,
-    F.relu_: OpKind.CLAMP,
-    torch.relu: OpKind.CLAMP,
-    torch.relu_: OpKind.CLAMP,
-    F.relu6: OpKind.CLAMP,
-    F.hardtanh: OpKind.CLAMP,
-    operator.add: OpKind.ADD,
-    operator.iadd: OpKind.ADD,
-    torch.add: OpKind.ADD,
-    F.max_pool1d: OpKind.SAME_SCALE,
-    F.max_pool2d: OpKind.SAME_SCALE,
-    F.max_pool3d: OpKind.SAME_SCALE,
-    torch.max_pool2d: OpKind.SAME_SCALE,
-    F.adaptive_max_pool2d: OpKind.SAME_SCALE,
-    F.pixel_shuffle: OpKind.SAME_SCALE,
-    torch.flatten: OpKind.SAME_SCALE,
-    torch.reshape: OpKind.SAME_SCALE,
-    torch.permute: OpKind.SAME_SCALE,
-    torch.transpose: OpKind.SAME_SCALE,
-    torch.squeeze: OpKind.SAME_SCALE,
-    torch.unsqueeze: OpKind.SAME_SCALE,
-    F.avg_pool2d: OpKind.AVG_POOL,
-    F.adaptive_avg_pool2d: OpKind.AVG_POOL,
-    torch.mean: OpKind.AVG_POOL,
-    F.dropout: OpKind.IDENTITY,
-    F.dropout2d: OpKind.IDENTITY,
-}
-
-# The same operators as `torch.export` writes them.
-_FUNCTIONS |= {
+_KINDS: dict[Any, OpKind] = {
+    **dict.fromkeys(CONVOLUTIONS, OpKind.CONV),
+    aten.linear.default: OpKind.LINEAR,
+    aten.batch_norm.default: OpKind.BATCH_NORM,
     aten.relu.default: OpKind.CLAMP,
+    aten.relu6.default: OpKind.CLAMP,
     aten.hardtanh.default: OpKind.CLAMP,
+    aten.clamp.default: OpKind.CLAMP,
+    aten.clamp_min.default: OpKind.CLAMP,
+    aten.add.Tensor: OpKind.ADD,
+    aten.max_pool1d.default: OpKind.SAME_SCALE,
     aten.max_pool2d.default: OpKind.SAME_SCALE,
+    aten.max_pool3d.default: OpKind.SAME_SCALE,
     aten.flatten.using_ints: OpKind.SAME_SCALE,
+    aten.unflatten.int: OpKind.SAME_SCALE,
     aten.view.default: OpKind.SAME_SCALE,
     aten.reshape.default: OpKind.SAME_SCALE,
     aten.permute.default: OpKind.SAME_SCALE,
     aten.transpose.int: OpKind.SAME_SCALE,
+    aten.t.default: OpKind.SAME_SCALE,
+    aten.squeeze.default: OpKind.SAME_SCALE,
     aten.squeeze.dim: OpKind.SAME_SCALE,
     aten.squeeze.dims: OpKind.SAME_SCALE,
     aten.unsqueeze.default: OpKind.SAME_SCALE,
+    aten.expand.default: OpKind.SAME_SCALE,
+    aten.select.int: OpKind.SAME_SCALE,
+    aten.slice.Tensor: OpKind.SAME_SCALE,
+    aten.flip.default: OpKind.SAME_SCALE,
     aten.pixel_shuffle.default: OpKind.SAME_SCALE,
+    aten.pixel_unshuffle.default: OpKind.SAME_SCALE,
+    aten.channel_shuffle.default: OpKind.SAME_SCALE,
+    aten.contiguous.default: OpKind.SAME_SCALE,
+    aten.clone.default: OpKind.SAME_SCALE,
+    aten.avg_pool1d.default: OpKind.AVG_POOL,
+    aten.avg_pool2d.default: OpKind.AVG_POOL,
+    aten.avg_pool3d.default: OpKind.AVG_POOL,
+    aten.adaptive_avg_pool1d.default: OpKind.AVG_POOL,
+    aten.adaptive_avg_pool2d.default: OpKind.AVG_POOL,
+    aten.adaptive_avg_pool3d.default: OpKind.AVG_POOL,
+    aten.mean.dim: OpKind.AVG_POOL,
+    aten.sym_size.int: OpKind.SHAPE,
+    aten.sym_numel.default: OpKind.SHAPE,
+    aten.sym_stride.int: OpKind.SHAPE,
 }
 
-_METHODS: dict[str, OpKind] = {
-    "relu": OpKind.CLAMP,
-    "relu_": OpKind.CLAMP,
-    "add": OpKind.ADD,
-    "add_": OpKind.ADD,
-    "flatten": OpKind.SAME_SCALE,
-    "view": OpKind.SAME_SCALE,
-    "reshape": OpKind.SAME_SCALE,
-    "permute": OpKind.SAME_SCALE,
-    "transpose": OpKind.SAME_SCALE,
-    "squeeze": OpKind.SAME_SCALE,
-    "unsqueeze": OpKind.SAME_SCALE,
-    "contiguous": OpKind.SAME_SCALE,
-    "mean": OpKind.AVG_POOL,
-}
+#: Max pools that also return where the largest values were: their first output is the pool's.
+_POOLS_WITH_INDICES = (
+    aten.adaptive_max_pool1d.default,
+    aten.adaptive_max_pool2d.default,
+    aten.adaptive_max_pool3d.default,
+    aten.max_pool2d_with_indices.default,
+    aten.max_pool3d_with_indices.default,
+)
 
+#: Operators that return several pieces of their input.
+_PIECES = (
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
+    aten.tensor_split.sections,
+)
 
-#: By name: torchvision takes seconds to import, and where this function is in a graph it was imported.
-_STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth.stochastic_depth"
-
-_INPLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-
-
-def module_of(node: fx.Node, root: nn.Module) -> nn.Module | None:
-    """The module that a ``call_module`` node calls, else None."""
-    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+#: Paddings that repeat values of their input.
+_REPEATING_PADS = ("reflect", "replicate", "circular")
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -150,145 +117,123 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.kwargs.get(name, default)
 
 
-def classify(node: fx.Node, root: nn.Module) -> OpKind:
+def classify(node: fx.Node) -> OpKind:
     """The role of ``node``, going by what it calls; what is not known is ``OTHER`` and stays in float."""
-    if node.op == "call_module":
-        module: Any = module_of(node, root)
-        for cls in type(module).__mro__:
-            if cls in _MODULES:
-                # A subclass may compute something else altogether; only an inherited forward is known.
-                known = type(module).forward is cls.forward
-                return _MODULES[cls] if known else OpKind.OTHER
+    if node.op != "call_function":
         return OpKind.OTHER
-    if node.op == "call_function":
-        kind = _FUNCTIONS.get(node.target, OpKind.OTHER)  # type: ignore[arg-type]
-        if _qualified_name(node.target) == _STOCHASTIC_DEPTH:
-            kind = OpKind.IDENTITY  # the graph that is analysed is the one of eval mode
-    elif node.op == "call_method":
-        kind = _METHODS.get(str(node.target), OpKind.OTHER)
-    else:
+    kind = _KINDS.get(node.target, OpKind.OTHER)
+    if kind is OpKind.ADD and not _is_plain_add(node):
         return OpKind.OTHER
-    if kind is OpKind.ADD and not (_is_plain_add(node)):
+    if kind is OpKind.CLAMP and clamp_bounds(node) is None:
         return OpKind.OTHER
-    if kind is OpKind.IDENTITY and argument(node, 3 if "stochastic" in str(node.target) else 2, "training", True):
+    if kind is OpKind.SAME_SCALE and "dtype" in node.kwargs:
         return OpKind.OTHER
+    if node.target in (aten.pad.default, aten.constant_pad_nd.default) and _pads_on_the_grid(node):
+        return OpKind.PAD
+    if kind is OpKind.OTHER and _selects(node):
+        return OpKind.SAME_SCALE
+    if kind is OpKind.OTHER and _computes_with_sizes(node):
+        return OpKind.SHAPE
     return kind
-
-
-def _qualified_name(function: Any) -> str:
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__name__', '')}"
 
 
 def _is_plain_add(node: fx.Node) -> bool:
     return len(node.args) == 2 and all(isinstance(arg, fx.Node) for arg in node.args) and not node.kwargs
 
 
-def is_inplace(node: fx.Node, root: nn.Module) -> bool:
-    """Whether ``node`` writes its result into its first argument."""
-    if node.op == "call_module":
-        return bool(getattr(module_of(node, root), "inplace", False))
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        if getattr(node.target, "__module__", None) == "_operator":  # where `and_`, `or_`, `not_` are not in place
-            return node.target in _INPLACE_OPERATORS
-        return bool(node.kwargs.get("inplace", False)) or (name.endswith("_") and not name.endswith("__"))
-    return False
+#: Kinds after which a tensor lies on the grid of the one before.
+MOVES = (OpKind.SAME_SCALE, OpKind.PAD)
+
+_MAX_POOLS = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
 
 
-def clamp_bounds(node: fx.Node, root: nn.Module) -> tuple[float, float | None]:
-    """``(low, high)`` of a ``CLAMP`` node; ``high`` is None for a ReLU."""
-    module = module_of(node, root)
-    if isinstance(module, nn.Hardtanh):  # ReLU6 is one
-        return float(module.min_val), float(module.max_val)
-    if node.target is F.relu6:
+def _pads_on_the_grid(node: fx.Node) -> bool:
+    if node.target is aten.pad.default:
+        if argument(node, 2, "mode", "constant") != "constant":
+            return False
+        value: Any = argument(node, 3, "value")
+    else:
+        value = argument(node, 2, "value", 0)
+    if value in (None, 0):
+        return True
+    return value == -math.inf and all(user.target in _MAX_POOLS for user in node.users)
+
+
+def _selects(node: fx.Node) -> bool:
+    source = node.args[0] if node.args else None
+    if node.target is operator.getitem and isinstance(source, fx.Node) and source.op == "call_function":
+        return source.target in _PIECES or (source.target in _POOLS_WITH_INDICES and not node.args[1])
+    if node.target is aten.pad.default:
+        return argument(node, 2, "mode", "constant") in _REPEATING_PADS
+    return node.target in _PIECES or node.target in _POOLS_WITH_INDICES
+
+
+def _computes_with_sizes(node: fx.Node) -> bool:
+    """Whether ``node`` makes a number of numbers, as arithmetic on sizes does."""
+    value = node.meta.get("val")
+    return isinstance(value, (int, torch.SymInt, torch.SymBool, torch.SymFloat))
+
+
+def clamp_bounds(node: fx.Node) -> tuple[float, float | None] | None:
+    """``(low, high)`` of a ``CLAMP`` node; ``high`` is None for a ReLU. None where it is no such clamp."""
+    if node.target is aten.relu.default:
+        return 0.0, None
+    if node.target is aten.relu6.default:
         return 0.0, 6.0
-    if node.target is F.hardtanh:
-        return float(argument(node, 1, "min_val", -1.0)), float(argument(node, 2, "max_val", 1.0))
-    return 0.0, None
+    if node.target is aten.hardtanh.default:
+        low, high = argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)
+    else:
+        low, high = argument(node, 1, "min"), argument(node, 2, "max")
+    if not isinstance(low, (int, float)) or not isinstance(high, (int, float, type(None))):
+        return None
+    if high is None and low != 0:
+        return None
+    return float(low), None if high is None else float(high)
 
 
 @dataclass(frozen=True)
 class WeightedOp:
     """A convolution or linear layer as it stands in the graph, however it was written.
 
-    ``input`` and ``weight`` are what the quantizers go on. ``weight`` is None where a ``torch.nn`` layer owns it.
+    ``input`` and ``weight`` are what the quantizers go on.
     """
 
     node: fx.Node
     kind: OpKind
     input: fx.Node
-    module: nn.Module | None
-    weight: fx.Node | None
+    weight: fx.Node
     bias: fx.Node | None
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] | str = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
-    padding_mode: str = "zeros"
 
     @property
     def spatial_dims(self) -> int:
         return len(self.stride)
 
 
-def _tuple(value: Any, n: int) -> tuple[int, ...]:
-    return (value,) * n if isinstance(value, int) else tuple(value) * (n if len(tuple(value)) == 1 else 1)
+def _tuple(value: Any, n: int) -> tuple[Any, ...]:
+    return (value,) * n if not isinstance(value, (tuple, list)) else tuple(value) * (n if len(value) == 1 else 1)
 
 
-_FUNCTIONAL_DIMS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
-
-
-def weighted_op(node: fx.Node, root: nn.Module) -> WeightedOp | None:
+def weighted_op(node: fx.Node) -> WeightedOp | None:
     """``node`` as a :class:`WeightedOp`, or None where it is none."""
-    kind = classify(node, root)
+    kind = classify(node)
     if kind not in (OpKind.CONV, OpKind.LINEAR):
         return None
-    module = module_of(node, root)
-    source = argument(node, 0, "input")
-    if not isinstance(source, fx.Node):
+    source, weight, bias = argument(node, 0, "input"), argument(node, 1, "weight"), argument(node, 2, "bias")
+    if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node):
         return None
-    if module is None:
-        weight, bias = argument(node, 1, "weight"), argument(node, 2, "bias")
-        if not isinstance(weight, fx.Node):
-            return None
-        if kind is OpKind.LINEAR:
-            return WeightedOp(node, kind, source, None, weight, bias)
-        dims = _FUNCTIONAL_DIMS[node.target]  # type: ignore[index]
-        padding = argument(node, 4, "padding", 0)
-        settings = (argument(node, 3, "stride", 1), padding, argument(node, 5, "dilation", 1))
-        if any(isinstance(leaf, fx.Node) for value in settings for leaf in _flat(value)):
-            return None  # "same" padding that follows the input's size at run time
-        return WeightedOp(
-            node,
-            kind,
-            source,
-            None,
-            weight,
-            bias,
-            stride=_tuple(settings[0], dims),
-            padding=padding if isinstance(padding, str) else _tuple(padding, dims),
-            dilation=_tuple(settings[2], dims),
-            groups=argument(node, 6, "groups", 1),
-        )
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return WeightedOp(
-            node,
-            kind,
-            source,
-            module,
-            None,
-            None,
-            stride=tuple(module.stride),
-            padding=module.padding if isinstance(module.padding, str) else tuple(module.padding),
-            dilation=tuple(module.dilation),
-            groups=module.groups,
-            padding_mode=module.padding_mode,
-        )
-    return WeightedOp(node, kind, source, module, None, None)
-
-
-def _flat(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if kind is OpKind.LINEAR:
+        return WeightedOp(node, kind, source, weight, bias)
+    dims = CONVOLUTIONS[node.target]
+    padding = argument(node, 4, "padding", "valid" if str(node.target).endswith(".padding") else 0)
+    sizes = [_tuple(argument(node, 3, "stride", 1), dims), _tuple(argument(node, 5, "dilation", 1), dims)]
+    if not isinstance(padding, str):
+        padding = _tuple(padding, dims)
+        sizes.append(padding)
+    if any(isinstance(value, fx.Node) for values in sizes for value in values):
+        return None  # "same" padding that follows the input's size at run time
+    groups = argument(node, 6, "groups", 1)
+    return WeightedOp(node, kind, source, weight, bias, sizes[0], padding, sizes[1], groups)

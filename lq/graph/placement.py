@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from lq.graph.ops import OpKind, WeightedOp, classify, module_of, weighted_op
-from lq.graph.tracing import TracedGraph
+from lq.graph.capture import CapturedGraph
+from lq.graph.ops import MOVES, OpKind, WeightedOp, classify, weighted_op
 from lq.overrides import Scheme
 
 
@@ -99,27 +99,24 @@ def site(node: fx.Node) -> str:
     return str(node.meta["site"])
 
 
-def source_of(node: fx.Node, root: nn.Module) -> fx.Node:
-    """The tensor whose grid ``node`` lies on: behind it are only operators that move or select values."""
-    while classify(node, root) in (OpKind.SAME_SCALE, OpKind.IDENTITY) and isinstance(node.args[0], fx.Node):
+def source_of(node: fx.Node) -> fx.Node:
+    """The tensor whose grid ``node`` lies on: after it are only operators that move or select values."""
+    while classify(node) in MOVES and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
 
-def _next(node: fx.Node, root: nn.Module) -> fx.Node | None:
-    """The only reader of ``node``, looking through identities; None where there are several or none."""
-    while len(node.users) == 1:
-        node = next(iter(node.users))
-        if classify(node, root) is not OpKind.IDENTITY:
-            return node
-    return None
+def _next(node: fx.Node) -> fx.Node | None:
+    """The only reader of ``node``; None where there are several or none."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _is_float_tensor(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _depends_on_input(node: fx.Node) -> bool:
+def depends_on_input(node: fx.Node) -> bool:
+    """Whether what ``node`` computes is another one for another input."""
     pending, seen = [node], set()
     while pending:
         current = pending.pop()
@@ -133,41 +130,39 @@ def _depends_on_input(node: fx.Node) -> bool:
 
 def _layer_name(op: WeightedOp) -> str:
     # A functional call takes the name of its weight's owner where it has one: conv subclasses keep their own path.
-    if op.module is not None:
-        return str(op.node.target)
-    assert op.weight is not None
+    if op.node.meta.get("layer") is not None:
+        return str(op.node.meta["layer"])
     if op.weight.op == "get_attr" and str(op.weight.target).endswith(".weight"):
         return str(op.weight.target).removesuffix(".weight")
     return site(op.node)
 
 
 class _Placer:
-    def __init__(self, traced: TracedGraph, root: nn.Module, values: Mapping[fx.Node, Any], scheme: Scheme) -> None:
+    def __init__(self, captured: CapturedGraph, values: Mapping[fx.Node, Any], scheme: Scheme) -> None:
         self.residual = scheme.residual
         self.in_float = scheme.overrides.in_float
-        self.graph = traced.graph
-        self.root = root
+        self.graph = captured.graph
         self.values = values
         self.order = {node: index for index, node in enumerate(self.graph.nodes)}
-        self.placement = Placement(float_layers=dict(traced.float_leaves))
+        self.placement = Placement(float_layers=dict(captured.float_leaves))
 
     def place(self) -> Placement:
         self._find_chains()
         self._attach_batch_norms()
         self._place_residuals()
         for kernel in self.placement.kernels:
-            follower = _next(kernel.end, self.root)
-            if kernel.clamp is None and follower is not None and classify(follower, self.root) is OpKind.CLAMP:
+            follower = _next(kernel.end)
+            if kernel.clamp is None and follower is not None and classify(follower) is OpKind.CLAMP:
                 kernel.clamp = follower
         self._place_activations()
         return self.placement
 
     def _find_chains(self) -> None:
         for node in self.graph.nodes:
-            kind = classify(node, self.root)
+            kind = classify(node)
             if kind not in (OpKind.CONV, OpKind.LINEAR):
                 continue
-            op = weighted_op(node, self.root)
+            op = weighted_op(node)
             if op is None:
                 self.placement.float_layers[site(node)] = "its weight, stride or padding is computed from the input"
                 continue
@@ -178,8 +173,12 @@ class _Placer:
                 self.placement.float_layers[name] = "its input is no floating-point tensor"
             elif op.kind is OpKind.CONV and self.values[op.input].dim() != op.spatial_dims + 2:
                 self.placement.float_layers[name] = "its input has no batch axis"
-            elif op.weight is not None and _depends_on_input(op.weight):
+            elif depends_on_input(op.weight):
                 self.placement.float_layers[name] = "its weight is computed from the input"
+            elif op.bias is not None and depends_on_input(op.bias):
+                self.placement.float_layers[name] = "its bias is computed from the input"
+            elif "position" not in node.meta:
+                self.placement.float_layers[name] = "it runs inside a function of torch, where no quantizer can be put"
             else:
                 self.placement.chains.append(Chain(op, name))
 
@@ -188,19 +187,22 @@ class _Placer:
         norms_of: dict[str, set[str | None]] = {}
         for chain in self.placement.chains:
             norm = found[chain.op.node]
-            norms_of.setdefault(chain.name, set()).add(str(norm.target) if norm is not None else None)
+            norms_of.setdefault(chain.name, set()).add(_norm_name(norm) if norm is not None else None)
         for chain in self.placement.chains:
             # A layer that is called twice has one weight: it takes in a batch norm only if it is the same both times.
             if len(norms_of[chain.name]) == 1:
                 chain.batch_norm = found[chain.op.node]
 
     def _foldable_batch_norm(self, chain: Chain) -> fx.Node | None:
-        node = _next(chain.op.node, self.root)
-        if node is None or classify(node, self.root) is not OpKind.BATCH_NORM:
+        node = _next(chain.op.node)
+        if node is None or classify(node) is not OpKind.BATCH_NORM:
             return None
-        norm = module_of(node, self.root)
-        if getattr(norm, "running_mean", None) is None:
-            self.placement.float_layers[str(node.target)] = "it has no running statistics to fold"
+        mean, training = node.args[3], node.args[5]
+        if mean is None or training:
+            self.placement.float_layers[site(node)] = "it has no running statistics to fold"
+            return None
+        if any(isinstance(value, fx.Node) and depends_on_input(value) for value in node.args[1:5]):
+            self.placement.float_layers[site(node)] = "its parameters are computed from the input"
             return None
         # A linear layer's features are its last axis, a batch norm's the second: the same only for (N, C).
         if chain.op.kind is OpKind.LINEAR and self.values[chain.op.node].dim() != 2:
@@ -210,7 +212,7 @@ class _Placer:
     def _place_residuals(self) -> None:
         ends = {chain.end: chain for chain in self.placement.chains}
         for node in self.graph.nodes:
-            if classify(node, self.root) is not OpKind.ADD or node.args[0] is node.args[1]:
+            if classify(node) is not OpKind.ADD or node.args[0] is node.args[1]:
                 continue
             left, right = node.args
             a, b = self.values[left], self.values[right]
@@ -218,9 +220,8 @@ class _Placer:
                 continue
             candidates = []
             for operand, other in ((left, right), (right, left)):
-                end = self._through_identity(operand)
-                if end in ends and _next(end, self.root) is node and ends[end].op.kind is OpKind.CONV:
-                    candidates.append((self.order[end], ends[end], other))
+                if operand in ends and _next(operand) is node and ends[operand].op.kind is OpKind.CONV:
+                    candidates.append((self.order[operand], ends[operand], other))
             if self.in_float(site(node)):
                 continue
             if candidates and self.residual == "operands":
@@ -230,31 +231,32 @@ class _Placer:
                 _, chain, residual = max(candidates, key=lambda candidate: candidate[0])
                 chain.add, chain.residual = node, residual
 
-    def _through_identity(self, node: fx.Node) -> fx.Node:
-        while classify(node, self.root) is OpKind.IDENTITY and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
-        return node
-
     def _place_activations(self) -> None:
         ends = {kernel.end for kernel in self.placement.kernels}
         wanted = set()
         for total in self.placement.sums:
             wanted.add(total.end)
-            wanted.update(source_of(operand, self.root) for operand in total.add.all_input_nodes)
+            wanted.update(source_of(operand) for operand in total.add.all_input_nodes)
         for chain in self.placement.chains:
-            wanted.add(source_of(chain.op.input, self.root))
+            wanted.add(source_of(chain.op.input))
             if chain.residual is not None:
-                wanted.add(source_of(chain.residual, self.root))
+                wanted.add(source_of(chain.residual))
         for node in self.graph.nodes:
             # Pooling an INT8 kernel's output: reading it as INT8 lets the kernel before write INT8.
-            if classify(node, self.root) is OpKind.AVG_POOL and isinstance(node.args[0], fx.Node):
-                source = source_of(node.args[0], self.root)
+            if classify(node) is OpKind.AVG_POOL and isinstance(node.args[0], fx.Node):
+                source = source_of(node.args[0])
                 if source in ends:
                     wanted.add(source)
         self.placement.activations = sorted(wanted, key=self.order.__getitem__)
 
 
-def place(traced: TracedGraph, root: nn.Module, values: Mapping[fx.Node, Any], scheme: Scheme) -> Placement:
+def _norm_name(norm: fx.Node) -> str:
+    """What tells a batch norm from another one: its statistics."""
+    mean = norm.args[3]
+    return str(mean.target) if isinstance(mean, fx.Node) else site(norm)
+
+
+def place(captured: CapturedGraph, values: Mapping[fx.Node, Any], scheme: Scheme) -> Placement:
     """Decide what runs in INT8 and which tensors get a quantizer.
 
     conv → batch norm → ReLU is one kernel. Where the kernel does a residual add as well (oneDNN, OpenVINO, TensorRT),
@@ -263,10 +265,9 @@ def place(traced: TracedGraph, root: nn.Module, values: Mapping[fx.Node, Any], s
     distinct tensor has one quantizer at most; the classifier's output, which no INT8 kernel reads, stays float.
 
     Args:
-        traced: the graph of evaluation mode.
-        root: the module it was traced from.
+        captured: the graph of evaluation mode.
         values: an example value for each node.
         scheme: how residual adds are computed, and what stays in float.
     """
     with torch.no_grad():
-        return _Placer(traced, root, values, scheme).place()
+        return _Placer(captured, values, scheme).place()

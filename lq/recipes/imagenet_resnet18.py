@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 import lq
 from lq.config import ConfigError, field, main
+from lq.files import write_archive, write_atomically
 from lq.recipes.blocks.evaluation import top1
 from lq.recipes.blocks.imagenet import ImageNetConfig, PretrainedConfig, imagenet, pretrained
 from lq.recipes.blocks.results import save_results
@@ -70,7 +72,8 @@ def run(config: Config) -> None:
         raise ConfigError(str(error)) from error
     lq.calibrate(network, calibration, calibrator=config.calibrator, progress=config.progress)
     int8 = lq.convert(network.cpu())
-    torch.save(float_network.state_dict(), output / "float.pt")
+    save = partial(torch.save, float_network.state_dict())
+    write_atomically(output / "float.pt", lambda beside: write_archive(beside, save))
     files = [lq.export(int8, output / "int8.pt2", labels=data.classes).path]
     try:
         files.append(lq.export(network, output / "int8.onnx", labels=data.classes).path)

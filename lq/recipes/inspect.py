@@ -19,16 +19,20 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 import lq
+from lq.archives import check_torch_archive
 from lq.callback.checkpoint_ranges import SavedQuantizer, saved_quantizers
 from lq.callback.checkpoints import section_of
 from lq.callback.page import result_page, settings_table
 from lq.callback.result import QuantizationResult
 from lq.config import ConfigError, field, main
-from lq.files import ensure_writable_dir
-from lq.metadata import Metadata
+from lq.files import ensure_writable_dir, write_text
 from lq.page import Column, Table, layer_table, page, section
 from lq.report import QuantizationReport
 from lq.runtime.benchmark import Benchmark, BenchmarkRow
+from lq.runtime.load import read_metadata
+
+#: Bytes of an ``int8.json``; of a network with a thousand layers it has a few million.
+_LARGEST_RESULT = 100_000_000
 
 
 @dataclass
@@ -50,7 +54,7 @@ def run(config: Config) -> None:
         output = path.parent if config.output_dir is None else Path(config.output_dir)
         ensure_writable_dir(output, "output_dir")
         written = output / f"{path.name}.html"
-        written.write_text(text, encoding="utf-8")
+        write_text(written, text)
         print(f"written: {written}")
 
 
@@ -58,7 +62,7 @@ def _inspect(path: Path, config: Config) -> str:
     """Print what is in a file, and return its page."""
     try:
         if path.suffix == ".json":
-            return _result(QuantizationResult.from_json(path.read_text()), config)
+            return _result(_read_result(path), config)
         if path.suffix in (".pt2", ".onnx"):
             return _network(path, config)
         return _checkpoint(path, config.trusted)
@@ -77,11 +81,11 @@ def _result(result: QuantizationResult, config: Config) -> str:
 def _network(path: Path, config: Config) -> str:
     beside = path.with_name("int8.json")
     if beside.is_file():
-        result = QuantizationResult.from_json(beside.read_text())
+        result = _read_result(beside)
         if path.name in {Path(name).name for name in (result.artifact, *result.exports)}:
             return _result(result, config)
-    metadata: Metadata | None = lq.load(path).metadata
-    if metadata is None or metadata.report is None:
+    metadata = read_metadata(path)  # the network itself may be compiled code
+    if metadata.report is None:
         raise ValueError("it says nothing of its layers: lq did not write it")
     report = QuantizationReport.from_dict(dict(metadata.report))
     print(report)
@@ -101,6 +105,12 @@ def _network(path: Path, config: Config) -> str:
     return page(f"{report.model} in INT8: {path.name}", lead, sections, ["Layers", "Settings"])
 
 
+def _read_result(path: Path) -> QuantizationResult:
+    if path.stat().st_size > _LARGEST_RESULT:
+        raise ValueError(f"{path.name} has {path.stat().st_size / 1e6:.0f} MB, and lq writes no such file")
+    return QuantizationResult.from_json(path.read_text())
+
+
 def _shape(sizes: tuple[int | None, ...]) -> str:
     return "×".join("any" if size is None else str(size) for size in sizes)
 
@@ -109,6 +119,7 @@ def _checkpoint(path: Path, trusted: bool) -> str:
     if not zipfile.is_zipfile(path):
         raise ValueError("it is no checkpoint, or is damaged")
     try:
+        check_torch_archive(path)
         checkpoint: Any = torch.load(path, map_location="cpu", weights_only=not trusted)
     except Exception as error:
         hint = "" if trusted else "; if it holds pickled objects and you trust it, add trusted=true"

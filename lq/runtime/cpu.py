@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,16 +39,35 @@ def cpu_name() -> str:
 
 @cache
 def has_vnni() -> bool:
-    """Whether INT8 products are summed in 32 bits (AVX512-VNNI, AVX-VNNI, AMX).
+    """Whether the INT8 kernels sum products in 32 bits (AVX512-VNNI, AVX-VNNI, AMX).
 
-    Without it oneDNN sums pairs of products in 16 bits with saturation: an 8-bit activation times an 8-bit weight,
-    twice, does not fit there, and large sums come out wrong (oneDNN guide, "Nuances of int8 computations").
+    Without, oneDNN sums pairs of products in 16 bits with saturation: an 8-bit activation times an 8-bit weight,
+    twice, does not fit there, and large sums come out wrong (oneDNN guide, "Nuances of int8 computations"). What the
+    CPU has is not what the kernels use, which ``ONEDNN_MAX_CPU_ISA`` in the environment caps. So the kernels are asked,
+    where there are any.
     """
+    if has_onednn_int8():
+        return _sums_in_32_bits()
     get_capabilities = getattr(torch.cpu, "get_capabilities", None)
     if get_capabilities is not None:
         capabilities = get_capabilities()
         return any(capabilities.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
     return bool(torch.cpu._is_avx512_vnni_supported() if hasattr(torch.cpu, "_is_avx512_vnni_supported") else False)
+
+
+def _sums_in_32_bits() -> bool:
+    """Whether a convolution and a linear layer of the largest integers give what they should."""
+    channels, onednn = 64, torch.ops.onednn
+    q, weight = torch.full((1, channels), 255, dtype=torch.uint8), torch.full((16, channels), 127, dtype=torch.int8)
+    scales, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int32)
+    geometry: tuple[Any, ...] = ([1, 1], [0, 0], [1, 1], 1)
+    out: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+    packed = onednn.qlinear_prepack(weight, [1, channels])
+    linear = onednn.qlinear_pointwise(q, 1.0, 0, packed, scales, zeros, None, *out)
+    image = q.reshape(1, channels, 1, 1).expand(1, channels, 4, 4).contiguous(memory_format=torch.channels_last)
+    packed = onednn.qconv_prepack(weight[:, :, None, None], scales, 1.0, 0, *geometry, list(image.shape))
+    convolution = onednn.qconv2d_pointwise(image, 1.0, 0, packed, scales, zeros, None, *geometry, *out)
+    return all(bool((found == 255 * 127 * channels).all()) for found in (linear, convolution))
 
 
 @contextmanager

@@ -11,24 +11,25 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lq.int8 import Int8Module
-from lq.metadata import KEY, Metadata
+from lq.metadata import Metadata
 from lq.report import QuantizationReport
+from lq.runtime.program_file import read_program
 
 
 def load_program(path: Path) -> Int8Module:
-    """Read an INT8 network that was exported as a ``.pt2`` program.
+    """Read an INT8 network that was exported as a ``.pt2`` program; see :mod:`lq.runtime.program_file`.
 
     Raises:
         ValueError: where the file is none of ours, or damaged.
     """
-    extra = {KEY: ""}
     try:
-        program = torch.export.load(path, extra_files=extra)
-        metadata = Metadata.from_json(extra[KEY])
+        archive, text = read_program(path)
+        metadata = Metadata.from_json(text)
+        program = torch.export.load(archive)
         inputs = dict(zip(metadata.inputs, program.example_inputs[0], strict=True))
     except Exception as error:
         raise ValueError(f"path={str(path)!r} is no INT8 network written by lq, or is damaged: {error}") from error
-    module = program.module()
+    module = program.module(check_guards=False)  # the code of which would be made of what the file says
     int8 = Int8Module(module, _plain_graph(module.graph, inputs, program.call_spec.out_spec))
     int8.example_inputs = inputs
     int8.metadata = metadata
@@ -51,8 +52,6 @@ def _plain_graph(graph: fx.Graph, examples: dict[str, Any], out_spec: Any) -> fx
     for node in graph.nodes:
         if node.op == "placeholder":
             values[node] = next(inputs)
-        elif node.op == "call_module" and str(node.target).startswith("_guards"):
-            continue
         else:
             values[node] = plain.node_copy(node, values.__getitem__)
             values[node].meta = {}

@@ -125,14 +125,25 @@ def test_a_model_whose_quantizers_are_off_has_its_ranges_all_the_same() -> None:
 
 
 def test_hooks_of_the_users_run_as_in_the_prepared_model() -> None:
+    def hooked(shift: float) -> lq.Analysis:
+        model = network()
+        model[0].register_forward_hook(lambda module, args, out: out * 2)  # type: ignore[index]
+        if shift:
+            model.register_forward_pre_hook(lambda module, args: (args[0] + shift,))
+        lq.calibrate(lq.prepare(model, images(2)), [images() + 0.5 - shift], calibrator="minmax")
+        return lq.analyze(model, [images() + 0.5 - shift], timing=False, progress=False)
+
+    (added, *layers) = hooked(0.5).layers  # the hook's sum is a row of its own
+    assert (added.kind, added.precision) == ("add", "float")
+    assert tuple(layers) == hooked(0.0).layers
+    assert tuple(layers) != lq.analyze(calibrated(), [images() + 0.5], timing=False, progress=False).layers
+
+
+def test_a_hook_that_came_after_preparation_is_refused_where_it_changes_what_is_rounded() -> None:
     model = calibrated()
-    model[0].register_forward_hook(lambda module, args, out: out * 2)  # type: ignore[index]
     model.register_forward_pre_hook(lambda module, args: (args[0] + 0.5,))
-    shifted = calibrated()
-    shifted[0].register_forward_hook(lambda module, args, out: out * 2)  # type: ignore[index]
-    found = lq.analyze(model, [images()], timing=False, progress=False)
-    assert found == lq.analyze(shifted, [images() + 0.5], timing=False, progress=False)
-    assert found != lq.analyze(calibrated(), [images() + 0.5], timing=False, progress=False)
+    with pytest.raises(lq.CaptureError, match="'add' is rounded .* a hook added"):
+        lq.analyze(model, [images()], timing=False, progress=False)
 
 
 def test_layers_of_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ CASES: dict[str, Tensor] = {
     "all negative": -torch.linspace(9, 10, 1000),
     "all positive": torch.linspace(1000, 1001, 1000),
     "two values": torch.tensor([-1.0, 1.0]).repeat(50),
-    "float16": torch.linspace(-6e4, 6e4, 500, dtype=torch.float16),
+    "float16": torch.linspace(-6e4, 6e4, 500).half(),
     "bfloat16": (torch.linspace(-1, 1, 500) * 3e38).bfloat16(),
     "float64": torch.linspace(-1e3, 1e-3, 500, dtype=torch.float64),
 }

@@ -280,3 +280,23 @@ def test_an_export_that_fails_comes_after_everything_else(tmp_path: Path, monkey
     assert callback.result is not None
     assert [Path(path).name for path in callback.result.exports] == ["int8.pt2"]
     assert lq.load(callback.result.artifact)(images(2)[0]).shape == (2, 4)
+
+
+class Rewired(Wrapped):
+    """Between epochs a callback changes what the network computes."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:  # heard by the check of the next epoch
+            self.model[0].register_forward_hook(lambda module, args, output: output * 0.5)
+
+
+def test_a_forward_that_changes_between_epochs_is_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seed_everything(0, verbose=False)
+    model, callback = Rewired(), quantization(tmp_path, mode="qat")
+    with caplog.at_level("WARNING", logger="lq"):
+        fit(model, tmp_path, callback, epochs=4)
+    told = [text for text in caplog.messages if "has changed since it was prepared" in text]
+    assert len(told) == 1
+    assert callback.result is not None

@@ -36,13 +36,13 @@ def package(network: lq.Int8Module, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_it_computes_what_the_network_does(network: lq.Int8Module, package: Path) -> None:
-    model = lq.load(package)
+    model = lq.load(package, "aoti")
     assert model.runtime == "aoti"
     assert model.metadata is not None
     assert model.metadata.labels == tuple("abcdefghij")
     for size in (1, 3, 8):
         torch.testing.assert_close(model(X[:size].numpy()), network(X[:size]), atol=0.02, rtol=0.02)
-    one = lq.load(package, threads=1)
+    one = lq.load(package, "aoti", threads=1)
     torch.testing.assert_close(one(X), model(X))
     # Channels last, as a Classifier has its batches; a view into a larger batch.
     assert torch.equal(model(X.to(memory_format=torch.channels_last)), model(X))
@@ -57,7 +57,7 @@ def test_int8_kernels_are_in_it(package: Path) -> None:
 
 
 def test_wrong_inputs(package: Path) -> None:
-    model = lq.load(package)
+    model = lq.load(package, "aoti")
     with pytest.raises(ValueError, match=r"input 'x' must have the shape \(any, 3, 16, 16\), got \(8, 3, 20, 20\)"):
         model(torch.zeros(8, 3, 20, 20))
     with pytest.raises(TypeError, match="input 'x' must be float32, got uint8"):
@@ -83,7 +83,14 @@ def test_damaged_packages(package: Path, tmp_path: Path) -> None:
     whole = package.read_bytes()
     (tmp_path / "half.pt2").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="is no INT8 network written by lq, or is damaged"):
-        lq.load(tmp_path / "half.pt2")
+        lq.load(tmp_path / "half.pt2", "aoti")
+    content = bytearray(whole)
+    content[whole.index(b"ELF") + 5000] ^= 1
+    (tmp_path / "flipped.pt2").write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged: Bad CRC-32"):
+        lq.load(tmp_path / "flipped.pt2", "aoti")
+    with pytest.raises(ValueError, match="is an AOTInductor package: compiled code, which runs as it is loaded"):
+        lq.load(package)
     with pytest.raises(ValueError, match="runtime='torch' does not read .* an AOTInductor package; choose 'aoti'"):
         lq.load(package, "torch")
 

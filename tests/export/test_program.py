@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
+from lq.export.verify import OUTPUT_TOLERANCE, allowed_difference, simulated
+from lq.runtime.onednn import lower
 
 X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -155,14 +158,78 @@ def test_a_network_that_cannot_be_exported_leaves_no_file(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_program_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def tamper(int8: lq.Int8Module, name: str) -> lq.Int8Module:
+    """A network of which one number, or all numbers of one kind, are not those of ``int8``."""
+    other = copy.deepcopy(int8)
+    with torch.no_grad():
+        if name == "scale":
+            other.get_buffer("conv2.weight_scale").mul_(1.1)
+        elif name == "one channel's scale":
+            other.get_buffer("conv2.weight_scale")[3] *= 2
+        elif name == "weight":
+            other.get_buffer("conv2.weight").copy_(other.get_buffer("conv2.weight").roll(1, 0))
+        elif name == "bias":
+            other.get_buffer("conv2.bias").add_(0.5)
+        elif name == "last layer":
+            other.get_buffer("fc.bias").add_(0.5)
+    return other
+
+
+TAMPERED = ("scale", "one channel's scale", "weight", "bias", "last layer")
+
+
+@pytest.mark.parametrize("wrong", TAMPERED)
+def test_a_program_that_differs_is_refused(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("lq.export.export")
-    right, other = module.export_program, quantized()
-    other.get_buffer("conv2.bias").add_(1.0)
+    int8 = quantized()
+    right, other = module.export_program, tamper(int8, wrong)
     monkeypatch.setattr(module, "export_program", lambda model, **kwargs: right(other, **kwargs))
-    with pytest.raises(lq.ExportMismatchError, match=r"the \.pt2 file differs from the INT8 network: .*RMS"):
-        lq.export(quantized(), tmp_path / "int8.pt2")
+    where = "in its last layer" if wrong == "last layer" else "in the layer that ends in 'bn2'"
+    with pytest.raises(lq.ExportMismatchError, match=rf"the \.pt2 file differs from the INT8 network {where}"):
+        lq.export(int8, tmp_path / "int8.pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", TAMPERED)
+def test_kernels_that_differ_are_refused(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verify = importlib.import_module("lq.export.verify")
+    int8 = quantized()
+    other = tamper(int8, wrong)
+    # The kernels' weights are those of another module.
+    monkeypatch.setattr(verify, "lower", lambda graph, root, *args: lower(graph, other, *args))
+    where = "in its last layer" if wrong == "last layer" else "in the layer that ends in 'bn2'"
+    with pytest.raises(lq.ExportMismatchError, match=rf"INT8 kernels make of it differs from the INT8 network {where}"):
+        lq.export(int8, tmp_path / "int8.pt2")
+
+
+class Chaotic(nn.Module):
+    """A layer that makes more of each difference than there was, in all of its depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+        self.conv.weight.data.mul_(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(3 * self.conv(x))
+
+
+def test_what_roundings_make_is_allowed_and_no_more(tmp_path: Path) -> None:
+    int8 = quantized()
+    # This one makes next to nothing of them.
+    assert allowed_difference(int8, {"x": X}, simulated(int8, {"x": X})[0]) == OUTPUT_TOLERANCE
+    torch.manual_seed(0)
+    layers = [Chaotic() for _ in range(20)]
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    deep = lq.calibrate(lq.prepare(model.eval(), X, target="x86_avx2"), [X])
+    for name in ("int8.pt2", "int8.onnx"):
+        result = lq.export(deep, tmp_path / name)
+        # Layers that are all right give outputs this far apart.
+        assert max(found.relative_difference for found in result.verifications) > OUTPUT_TOLERANCE
+        assert all(found.relative_difference < 0.7 for found in result.verifications)
+    other = lq.convert(deep)
+    expected = simulated(other, {"input": X})[0]
+    assert 2 * OUTPUT_TOLERANCE < allowed_difference(other, {"input": X}, expected) < 1
 
 
 def test_a_float_layer_in_channels_last(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def _nan(model: Any) -> None:
 
 def _broken_batch_norm(model: Any) -> None:
     def fail(module: Any, args: Any, output: Any) -> Any:
-        return output * 1.1
+        return output * torch.nan if len(output) <= 4 else output  # for the example inputs, which folding is checked on
 
     model.model[1].register_forward_hook(fail)
 

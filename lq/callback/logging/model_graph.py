@@ -12,9 +12,10 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from torch import Tensor, fx, nn
 
 from lq.graph.analysis import GraphAnalysis
-from lq.graph.ops import OpKind, classify, module_of
+from lq.graph.ops import MOVES, classify
 from lq.graph.placement import site, source_of
 from lq.quantizer import Quantizer
+from lq.report import operator_label
 
 
 def model_graph(graph: GraphAnalysis, root: nn.Module, activations: Mapping[str, Quantizer]) -> GraphDef:
@@ -33,18 +34,19 @@ def model_graph(graph: GraphAnalysis, root: nn.Module, activations: Mapping[str,
     quantized = set(placement.activations)
 
     def in_int8(node: fx.Node) -> bool:
-        moves = classify(node, root) in (OpKind.SAME_SCALE, OpKind.IDENTITY)
-        return node in kernels or (moves and source_of(node, root) in quantized)
+        return node in kernels or (classify(node) in MOVES and source_of(node) in quantized)
 
     nodes = []
     for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            continue  # weights: a picture of what flows
         precision = "int8" if in_int8(node) else "float"
         attributes = {"precision": _text(precision)}
         if site(node) in activations:
             quantizer = activations[site(node)]
             low, high = (float(end) for end in quantizer.quantized_range())
             attributes["quantized_to"] = _text(f"{quantizer.spec}, [{low:.4g}, {high:.4g}]")
-        reason = placement.float_layers.get(str(node.target))
+        reason = placement.float_layers.get(node.meta["layer"] or site(node))
         if reason is not None:
             attributes["why_float"] = _text(reason)
         value = graph.values.get(node)
@@ -55,7 +57,7 @@ def model_graph(graph: GraphAnalysis, root: nn.Module, activations: Mapping[str,
             NodeDef(
                 name=_path(node),
                 op=_operator(node, root),
-                input=[_path(source) for source in node.all_input_nodes],
+                input=[_path(source) for source in node.all_input_nodes if source.op != "get_attr"],
                 device=f"/device:{precision.upper()}:0",
                 attr=attributes,
             )
@@ -68,10 +70,7 @@ def _path(node: fx.Node) -> str:
 
 
 def _operator(node: fx.Node, root: nn.Module) -> str:
-    module = module_of(node, root)
-    if module is not None:
-        return type(module).__name__
-    return str(getattr(node.target, "__name__", node.target)) if node.op.startswith("call") else node.op
+    return operator_label(node, root) if node.op.startswith("call") else node.op
 
 
 def _text(value: Any) -> AttrValue:

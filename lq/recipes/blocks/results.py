@@ -12,7 +12,7 @@ import lightning
 import torch
 
 from lq.callback import QuantizationResult
-from lq.files import write_atomically
+from lq.files import write_text
 from lq.runtime.cpu import cpu_name
 
 
@@ -40,12 +40,7 @@ def save_results(output: Path, config: Any, found: Mapping[str, Any]) -> Path:
     everything = {"config": config, "machine": cpu_name(), "versions": versions, **values}
     path = output / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(everything, indent=2, default=_plain) + "\n"
-
-    def write(beside: Path) -> None:
-        beside.write_text(text)
-
-    write_atomically(path, write)
+    write_text(path, json.dumps(everything, indent=2, default=_plain) + "\n")
     return path
 
 

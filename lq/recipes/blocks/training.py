@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
+from lq.archives import check_torch_archive
 from lq.config import ConfigError, field
 from lq.data import Shapes10
 from lq.models import Classifier
@@ -65,6 +66,7 @@ def load_float_weights(module: nn.Module, path: str) -> None:
         ConfigError: where the file does not exist, is no checkpoint, or does not fit the network.
     """
     try:
+        check_torch_archive(Path(path))
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
         state = loaded.get("state_dict", loaded)
         if not any(key.startswith("model.") for key in state):

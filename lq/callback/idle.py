@@ -1,0 +1,148 @@
+"""A user's step outside of the loop that it is written for: it computes what it computes, and changes nothing."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
+
+from lq.callback.support import lightning_package
+
+#: What a step calls that only its loop may do, or that changes what is trained; here none does anything.
+_SILENT = (
+    "backward",
+    "clip_gradients",
+    "log",
+    "log_dict",
+    "manual_backward",
+    "toggle_optimizer",
+    "untoggle_optimizer",
+)
+
+#: Attributes of these types are set anew and not changed in place, so that they can be put back.
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class _Idle:
+    """An optimizer or a scheduler that can be read, and does not step.
+
+    Args:
+        original: what is read.
+    """
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+    def step(self, *args: Any, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """Runs a closure, which is where a step may call the network."""
+        closure = next((value for value in args if callable(value)), closure)
+        return None if closure is None else closure()
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Gradients stay."""
+
+    def toggle_model(self, *args: Any, **kwargs: Any) -> Any:
+        """There is nothing to synchronise."""
+        return nullcontext()
+
+
+def run_idle(pl_module: Any, step: Callable[[], Any]) -> None:
+    """Call ``step``, in which ``pl_module`` logs nothing, optimizers and schedulers stand still, no gradient is made.
+
+    Before ``fit`` has set them up, there are optimizers and schedulers as ``configure_optimizers`` makes them, for a
+    step that asks for them. Whether parameters want gradients is afterwards as before, also where the step was left
+    halfway: between switching a discriminator's parameters off and on again.
+    """
+    trainer = getattr(pl_module, "_trainer", None)
+    strategy = getattr(trainer, "strategy", None)
+    if strategy is None or strategy.optimizers:
+        with _idle(pl_module):
+            step()
+        return
+    try:
+        if pl_module.automatic_optimization:  # which seldom asks for them
+            with _idle(pl_module):
+                step()
+            return
+    except Exception:
+        with _set_up(pl_module, trainer) as there_are_some, _idle(pl_module):
+            if not there_are_some:
+                raise
+            step()
+        return
+    with _set_up(pl_module, trainer), _idle(pl_module):
+        step()
+
+
+@contextmanager
+def same_attributes(pl_module: Any) -> Iterator[None]:
+    """Afterwards plain attributes of ``pl_module`` are as before: a counter of steps, say."""
+    before = {name: value for name, value in pl_module.__dict__.items() if isinstance(value, _PLAIN)}
+    try:
+        yield
+    finally:
+        pl_module.__dict__.update(before)
+
+
+@contextmanager
+def _idle(pl_module: Any) -> Iterator[None]:
+    wanted = [(parameter, parameter.requires_grad) for parameter in pl_module.parameters()]
+    replaced: dict[str, Any] = {
+        **dict.fromkeys(_SILENT, _nothing),
+        "toggled_optimizer": lambda *_, **__: nullcontext(),
+        "optimizers": _standing_still(pl_module.optimizers, _Idle(None)),
+        "lr_schedulers": _standing_still(pl_module.lr_schedulers, None),
+    }
+    before = {name: pl_module.__dict__[name] for name in replaced if name in pl_module.__dict__}
+    pl_module.__dict__.update(replaced)
+    try:
+        yield
+    finally:
+        for name in replaced:
+            pl_module.__dict__.pop(name, None)
+        pl_module.__dict__.update(before)
+        for parameter, requires_grad in wanted:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands for what is not to happen."""
+
+
+def _standing_still(ask: Callable[..., Any], nothing: Any) -> Callable[..., Any]:
+    """``LightningModule.optimizers`` or ``lr_schedulers``, of what does not step; ``nothing`` where there are none."""
+
+    def idle(*args: Any, **kwargs: Any) -> Any:
+        found = ask(*args, **kwargs)
+        if isinstance(found, list) and found:
+            return [_Idle(each) for each in found]
+        return _Idle(found) if found else nothing
+
+    return idle
+
+
+@contextmanager
+def _set_up(pl_module: Any, trainer: Any) -> Iterator[bool]:
+    """Give the Trainer what ``fit`` gives it before the first step, and take it back; whether that went well.
+
+    These optimizers are not those that will train: the user's ``configure_optimizers`` is called once more for them.
+    """
+    strategy, loop = trainer.strategy, trainer.fit_loop
+    # A loop that has its data already would not bring them to where a run that is resumed was within its epoch.
+    before = dict(loop.__dict__)
+    try:
+        with suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again when fit does it
+            loop.setup_data()
+            core = importlib.import_module(f"{lightning_package(pl_module)}.core.optimizer")
+            strategy.optimizers, strategy.lr_scheduler_configs = core._init_optimizers_and_lr_schedulers(pl_module)
+        yield bool(strategy.optimizers)
+    finally:
+        loop.__dict__.update(before)
+        strategy._reset_optimizers_and_schedulers()

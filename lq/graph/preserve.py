@@ -1,0 +1,71 @@
+"""A module run for nobody to notice."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def preserved(module: nn.Module) -> Iterator[None]:
+    """Afterwards the buffers, modes and attributes of ``module``, and all random number generators, are as before.
+
+    A forward may count its calls, keep a feature for later, or replace a buffer; where it was exported, what it kept
+    would be a stand-in for a tensor.
+    """
+    parts = list(module.modules())
+    attributes = {part: {name: _shallow(value) for name, value in part.__dict__.items()} for part in parts}
+    buffers = {
+        part: [(name, b, None if b is None else b.clone()) for name, b in part._buffers.items()] for part in parts
+    }
+    states = random.getstate(), np.random.get_state()
+    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    try:
+        # Compiled parts run as they are: to compile them for this would take seconds, and cannot be followed.
+        with torch.random.fork_rng(list(devices)), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for part in parts:
+            _restore_attributes(part, attributes[part])
+            _restore_buffers(part, buffers[part])
+
+
+#: Of ``nn.Module`` itself: what they hold is its own affair.
+_OWN = ("_parameters", "_buffers", "_modules")
+
+
+def _shallow(value: Any) -> Any:
+    """A value that may be changed in place, with what it holds now; the value itself else."""
+    return (value, type(value)(value)) if type(value) in (list, dict, set, deque) else (value, None)
+
+
+def _restore_attributes(part: nn.Module, before: dict[str, Any]) -> None:
+    for name in [name for name in part.__dict__ if name not in before]:
+        del part.__dict__[name]
+    for name, (value, held) in before.items():
+        part.__dict__[name] = value
+        if held is None or name in _OWN:
+            continue
+        if isinstance(value, (list, deque)):
+            value.clear()
+            value.extend(held)
+        else:
+            value.clear()
+            value.update(held)
+
+
+@torch.no_grad()
+def _restore_buffers(part: nn.Module, before: list[tuple[str, Tensor | None, Tensor | None]]) -> None:
+    for name, buffer, value in before:
+        part._buffers[name] = buffer
+        if buffer is not None and value is not None and not torch.equal(buffer, value):
+            buffer.copy_(value)

@@ -1,0 +1,78 @@
+"""A graph as values that pickle: torch's own does not, for the operators in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """One of torch's operators, by its path in ``torch.ops``."""
+
+    path: tuple[str, ...]
+
+    def find(self) -> Any:
+        found: Any = torch.ops
+        for name in self.path:
+            found = getattr(found, name)
+        return found
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Another node, by its place in the graph."""
+
+    index: int
+
+
+def graph_state(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """What :func:`graph_from_state` makes the same graph of; what nodes were noted with is left out."""
+    places = {node: index for index, node in enumerate(graph.nodes)}
+
+    def plain(value: Any) -> Any:
+        return _Reference(places[value]) if isinstance(value, fx.Node) else _by_name(value)
+
+    return [
+        (node.op, node.name, _by_name(node.target), *(fx.node.map_aggregate(each, plain) for each in _arguments(node)))
+        for node in graph.nodes
+    ]
+
+
+def graph_from_state(state: list[tuple[Any, ...]]) -> fx.Graph:
+    """The graph that :func:`graph_state` was given."""
+    graph = fx.Graph()
+    nodes: list[fx.Node] = []
+
+    def found(value: Any) -> Any:
+        return nodes[value.index] if isinstance(value, _Reference) else _found(value)
+
+    for op, name, target, args, kwargs in state:
+        args, kwargs = (fx.node.map_aggregate(each, found) for each in (args, kwargs))
+        nodes.append(graph.create_node(op, _found(target), args, kwargs, name))
+    graph.lint()
+    return graph
+
+
+def _arguments(node: fx.Node) -> tuple[Any, Any]:
+    return node.args, node.kwargs
+
+
+def _by_name(value: Any) -> Any:
+    match value:
+        case OpOverload():
+            namespace, _, name = value._schema.name.partition("::")
+            return _Operator((namespace, name, value._overloadname))
+        case OpOverloadPacket():
+            return _Operator(tuple(value._qualified_op_name.split("::")))
+        case HigherOrderOperator():
+            return _Operator((value.namespace or "higher_order", value.name()))
+    return value
+
+
+def _found(value: Any) -> Any:
+    return value.find() if isinstance(value, _Operator) else value

@@ -1,0 +1,55 @@
+"""Plans: what was made for inputs of some sizes, kept for the next inputs of these sizes."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+#: More than a training meets (its batch, a last and smaller one, a single image) and what a server rounds batches to.
+KEPT = 8
+
+#: A network for inputs of some sizes, and the outputs for those that it was made with.
+Made = tuple[Callable[..., Any], Any]
+
+
+def sizes(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What inputs are told apart by: the tensors' shapes and dtypes, and the values of everything else."""
+    return tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves(inputs))
+
+
+class Plans:
+    """Calls the network that was made for inputs of these sizes; makes it where there is none yet.
+
+    Threads that call at once share what one of them makes.
+
+    Args:
+        make: makes it.
+        kept: for how many sizes; what was called least recently is dropped first.
+    """
+
+    def __init__(self, make: Callable[[tuple[Any, ...]], Made], kept: int = KEPT) -> None:
+        self._make = make
+        self._kept = kept
+        self._plans: OrderedDict[tuple[Any, ...], Callable[..., Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, *inputs: Any) -> Any:
+        key = (torch.get_num_threads(), *sizes(inputs))  # weights are laid out for so many threads, too
+        with self._lock:
+            plan = self._plans.get(key)
+            if plan is None:
+                self._plans[key], outputs = self._make(inputs)
+                while len(self._plans) > self._kept:
+                    self._plans.popitem(last=False)
+                return outputs
+            self._plans.move_to_end(key)
+        return plan(*inputs)
+
+    def __len__(self) -> int:
+        return len(self._plans)
