@@ -17,7 +17,7 @@ from .program import Program, Step, all_steps, build, random_inputs, source
 from .shrink import shrink
 
 #: Programs of the default test run, of so many steps at most; ``python -m tests.fuzz`` runs any number of any length.
-SEEDS, LONGEST, CHUNK = 200, 15, 10
+SEEDS, LONGEST, CHUNK = 40, 15, 10
 
 #: Files take seconds to write and to run, so only these programs are written.
 SEEDS_OF_FILES = (0, 1, 5)
