@@ -19,6 +19,11 @@ from .shrink import shrink
 #: Programs of the default test run, of so many steps at most; ``python -m tests.fuzz`` runs any number of any length.
 SEEDS, LONGEST, CHUNK = 40, 15, 10
 
+#: Programs that are known to fail: what was not mended yet is told here, and taken off when it is.
+KNOWN = {
+    30: "the simulation and the INT8 network round a tensor differently that is written to in place and read twice"
+}
+
 #: Files take seconds to write and to run, so only these programs are written.
 SEEDS_OF_FILES = (0, 1, 5)
 
@@ -29,7 +34,9 @@ def test_programs(start: int) -> None:
     for seed in range(start, start + CHUNK):
         program = generate(seed, LONGEST)
         failure = check_program(program, ("prepare", "train", "int8", "qat")).failure
-        if failure is not None:
+        if seed in KNOWN:
+            assert failure is not None, f"seed {seed} does not fail any more: take it off KNOWN"
+        elif failure is not None:
             failures.append(f"seed {seed}: {failure}\n{source(program)}")
     assert not failures, (
         "\n\n".join(failures) + f"\n\npython -m tests.fuzz {CHUNK} --start {start} --longest {LONGEST} shrinks them"

@@ -12,6 +12,7 @@ import torch
 from callback.classifiers import Wrapped, images
 from lifecycle.processes import finish, start
 from lifecycle.runs import StatefulLoader, assert_same, every_epoch, module, quantization, trainer, val_data
+from lightning.pytorch import Callback
 from torch import Tensor
 
 import lq
@@ -28,14 +29,23 @@ EVERY = {"epochs": {}, "batches": {"every_n_train_steps": 2}}
 KILLED_AGAIN = {"epochs": True, "batches": False}
 
 
+class Began(Callback):
+    """Tells when training begins: preparing takes as long as all of these epochs, and most kills are to come after."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_start(self, *args: Any) -> None:
+        self.path.touch()
+
+
 def run_to_the_end(folder: Path, mode: str, every: str) -> None:
     """A run that goes on from its last checkpoint where there is one; it tells when training begins."""
     model, data = module(), StatefulLoader()
     settings: dict[str, Any] = {"mode": mode, "observer_freeze": 0.7, "batch_norm_freeze": 0.7}
     callback = quantization(folder, convert=every == "epochs", **settings)
     checkpoint = every_epoch(folder, save_top_k=2, monitor="step", mode="max", **EVERY[every])
-    run = trainer(folder, callback, checkpoint, epochs=EPOCHS)
-    (folder / "began").touch()
+    run = trainer(folder, callback, checkpoint, Began(folder / "began"), epochs=EPOCHS)
     run.fit(model, data, val_data(), ckpt_path="last")
     torch.save({"metrics": {k: float(v) for k, v in run.callback_metrics.items()}}, folder / "metrics.pt")
     run.save_checkpoint(folder / "end.ckpt")
