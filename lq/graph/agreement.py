@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from lq.graph.capture import (
     followed_whole,
     run_followed,
 )
-from lq.graph.interpret import node_values, output_of, run_node
+from lq.graph.interpret import node_values, output_of
 from lq.graph.preserve import preserved
 from lq.guards import fixes_the_batch, input_name
 
@@ -106,10 +106,12 @@ def _clones(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, v) for name, v in inputs.items()}
 
 
-def graph_values(captured: CapturedGraph, module: nn.Module, inputs: Mapping[str, Any]) -> dict[Any, Any]:
+def graph_values(
+    captured: CapturedGraph, module: nn.Module, inputs: Mapping[str, Any], into: dict[Any, Any] | None = None
+) -> dict[Any, Any]:
     """The values of all nodes of a captured graph."""
     _seed()
-    return node_values(captured.graph, module, _clones(inputs), lambda target: captured.read(module, target))
+    return node_values(captured.graph, module, _clones(inputs), lambda target: captured.read(module, target), into)
 
 
 def first_sample(inputs: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -249,10 +251,8 @@ def _smallest(
     nodes = {node.meta["position"]: node for node in captured.graph.nodes if "position" in node.meta}
     with preserved(module):
         values: dict[Any, Any] = {}
-        try:
-            values = graph_values(captured, module, inputs)
-        except Exception:
-            values = _values_up_to_an_error(captured, module, inputs)
+        with suppress(Exception):  # those up to an error tell where it is
+            graph_values(captured, module, inputs, into=values)
     path = ""
     assert recorder.values is not None
     for position, expected in recorder.values.items():
@@ -263,22 +263,6 @@ def _smallest(
     while path in known:
         path = path.rpartition(".")[0]
     return path
-
-
-def _values_up_to_an_error(captured: CapturedGraph, module: nn.Module, inputs: Mapping[str, Any]) -> dict[Any, Any]:
-    values: dict[Any, Any] = {}
-    given = _clones(inputs)
-    _seed()
-    with torch.no_grad():
-        for node in captured.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = given[str(node.target)]
-                continue
-            try:
-                values[node] = run_node(node, values.__getitem__, module, lambda t: captured.read(module, t))
-            except Exception:
-                return values
-    return values
 
 
 def training_differences(

@@ -466,7 +466,7 @@ def _is_fixed(size: Any) -> bool:
 #: Checks, which say nothing of what is computed.
 _CHECKS = ("_assert", "sym_constrain_range", "_functional_assert")
 
-#: Operators that torch.export writes around a part of the forward.
+#: Inputs of a program that are the module's own tensors.
 _INPUT_KINDS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 
 

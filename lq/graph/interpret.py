@@ -34,7 +34,11 @@ def run_node(node: fx.Node, read: Callable[[fx.Node], Any], root: nn.Module, att
 
 @torch.no_grad()
 def node_values(
-    graph: fx.Graph, root: nn.Module, inputs: Mapping[str, Any], attribute: Callable[[str], Any] | None = None
+    graph: fx.Graph,
+    root: nn.Module,
+    inputs: Mapping[str, Any],
+    attribute: Callable[[str], Any] | None = None,
+    into: dict[fx.Node, Any] | None = None,
 ) -> dict[fx.Node, Any]:
     """The value of each node for one set of inputs.
 
@@ -43,8 +47,9 @@ def node_values(
         root: the module whose attributes it reads.
         inputs: the placeholders' values, in their order.
         attribute: gives what a ``get_attr`` node reads; by default the attribute of ``root``.
+        into: where the values are put; after an error it has those up to there.
     """
-    values: dict[fx.Node, Any] = {}
+    values = {} if into is None else into
     given = iter(inputs.values())
     for node in graph.nodes:
         if node.op == "placeholder":
