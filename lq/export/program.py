@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -107,11 +108,17 @@ def export_program(model: Int8Module, *, free_sizes: bool) -> Program:
     """
     module = fx.GraphModule(model, _without_circular_padding(constant_qparams(model.graph, model)))
 
+    fixed_batch = any(map(fixes_the_batch, model.guards))
+
     def free_axes(value: Any, free: str) -> Any:
         if not isinstance(value, Tensor):
             return None
         axes = {"sizes": range(value.dim()), "batch": range(min(value.dim(), 1)), "none": ()}[free]
         return dict.fromkeys((axis for axis in axes if axis != 1), Dim.AUTO)
+
+    def dynamic_axes(value: Any, free: str) -> Any:
+        axes = free_axes(value, free)
+        return {axis: Dim.STATIC if axis == 0 else dim for axis, dim in axes.items()} if axes and fixed_batch else axes
 
     def export(free: str) -> Program:
         inputs = examples(model, own_batch=free == "none")
@@ -119,7 +126,7 @@ def export_program(model: Int8Module, *, free_sizes: bool) -> Program:
             exported = torch.export.export(
                 module,
                 tuple(inputs.values()),
-                dynamic_shapes=tuple(tree_map(partial(free_axes, free=free), value) for value in inputs.values()),
+                dynamic_shapes=tuple(tree_map(partial(dynamic_axes, free=free), value) for value in inputs.values()),
                 strict=False,
             )
         shapes, guards = _sizes(exported, inputs)
@@ -128,7 +135,7 @@ def export_program(model: Int8Module, *, free_sizes: bool) -> Program:
             # only modules that are called as they are decide by it; what else the forward asked, the network knows.
             # Sizes that have to be equal are worth a message of their own.
             guards = tuple(guard for guard in guards if " == " in guard)
-        return Program(exported, shapes, guards)
+        return Program(exported, shapes, guards, _fixed_by_the_network(inputs, shapes, partial(free_axes, free=free)))
 
     choices = {"sizes": "", "batch": "the image size is fixed", "none": "all sizes are fixed, that of the batch too"}
     errors: list[Exception] = []
@@ -141,7 +148,7 @@ def export_program(model: Int8Module, *, free_sizes: bool) -> Program:
         if not errors:
             return program
         reason = f"{choices[free]}, for the network cannot be exported with free ones: {_first_line(errors[0])}"
-        return replace(program, notes=(reason,))
+        return replace(program, notes=(reason, *program.notes))
     raise ValueError(f"the network cannot be exported: {errors[-1]}") from errors[-1]
 
 
@@ -190,6 +197,20 @@ def _limits(size: str, limits: Any) -> list[str]:
     low, high = (int(end) if getattr(end, "is_Integer", False) else None for end in (limits.lower, limits.upper))
     guards = [f"{size} >= {low}"] if low is not None and low > 1 else []
     return guards + ([f"{size} <= {high}"] if high is not None else [])
+
+
+def _fixed_by_the_network(
+    inputs: dict[str, Any], shapes: tuple[tuple[int | None, ...], ...], free_axes: Callable[[Any], Any]
+) -> tuple[str, ...]:
+    """Which sizes were asked to be free and are not, for the network computes with one of them."""
+    paths, _ = tree_flatten_with_path(inputs)
+    return tuple(
+        f"{'the batch size' if axis == 0 else f'size {axis}'} of the input {input_name(path)!r} is fixed at "
+        f"{shape[axis]}, for the network can be computed with no other"
+        for (path, value), shape in zip(paths, shapes, strict=True)
+        for axis in free_axes(value) or ()
+        if shape[axis] is not None
+    )
 
 
 class _SizesByName(ast.NodeTransformer):
