@@ -412,13 +412,34 @@ def _functional_graph(program: ExportedProgram) -> tuple[ExportedProgram, fx.Gra
     except WriteThroughViewError:
         pass
     for node in program.graph.nodes:
-        if is_write(node) and "custom" in node.meta:
-            # What it becomes ends in the tensor that is written to, of which the call may have returned a part.
+        if is_write(node) and "custom" in node.meta and _is_part(node.args[0]):
+            # What it becomes ends in the tensor that is written to, of which the call returned a part.
             node.meta["custom"] = {k: v for k, v in node.meta["custom"].items() if k != "lq_position"}
     with quiet(*_TALKATIVE), traceback.preserve_node_meta():
         decomposed = program.run_decompositions({})
     graph, precision = with_regions_inlined(decomposed.graph_module)
     return decomposed, graph, precision
+
+
+def _is_part(node: Any) -> bool:
+    """Whether what is written to is a view, of other shape or strides than the tensor that was made."""
+    wholes = [node]
+    while (source := _aliased(wholes[-1])) is not None:
+        wholes.append(source)
+    values = [one.meta.get("val") for one in wholes]
+    return not all(
+        isinstance(v, Tensor) and v.shape == values[0].shape and v.stride() == values[0].stride() for v in values
+    )
+
+
+def _aliased(node: Any) -> fx.Node | None:
+    """The node that the tensor of ``node`` is a view of, or was written to by."""
+    source = node.args[0] if node.op == "call_function" and node.args else None
+    values = [one.meta.get("val") for one in (node, source) if isinstance(one, fx.Node)]
+    if len(values) != 2 or not all(isinstance(value, Tensor) for value in values):
+        return None
+    one, other = (value.untyped_storage()._cdata for value in values)
+    return source if one == other else None
 
 
 class _UnsupportedNodeError(Exception):

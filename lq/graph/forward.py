@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from lq.graph.calls import WHOLE, CallTracker, FollowedForward, Positions, original_forward
 from lq.graph.eager import never_compiled
-from lq.graph.ops import MOVES, OpKind, classify
+from lq.graph.ops import MOVES, classify
 from lq.graph.signature import CallSignature, signature_of
 from lq.quantizer import Quantizer, WeightQuantizer
 
@@ -228,17 +228,22 @@ def _with_item(container: Any, keys: tuple[Any, ...], change: Callable[[Any], An
     return type(container)(*items) if hasattr(container, "_fields") else type(container)(items)
 
 
-#: Operators whose tensor arguments are where the torch function of the same name has them.
-_ARGUMENTS = {
-    OpKind.CONV: ((0, "input"),),
-    OpKind.LINEAR: ((0, "input"),),
-    OpKind.AVG_POOL: ((0, "input"),),
-    OpKind.ADD: ((0, "input"), (1, "other")),
-}
+#: Names of an operator's first two arguments where the torch function has them too, as its first two.
+_FIRST, _SECOND = ("self", "input"), ("other",)
+
+
+def _arguments(user: fx.Node) -> Iterator[tuple[int, str]]:
+    """The tensors that an operator takes where the torch function does that calls it: their positions and names."""
+    schema = getattr(user.target, "_schema", None)
+    names = [] if schema is None else [argument.name for argument in schema.arguments[:2]]
+    if names and names[0] in _FIRST:
+        yield 0, "input"
+        if len(names) > 1 and names[1] in _SECOND:
+            yield 1, "other"
 
 
 def _readers(node: fx.Node) -> Iterator[tuple[fx.Node, int, str]]:
-    """The calls that read a tensor as INT8 or only move its values, each with the argument that it is."""
+    """The calls that read a tensor, each with the argument that it is."""
     for user in node.users:
         kind = classify(user)
         if "position" not in user.meta:
@@ -247,7 +252,7 @@ def _readers(node: fx.Node) -> Iterator[tuple[fx.Node, int, str]]:
         elif kind in MOVES and user.args[0] is node:
             yield user, 0, "input"
         else:
-            yield from ((user, index, name) for index, name in _ARGUMENTS.get(kind, ()) if user.args[index] is node)
+            yield from ((user, index, name) for index, name in _arguments(user) if user.args[index] is node)
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from core.patterns import Forward, conv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lq
+
 X = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 
 
@@ -159,6 +161,34 @@ FORWARDS: dict[str, tuple[Any, str, dict[str, nn.Module]]] = {
 def test_names_of_one_tensor(name: str) -> None:
     forward, layers, children = FORWARDS[name]
     check(network(forward, layers, **children), X)
+
+
+class FloatReader(nn.Module):
+    """A tensor that is written to as a whole, read as INT8 and by a layer that stays in float, beside a written view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.head = conv(3, 8), conv(8, 8), nn.Linear(8, 10)
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.relu(self.stem(x))
+        y = y.mul_(torch.sigmoid(y))
+        z = self.a(y)
+        part = z[:, :4]
+        part.add_(1)
+        return self.head(z.mean((2, 3))), self.up(y)
+
+
+def test_float_layers_read_what_int8_layers_read() -> None:
+    model = FloatReader().eval()
+    lq.calibrate(lq.prepare(model, X, target="x86_avx2"), [X])
+    int8 = lq.convert(model)
+    int8.execution = "simulation"
+    with torch.no_grad():
+        found, expected = int8(X)[1], model(X)[1]
+    # Biases are rounded here alone: values between two steps may go the other way, and no others.
+    assert ((found - expected).abs() > 1e-5).float().mean() < 0.05
 
 
 class InPlaceBlock(nn.Module):
