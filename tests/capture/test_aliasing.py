@@ -164,7 +164,7 @@ def test_names_of_one_tensor(name: str) -> None:
 
 
 class FloatReader(nn.Module):
-    """A tensor that is written to as a whole, read as INT8 and by a layer that stays in float, beside a written view."""
+    """A tensor that is written to as a whole, read as INT8 and by a float layer, beside a written view."""
 
     def __init__(self) -> None:
         super().__init__()
