@@ -13,6 +13,10 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=4, help="of each chain of runs in test_kills (default %(default)s)")
+
+
 @pytest.fixture(autouse=True)
 def short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test looks at how fast anything is; that fits time their models is tested with a few calls as well."""

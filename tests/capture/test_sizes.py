@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +145,13 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def calibrated(name: str) -> tuple[nn.Module, nn.Module]:
-    """A prepared model whose ranges are those of all sizes, and its eager twin."""
+@cache
+def converted(name: str) -> tuple[lq.Int8Module, nn.Module]:
+    """An INT8 network whose ranges are those of all sizes, and its eager twin."""
     model = NETWORKS[name]().eval()
     eager = copy.deepcopy(model)
     batches = [X, *(x for x in OTHERS if eager_or_none(eager, x) is not None)]
-    return lq.calibrate(lq.prepare(model, X, target=TARGET), batches), eager
+    return lq.convert(lq.calibrate(lq.prepare(model, X, target=TARGET), batches)), eager
 
 
 def eager_or_none(eager: nn.Module, x: Tensor) -> Any:
@@ -198,32 +200,31 @@ def compare_at_every_size(run: Callable[[Tensor], Any], eager: nn.Module) -> Non
 @pytest.mark.parametrize("execution", ["simulation", "auto"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_int8_in_process(name: str, execution: str) -> None:
-    model, eager = calibrated(name)
-    int8 = lq.convert(model)
+    int8, eager = converted(name)
     int8.execution = execution
     compare_at_every_size(int8, eager)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_program(name: str, tmp_path: Path) -> None:
-    model, eager = calibrated(name)
-    loaded = exported(model, tmp_path / "int8.pt2", "auto")
+    int8, eager = converted(name)
+    loaded = exported(int8, tmp_path / "int8.pt2", "auto")
     if loaded is not None:
         compare_at_every_size(loaded, eager)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_onnx(name: str, tmp_path: Path) -> None:
-    model, eager = calibrated(name)
-    loaded = exported(model, tmp_path / "int8.onnx", "onnxruntime")
+    int8, eager = converted(name)
+    loaded = exported(int8, tmp_path / "int8.onnx", "onnxruntime")
     if loaded is not None:
         compare_at_every_size(loaded, eager)
 
 
-def exported(model: nn.Module, path: Path, runtime: str) -> Any:
+def exported(int8: lq.Int8Module, path: Path, runtime: str) -> Any:
     """What was written and read, or None where lq refuses to write what depends on data."""
     try:
-        return through_file(model, path, runtime)
+        return through_file(int8, path, runtime)
     except Exception as error:
         if not is_lq_error(error) or path.exists():
             raise

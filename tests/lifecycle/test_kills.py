@@ -17,8 +17,6 @@ from torch import Tensor
 
 import lq
 
-#: Kills of each chain of runs; 4 chains make 52.
-KILLS = 13
 EPOCHS = 4
 MODES = ["ptq", "qat"]
 #: Where checkpoints are written: at the end of each epoch, or behind every other batch; then nothing is converted, so
@@ -80,17 +78,18 @@ def checkpoints_load(folder: Path) -> bool:
 @pytest.mark.parametrize("every", EVERY)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.support("Unhappy ends", "`kill -9` at any point: a loadable checkpoint, and an exactly resumable run")
-def test_killed_runs_go_on_exactly(mode: str, every: str, tmp_path: Path) -> None:
+def test_killed_runs_go_on_exactly(mode: str, every: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    wanted = pytestconfig.getoption("kills")
     whole = tmp_path / "whole"
     seconds = uninterrupted(whole, mode, every)
     moments = random.Random(f"{mode} {every}")
     seen_checkpoints, kills, runs = False, 0, 0
-    while kills < KILLS:
+    while kills < wanted:
         # A run that has got to its end makes place for another one.
         runs += 1
         folder = tmp_path / str(runs)
         folder.mkdir()
-        while not (folder / "done").exists() and kills < KILLS:
+        while not (folder / "done").exists() and kills < wanted:
             (folder / "began").unlink(missing_ok=True)
             process = start(run_to_the_end, folder, mode, every, output=folder / "output")
             while not (folder / "began").exists() and process.is_alive():
@@ -113,5 +112,5 @@ def test_killed_runs_go_on_exactly(mode: str, every: str, tmp_path: Path) -> Non
         assert_same(found, expected)
         # Killed in the conversion, it had no epoch left to have metrics of.
         assert found_metrics in (metrics, {})
-    assert kills == KILLS
+    assert kills == wanted
     assert seen_checkpoints
