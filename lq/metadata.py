@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from keyword import iskeyword
 from typing import Any
 
@@ -170,10 +169,3 @@ class Metadata:
     def _specs(self) -> tuple[pytree.TreeSpec, pytree.TreeSpec | None]:
         out_spec = None if self.out_spec is None else load_treespec(self.out_spec)
         return load_treespec(self.in_spec), out_spec
-
-
-def package_version() -> str:
-    try:
-        return version("lq")
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "unknown"

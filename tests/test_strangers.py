@@ -32,7 +32,7 @@ import lq
 from lq.archives import check_torch_archive, checked_members, read_members
 from lq.config import main
 from lq.data.image_folder import decode_rgb
-from lq.recipes import inspect
+from lq.recipes import inspect_file
 from lq.runtime.load import read_metadata
 
 X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -109,7 +109,7 @@ def refused(path: Path, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         lq.load(path)
     with pytest.raises(SystemExit):
-        main(inspect.Config, inspect.run, inspect.plan, argv=[str(path), f"output_dir={path.parent}"])
+        main(inspect_file.Config, inspect_file.run, inspect_file.plan, argv=[str(path), f"output_dir={path.parent}"])
 
 
 def in_size(code: str) -> Callable[[Any], None]:
@@ -233,7 +233,7 @@ def test_a_package_is_not_loaded_without_being_asked_for(folder: Path, tmp_path:
         ValueError, match=r"compiled code, which runs as it is loaded; where you trust it: lq.load\('.*'aoti'\)"
     ):
         lq.load(path)
-    main(inspect.Config, inspect.run, inspect.plan, argv=[str(path)])  # which reads what it says of itself
+    main(inspect_file.Config, inspect_file.run, inspect_file.plan, argv=[str(path)])  # it reads what the file says
     assert "5 layers in INT8" in (tmp_path / "int8.pt2.html").read_text()
     assert read_metadata(path) == read_metadata(folder / "int8.pt2")
     write_archive(path, members_of(folder / "int8.pt2") | library)
@@ -395,7 +395,7 @@ def test_checkpoints(tmp_path: Path, trap: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(ValueError, match=r"last.ckpt' is damaged: Bad CRC-32"):
         lq.quantize_checkpoint(path, torch.nn.Module)  # type: ignore[arg-type]
     with pytest.raises(SystemExit):
-        main(inspect.Config, inspect.run, inspect.plan, argv=[str(path)])
+        main(inspect_file.Config, inspect_file.run, inspect_file.plan, argv=[str(path)])
     assert "is damaged" in capsys.readouterr().err
     buffer = io.BytesIO()
     torch.save({"state_dict": {"a": torch.zeros(1_000_000)}}, buffer)
@@ -406,7 +406,7 @@ def test_checkpoints(tmp_path: Path, trap: Path, capsys: pytest.CaptureFixture[s
         lq.quantize_checkpoint(path, torch.nn.Module)  # type: ignore[arg-type]
     torch.save({"state_dict": {}, "lq": Trap(trap)}, path)
     with pytest.raises(SystemExit):
-        main(inspect.Config, inspect.run, inspect.plan, argv=[str(path)])
+        main(inspect_file.Config, inspect_file.run, inspect_file.plan, argv=[str(path)])
     assert "if it holds pickled objects and you trust it, add trusted=true" in capsys.readouterr().err
     with pytest.raises(pickle.UnpicklingError):
         lq.quantize_checkpoint(path, torch.nn.Module)  # type: ignore[arg-type]

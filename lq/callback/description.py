@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lq.callback.batches import validation_dataloaders
-from lq.metadata import package_version
+from lq.distribution import package_version
 from lq.runtime.cpu import cpu_name
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lq.convert import convert
+from lq.distribution import package_version
 from lq.export.aoti import (
     check_compiler,
     for_this_cpu,
@@ -41,7 +42,7 @@ from lq.graph.cropping import crop_kernels
 from lq.graph.qdq import QUANTIZE, QUANTIZE_BUFFER
 from lq.guards import input_name
 from lq.int8 import Int8Module
-from lq.metadata import Metadata, TensorSpec, dtype_name, package_version
+from lq.metadata import Metadata, TensorSpec, dtype_name
 from lq.modes import evaluating
 from lq.prepare import example_arguments, is_prepared, prepared_forward
 from lq.runtime.cpu import has_onednn_int8

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
+from lq.distribution import install
 from lq.metadata import KEY, Metadata
 from lq.runtime.inference import MissingRuntimeError
 from lq.runtime.onnx_file import CHECKSUM
@@ -34,7 +35,7 @@ def import_onnx() -> Any:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingRuntimeError(
-            f"the ONNX export needs onnx and onnxscript ({error}); install them with: pip install 'lq[onnx]'"
+            f"the ONNX export needs onnx and onnxscript ({error}); install them with: {install('onnx')}"
         ) from error
     return onnx
 

@@ -435,11 +435,12 @@ def _is_part(node: Any) -> bool:
 def _aliased(node: Any) -> fx.Node | None:
     """The node that the tensor of ``node`` is a view of, or was written to by."""
     source = node.args[0] if node.op == "call_function" and node.args else None
-    values = [one.meta.get("val") for one in (node, source) if isinstance(one, fx.Node)]
-    if len(values) != 2 or not all(isinstance(value, Tensor) for value in values):
+    if not isinstance(source, fx.Node):
         return None
-    one, other = (value.untyped_storage()._cdata for value in values)
-    return source if one == other else None
+    one, other = node.meta.get("val"), source.meta.get("val")
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return None
+    return source if one.untyped_storage()._cdata == other.untyped_storage()._cdata else None
 
 
 class _UnsupportedNodeError(Exception):

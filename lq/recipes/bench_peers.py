@@ -9,7 +9,7 @@ batch 128 26.9 / 27.4, 224x224 batch 1 13.6 / 13.7, resnet50 224x224 batch 1 29.
 
 The networks have random weights and are calibrated on random images: speed does not depend on what they know. Every
 contender lives in a process of its own, and the processes take turns. Peers need their packages
-(pip install 'lq[peers]'); those that are not installed are left out, and named.
+(pip install 'lightning-quantization[peers]'); those that are not installed are left out, and named.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lq.distribution import install
 from lq.metadata import Metadata
 
 
@@ -25,7 +26,7 @@ def import_optional(package: str, title: str, extra: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise MissingRuntimeError(f"{title} is not installed; install it with: pip install 'lq[{extra}]'") from error
+        raise MissingRuntimeError(f"{title} is not installed; install it with: {install(extra)}") from error
 
 
 class InferenceModel(ABC):

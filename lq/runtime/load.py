@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lq.archives import read_members
+from lq.distribution import install
 from lq.int8 import Int8Module
 from lq.metadata import KEY, Metadata
 from lq.runtime.aoti import AotiModel
@@ -137,7 +138,7 @@ def load(path: str | Path, runtime: str = "auto", *, threads: int | None = None)
         if not installed:
             raise MissingRuntimeError(
                 f"path={str(path)!r}: no runtime for ONNX files is installed; install one with: "
-                f"pip install 'lq[openvino]' or pip install 'lq[onnx]'"
+                f"{install('openvino')} or {install('onnx')}"
             )
         runtime = installed[0]
     if runtime not in RUNTIMES[format]:

@@ -1,4 +1,4 @@
-"""`python -m lq.recipes.inspect`: any file that lq writes."""
+"""`python -m lq.recipes.inspect_file`: any file that lq writes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lifecycle.runs import every_epoch, module, quantization, train_data, traine
 
 import lq
 from lq.config import main
-from lq.recipes import inspect
+from lq.recipes import inspect_file
 from lq.runtime.benchmark import Benchmark, BenchmarkRow
 
 
 def inspected(*arguments: object) -> None:
-    main(inspect.Config, inspect.run, inspect.plan, argv=[str(argument) for argument in arguments])
+    main(inspect_file.Config, inspect_file.run, inspect_file.plan, argv=[str(argument) for argument in arguments])
 
 
 def test_result(ptq_run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

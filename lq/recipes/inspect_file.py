@@ -1,9 +1,9 @@
 """What is in a quantized model's file: its layers in the terminal, and everything as one HTML page beside the file.
 
-python -m lq.recipes.inspect int8.pt2            or .onnx: its layers; with int8.json beside it all that was measured
-python -m lq.recipes.inspect int8.json           the same without the network
-python -m lq.recipes.inspect last.ckpt           a Trainer's checkpoint: how it was prepared, and its ranges
-python -m lq.recipes.inspect int8.json benchmark=runs/benchmark/benchmark.csv      with the time on every runtime
+python -m lq.recipes.inspect_file int8.pt2            or .onnx: its layers; with int8.json beside it what was measured
+python -m lq.recipes.inspect_file int8.json           the same without the network
+python -m lq.recipes.inspect_file last.ckpt           a Trainer's checkpoint: how it was prepared, and its ranges
+python -m lq.recipes.inspect_file int8.json benchmark=runs/benchmark/benchmark.csv      with the time on every runtime
 """
 
 from __future__ import annotations
