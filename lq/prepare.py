@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,7 +30,9 @@ from lq.quantizer import (
     activation_quantizer,
     weight_quantizer,
 )
-from lq.targets import Residual, Target, get_target
+from lq.targets import AUTO_TARGET, Residual, Target, get_target, native_target
+
+_log = logging.getLogger("lq")
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -191,7 +194,7 @@ def prepare(
     example_inputs: Any,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    target: str | Target = "x86",
+    target: str | Target = AUTO_TARGET,
     mode: Mode = "ptq",
     observer: str | None = None,
     overrides: OverridesLike | Overrides | None = None,
@@ -208,7 +211,8 @@ def prepare(
         example_inputs: inputs to run the model with once: a tensor, a tuple (the arguments of the forward) or a dict
             (its keyword arguments). A batch of two or more lets the batch size of the exported model vary.
         example_kwargs: keyword arguments beside ``example_inputs``.
-        target: the engine family: a name or a :class:`~lq.Target`.
+        target: the engine family: a name, a :class:`~lq.Target`, or ``"auto"`` for what this machine's CPU wants:
+            ``"x86"`` with VNNI, ``"x86_avx2"`` without, ``"xnnpack"`` on ARM. The log says which.
         mode: ``"ptq"`` or ``"qat"``.
         observer: statistics of the activations. By default ``"histogram"`` for PTQ, which serves every calibrator, and
             ``"moving_average"`` for QAT, where early batches are to be forgotten. ``"minmax"`` is the cheapest.
@@ -233,6 +237,8 @@ def prepare(
         torch.Size([1, 1000])
     """
     resolved = get_target(target)
+    if target == AUTO_TARGET:
+        _log.info("lq: target %r: %s", resolved.name, native_target()[1])
     if mode not in get_args(Mode):
         raise ValueError(f"mode={mode!r} is unknown; choose 'ptq' or 'qat'")
     if observer is None:

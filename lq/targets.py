@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from lq.runtime.cpu import architecture, has_vnni, is_arm, is_x86
 from lq.spec import QuantSpec
 
 #: How a residual add ``conv(x) + y`` is computed. ``"fused"``: by the convolution's kernel on its way out, so that only
@@ -90,14 +91,33 @@ XNNPACK = Target(
 TARGETS: dict[str, Target] = {target.name: target for target in (X86, X86_AVX2, ONNXRUNTIME, TENSORRT, XNNPACK)}
 
 
+#: The name that stands for what this machine's CPU wants.
+AUTO_TARGET = "auto"
+
+#: What a user may type.
+TARGET_CHOICES = (AUTO_TARGET, *TARGETS)
+
+
+def native_target() -> tuple[Target, str]:
+    """The target that this machine's CPU wants, and why."""
+    if is_x86():
+        # Asked of the kernels, not of the CPU: ONEDNN_MAX_CPU_ISA may cap what they use.
+        return (X86, "this CPU has VNNI") if has_vnni() else (X86_AVX2, "this CPU has no VNNI")
+    if is_arm():
+        return XNNPACK, "this is an ARM CPU"
+    return ONNXRUNTIME, f"this CPU ({architecture()}) is neither x86 nor ARM, and ONNX Runtime runs on most"
+
+
 def get_target(target: str | Target) -> Target:
-    """The target called ``target``; a :class:`Target` is handed through.
+    """The target called ``target``, ``"auto"`` for what this machine's CPU wants; a :class:`Target` is handed through.
 
     Raises:
         ValueError: where no target has that name.
     """
     if isinstance(target, Target):
         return target
+    if target == AUTO_TARGET:
+        return native_target()[0]
     if target not in TARGETS:
-        raise ValueError(f"target={target!r} is unknown; choose one of {', '.join(map(repr, TARGETS))}")
+        raise ValueError(f"target={target!r} is unknown; choose one of {', '.join(map(repr, TARGET_CHOICES))}")
     return TARGETS[target]

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from lq import targets
 from lq.runtime import timing
 
 # What is computed here is small: on busy cores, threads would wait for each other for most of the time. The processes
@@ -21,6 +22,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test looks at how fast anything is; that fits time their models is tested with a few calls as well."""
     monkeypatch.setattr(timing, "SECONDS", 0.05)
+
+
+@pytest.fixture(autouse=True)
+def same_target_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``target="auto"`` stands for the same whatever the CPU; what else it may stand for is tested by itself."""
+    monkeypatch.setattr(targets, "is_x86", lambda: True)
+    monkeypatch.setattr(targets, "has_vnni", lambda: True)
 
 
 @pytest.fixture(autouse=True)

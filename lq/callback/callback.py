@@ -48,7 +48,7 @@ from lq.prepare import (
     set_state,
 )
 from lq.quantizer import QuantizerState
-from lq.targets import Target, get_target
+from lq.targets import AUTO_TARGET, Target, get_target, native_target
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -75,7 +75,9 @@ class QuantizationCallback(Callback):
 
     Args:
         mode: ``"ptq"`` or ``"qat"``.
-        target: the engine family: one of ``lq.TARGETS``, by name, or a :class:`~lq.Target`.
+        target: the engine family: one of ``lq.TARGETS``, by name, or a :class:`~lq.Target`; ``"auto"`` for what this
+            machine's CPU wants (``"x86"`` with VNNI, ``"x86_avx2"`` without, ``"xnnpack"`` on ARM), or, where a QAT run
+            is resumed, for what its checkpoint was trained for.
         module: path of the submodule to quantize; found automatically where it is not given.
         calibration_batches: how many batches PTQ calibrates on, of all processes together; None for no limit.
         calibration_samples: no further batch once so many samples were seen, of all processes together; None for no
@@ -121,7 +123,7 @@ class QuantizationCallback(Callback):
     def __init__(
         self,
         mode: Mode = "ptq",
-        target: str | Target = "x86",
+        target: str | Target = AUTO_TARGET,
         module: str | None = None,
         calibration_batches: int | None = 32,
         calibration_samples: int | None = None,
@@ -159,6 +161,7 @@ class QuantizationCallback(Callback):
             raise ValueError(f"weights={weights!r} is unknown; choose 'best' or 'last', or None for the default")
         self.mode: Mode = mode
         self.target = get_target(target)
+        self._auto_target = target == AUTO_TARGET
         self.module = module
         self.calibration_batches = calibration_batches
         self.calibration_samples = calibration_samples
@@ -190,7 +193,9 @@ class QuantizationCallback(Callback):
         self._phase = "setup"
         self._range_log.reset()
         staged.fit_mode = self.mode
+        staged.takes_any_target = self._auto_target
         check_trainer(trainer)
+        self._choose_target(trainer)
         if self.mode == "qat":
             check_averaging(trainer, self)
         if self.convert:
@@ -213,6 +218,8 @@ class QuantizationCallback(Callback):
         staged = staged_unit(pl_module)
         if not staged.is_built:
             raise _nothing_to_quantize(pl_module)
+        if self.mode == "qat" and self._auto_target and is_prepared(staged.unit):
+            self.target = staged.prepared_forward.target  # of the checkpoint, where a run is resumed from one
         if self.mode == "qat" and not is_prepared(staged.unit):
             check_averaging(trainer, self, prepared_late=True)
             self._begin_fit(trainer, staged)
@@ -290,6 +297,12 @@ class QuantizationCallback(Callback):
         if getattr(trainer, "fast_dev_run", False):
             return None
         return Path(self.output_dir or Path(log_dir or trainer.default_root_dir) / "int8")
+
+    def _choose_target(self, trainer: Trainer) -> None:
+        """Say what ``"auto"`` stands for; where processes run on several machines, the first one's CPU decides."""
+        if self._auto_target:
+            self.target, reason = trainer.strategy.broadcast(native_target())
+            rank_zero_info(f"lq: target {self.target.name!r}: {reason}")
 
     def _thaw(self) -> None:
         """Let batch norm learn again, or a later fit would begin with it frozen."""

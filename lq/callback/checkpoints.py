@@ -128,7 +128,9 @@ def _for_training(staged: StagedUnit, checkpoint: dict[str, Any]) -> None:
         return
     if is_prepared(staged.unit) and preparation is not None:
         here, there = staged.prepared_forward.target, target_of(preparation)
-        if here != there:
+        if here != there and staged.takes_any_target:
+            rank_zero_info(f"lq: target {there.name!r}: the checkpoint was trained for it")
+        elif here != there:
             raise ValueError(
                 f"the checkpoint was trained for target {there.name!r}, and this run is for {here.name!r}: resume it "
                 f"with QuantizationCallback(mode='qat', target={there.name!r}); or load its float weights with "

@@ -24,7 +24,7 @@ from lq.file_sets import recover
 from lq.files import ensure_writable_dir
 from lq.overrides import LayerSpec
 from lq.preparation import target_of
-from lq.targets import get_target
+from lq.targets import AUTO_TARGET, get_target
 
 
 def quantize_checkpoint(
@@ -55,8 +55,8 @@ def quantize_checkpoint(
         data: a datamodule, whose train data are calibrated on and whose validation data are validated with; or batches
             as ``training_step`` takes them, to calibrate on.
         module: path of the submodule to quantize; found automatically where it is not given.
-        target: the engine family, one of ``lq.TARGETS``; by default the one that the checkpoint was trained for, or
-            ``"x86"``.
+        target: the engine family, one of ``lq.TARGETS`` or ``"auto"``; by default the one that the checkpoint was
+            trained for, or ``"auto"``: what this machine's CPU wants.
         calibrator: see :func:`lq.calibrate`; ``"auto"`` where it is not given.
         calibration_batches: how many batches to calibrate on; None for no limit.
         overrides: layers that are quantized in another way, see :class:`~lq.QuantizationCallback`; those of a
@@ -98,7 +98,7 @@ def quantize_checkpoint(
         )
     callback = QuantizationCallback(
         mode="ptq" if preparation is None else "qat",  # whose ranges are there
-        target=(target or "x86") if preparation is None else get_target(target or target_of(preparation)),
+        target=(target or AUTO_TARGET) if preparation is None else get_target(target or target_of(preparation)),
         calibration_batches=calibration_batches,
         calibrator=calibrator,
         overrides=overrides,

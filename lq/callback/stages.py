@@ -31,12 +31,14 @@ class StagedUnit:
 
     Attributes:
         fit_mode: what the ``fit`` that is under way, or was the last one, makes of the unit.
+        takes_any_target: whether that ``fit`` goes on with whatever target a checkpoint was trained for.
     """
 
     def __init__(self, pl_module: nn.Module, name: str | None) -> None:
         self.pl_module = pl_module
         self.name = name
         self.fit_mode: Mode | None = None
+        self.takes_any_target = False
         self._path: str | None = None
         self._kept: Any = None  # the submodule, or the forward of the LightningModule, that INT8 replaces
 

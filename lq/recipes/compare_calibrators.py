@@ -26,7 +26,7 @@ from lq.recipes.blocks.evaluation import top1
 from lq.recipes.blocks.networks import NETWORKS
 from lq.recipes.blocks.trainer import RunConfig, make_trainer
 from lq.recipes.blocks.training import TrainConfig, classifier, epochs, float_checkpoint, load_float_weights
-from lq.targets import TARGETS
+from lq.targets import TARGET_CHOICES, get_target
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Config(RunConfig):
 
     network: Literal["resnet18", "mobilenet_v2"] = field("resnet18", help="ResNet-18, 7x7 stem; or a small MobileNetV2")
     ckpt: str | None = field(None, help="float checkpoint to quantize instead of training one")
-    target: str = field("x86", help="engine family the quantizers are placed for", choices=tuple(TARGETS))
+    target: str = field("auto", help="engine family the quantizers are placed for", choices=TARGET_CHOICES)
     calibrators: list[str] = field(list(CALIBRATORS), help="those to compare; percentile:99.9 is one, too")
     num_batches: int = field(32, help="training batches to calibrate on")
     output_dir: str = field("runs/compare_calibrators", help="folder for checkpoints and the statistics")
@@ -67,7 +67,7 @@ def run(config: Config) -> None:
     comparison = lq.compare_calibrators(network, evaluate, config.calibrators)
     lq.save_statistics(network, f"{config.output_dir}/statistics.npz")
     assert chosen is not None
-    print(f"\nData: {data.name}, {config.network} for {config.target}")
+    print(f"\nData: {data.name}, {config.network} for {get_target(config.target)}")
     print(comparison)
     print(chosen)
     print(f"calibrator='auto' takes {chosen.best()!r}, by the error of the INT8 outputs on held-out training batches")
@@ -75,7 +75,8 @@ def run(config: Config) -> None:
 
 def plan(config: Config) -> str:
     what = f"quantize {config.ckpt}" if config.ckpt else f"train {config.network} in float"
-    return f"{what}, then compare {', '.join(config.calibrators)} for {config.target}; write to {config.output_dir}"
+    how = f"compare {', '.join(config.calibrators)} for {get_target(config.target)}"
+    return f"{what}, then {how}; write to {config.output_dir}"
 
 
 if __name__ == "__main__":

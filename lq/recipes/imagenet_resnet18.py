@@ -31,14 +31,14 @@ from lq.recipes.blocks.evaluation import top1
 from lq.recipes.blocks.imagenet import ImageNetConfig, PretrainedConfig, imagenet, pretrained
 from lq.recipes.blocks.results import save_results
 from lq.recipes.blocks.trainer import RunConfig, device_of
-from lq.targets import TARGETS
+from lq.targets import TARGET_CHOICES, get_target
 
 
 @dataclass
 class Config(RunConfig):
     """ResNet-18 on ImageNet."""
 
-    target: str = field("x86", help="engine family", choices=tuple(TARGETS))
+    target: str = field("auto", help="engine family", choices=TARGET_CHOICES)
     calibrator: str = field("auto", help="how ranges follow from the data; auto takes the best one")
     overrides: dict[str, Any] = field({}, help="layers quantized in another way, null for those left in float")
     benchmark: list[int] = field([1], help="batch sizes to time every installed engine at, against float")
@@ -126,7 +126,7 @@ def table_of(rows: list[Row]) -> Table:
 
 def plan(config: Config) -> str:
     layers = f", with {len(config.overrides)} settings of single layers" if config.overrides else ""
-    what = f"quantize {config.model.name} for {config.target}{layers}"
+    what = f"quantize {config.model.name} for {get_target(config.target)}{layers}"
     return f"{what}, images from {config.data.dir}; write to {config.output_dir}"
 
 

@@ -28,6 +28,7 @@ from lq.recipes.blocks.quantization import QuantConfig, callback, fine_tuner
 from lq.recipes.blocks.results import print_result, save_results
 from lq.recipes.blocks.trainer import RunConfig, device_of, make_trainer
 from lq.recipes.blocks.training import TrainConfig, float_checkpoint
+from lq.targets import get_target
 
 
 @dataclass
@@ -107,7 +108,7 @@ def plan(config: Config) -> str:
         how = f"calibrate on {config.data.calibration_images} images and compare {', '.join(config.calibrators)}"
     else:
         how = f"fine-tune for {config.quant.epochs} epochs with fake-quantizers"
-    what = f"{config.model.name} for {config.quant.target}: {how}"
+    what = f"{config.model.name} for {get_target(config.quant.target)}: {how}"
     return f"{what}, images from {config.data.dir}; write to {config.output_dir}"
 
 

@@ -36,6 +36,7 @@ from lq.recipes.blocks.trainer import RunConfig, make_trainer
 from lq.recipes.blocks.training import TrainConfig, classifier, epochs, float_checkpoint, load_float_weights
 from lq.runtime.cpu import cpu_name
 from lq.runtime.timing import measure
+from lq.targets import TARGET_CHOICES, get_target
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Config(RunConfig):
     """Targets and calibrators side by side."""
 
     ckpt: str | None = field(None, help="float checkpoint to quantize instead of training one")
-    targets: list[str] = field(["x86", "xnnpack"], help=f"engine families, of {', '.join(lq.TARGETS)}")
+    targets: list[str] = field(["auto", "xnnpack"], help=f"engine families, of {', '.join(TARGET_CHOICES)}")
     calibrators: list[str] = field(list(CALIBRATORS), help="those to compare; percentile:99.9 is one, too")
     num_batches: int = field(32, help="training batches to calibrate on")
     output_dir: str = field("runs/mnist_resnet18", help="folder for checkpoints, INT8 networks, table and chart")
@@ -68,7 +69,7 @@ def run(config: Config) -> None:
     networks: dict[str, Any] = {"float": network}
     rows = {"float": Row("", "", top1(network, data.val_dataloader(), data.num_classes), float_size / 1e6)}
     output.mkdir(parents=True, exist_ok=True)
-    for target in config.targets:
+    for target in map(get_target, config.targets):
         prepared = lq.prepare(copy.deepcopy(network), torch.zeros(2, *data.input_shape), target=target)
         lq.calibrate(prepared, data.train_dataloader(), num_batches=config.num_batches, progress=config.progress)
         for calibrator in config.calibrators:
@@ -78,7 +79,7 @@ def run(config: Config) -> None:
             name = f"{target}, {calibrator}"
             networks[name] = int8
             accuracy = top1(int8, data.val_dataloader(), data.num_classes)
-            rows[name] = Row(target, calibrator, accuracy, path.stat().st_size / 1e6)
+            rows[name] = Row(target.name, calibrator, accuracy, path.stat().st_size / 1e6)
     times = measure(networks, {"x": torch.zeros(1, *data.input_shape)}, 1)
     found = [replace(row, p50_ms=times[name].p50_ms) for name, row in rows.items()]
     save_chart(found, data.name, output / "sweep.png")

@@ -19,7 +19,7 @@ from lightning.pytorch import seed_everything
 import lq
 from lq.config import ConfigError, field, main
 from lq.recipes.blocks.results import print_result
-from lq.targets import TARGETS
+from lq.targets import TARGET_CHOICES
 
 
 @dataclass
@@ -33,7 +33,9 @@ class Config:
     )
     module: str | None = field(None, help="path of the submodule to quantize; found where it is not given")
     target: str | None = field(
-        None, help="engine family; by default what a QAT run was for, or x86", choices=(None, *TARGETS)
+        None,
+        help="engine family; by default what a QAT run was for, or auto: this CPU's",
+        choices=(None, *TARGET_CHOICES),
     )
     calibrator: str | None = field(None, help="minmax, moving_average, percentile, mse, entropy; the best by default")
     calibration_batches: int = field(32, help="training batches that ranges are taken from")

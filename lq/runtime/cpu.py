@@ -13,14 +13,25 @@ from typing import Any
 import torch
 
 
+def architecture() -> str:
+    """What the CPU's instruction set is called here: ``"x86_64"``, ``"aarch64"``, ..."""
+    return platform.machine().lower()
+
+
+def is_x86() -> bool:
+    """Whether this is a 64-bit x86 CPU."""
+    return architecture() in ("x86_64", "amd64")
+
+
+def is_arm() -> bool:
+    """Whether this is an ARM CPU."""
+    return architecture().startswith(("arm", "aarch64"))
+
+
 @cache
 def has_onednn_int8() -> bool:
     """Whether torch's oneDNN INT8 convolutions and linear layers are there: an x86 CPU, and a build with oneDNN."""
-    return (
-        platform.machine().lower() in ("x86_64", "amd64")
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.onednn, "qconv2d_pointwise")
-    )
+    return is_x86() and torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv2d_pointwise")
 
 
 @cache

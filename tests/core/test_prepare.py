@@ -248,7 +248,7 @@ def test_shared_layer_with_two_batch_norms_is_not_folded() -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ValueError, match=r"target='arm' is unknown; choose one of 'x86', 'x86_avx2'"):
+    with pytest.raises(ValueError, match=r"target='arm' is unknown; choose one of 'auto', 'x86', 'x86_avx2'"):
         lq.prepare(Residual(), X, target="arm")
     with pytest.raises(ValueError, match="mode='int8' is unknown; choose 'ptq' or 'qat'"):
         lq.prepare(Residual(), X, mode="int8")  # type: ignore[arg-type]

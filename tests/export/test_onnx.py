@@ -336,7 +336,11 @@ def test_bad_arguments(files: Files, tmp_path: Path) -> None:
         ("int8.bin", {}, r"path='.*int8\.bin' must end in \.pt2 or \.onnx"),
         ("int8.onnx", {"format": "pt2"}, r"must end in \.pt2 for format='pt2'"),
         ("int8.onnx", {"format": "tflite"}, "format='tflite' is unknown; choose one of 'pt2', 'aoti', 'onnx'"),
-        ("int8.onnx", {"target": "arm"}, "target='arm' is unknown; choose one of 'x86', 'x86_avx2', 'onnxruntime'"),
+        (
+            "int8.onnx",
+            {"target": "arm"},
+            "target='arm' is unknown; choose one of 'auto', 'x86', 'x86_avx2', 'onnxruntime'",
+        ),
         ("int8.onnx", {"samples": {"y": X}}, "samples must be inputs of the network, x; got y"),
         ("int8.onnx", {"opset": 999}, "opset=999 is none that torch's exporter writes"),
         ("int8.onnx", {"opset": 17}, "opset=17 is none that torch's exporter writes here; it made opset 18"),

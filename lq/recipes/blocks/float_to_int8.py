@@ -19,6 +19,7 @@ from lq.recipes.blocks.quantization import QuantConfig, callback, fine_tuner
 from lq.recipes.blocks.results import print_result, save_results
 from lq.recipes.blocks.trainer import RunConfig, make_trainer
 from lq.recipes.blocks.training import TrainConfig, classifier, epochs, float_checkpoint, load_float_weights
+from lq.targets import get_target
 
 
 @dataclass
@@ -95,4 +96,5 @@ def plan_of(config: FloatToInt8Config, name: str) -> str:
     """What :func:`float_to_int8` would do with the network called ``name``."""
     what = f"quantize {config.ckpt}" if config.ckpt else f"train {name} in float, then quantize it"
     tuning = f" ({config.quant.epochs} epochs of fine-tuning)" if config.mode == "qat" else ""
-    return f"{what} with {config.mode.upper()}{tuning} for {config.quant.target}; write to {config.output_dir}"
+    target = get_target(config.quant.target)
+    return f"{what} with {config.mode.upper()}{tuning} for {target}; write to {config.output_dir}"

@@ -13,14 +13,14 @@ from lq.config import ConfigError, field
 from lq.models import Classifier
 from lq.models.schedules import ScheduleName
 from lq.recipes.blocks.training import TrainConfig
-from lq.targets import TARGETS
+from lq.targets import TARGET_CHOICES
 
 
 @dataclass
 class QuantConfig:
     """How the model is taken to INT8."""
 
-    target: str = field("x86", help="engine family the quantizers are placed for", choices=tuple(TARGETS))
+    target: str = field("auto", help="engine family the quantizers are placed for", choices=TARGET_CHOICES)
     calibration_batches: int = field(32, help="training batches that PTQ takes its ranges from")
     calibrator: str | None = field(
         None, help="minmax, moving_average, percentile, percentile:99.9, mse, entropy; by default the best one for PTQ"
