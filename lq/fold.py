@@ -52,7 +52,17 @@ def fold_batch_norm(
         >>> folded.fold_difference < 1e-3, [m for m in folded.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         (True, [])
     """
-    prepared = prepare(copy.deepcopy(model), example_inputs, example_kwargs=example_kwargs)
+    return folded_float(prepare(copy.deepcopy(model), example_inputs, example_kwargs=example_kwargs))
+
+
+def folded_float(prepared: nn.Module) -> fx.GraphModule:
+    """The float network of a prepared module without its batch norms, see :func:`fold_batch_norm`.
+
+    What is not folded is shared with ``prepared``. It takes the forward's inputs by position, and no settings.
+
+    Raises:
+        FoldError: where folding changes an output by more than 1e-3.
+    """
     forward = prepared_forward(prepared)
     analysis = forward.analyse()
     with quantizers_off(prepared), without_quantizers(prepared), evaluating(prepared):

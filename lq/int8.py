@@ -116,7 +116,7 @@ class Int8Module(nn.Module):
         return self._compiled["forward"](*args, **kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = self._bind(args, kwargs)
+        inputs = self.bind(args, kwargs)
         # Autocast would take float convolutions of the simulation to 16 bits, below the steps of the INT8 grids.
         device = next((leaf.device.type for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), "cpu")
         with torch.no_grad(), torch.autocast(device, enabled=False), torch_threads(self.threads):
@@ -144,7 +144,13 @@ class Int8Module(nn.Module):
         self._signature = signature
         self.settings = dict(settings)
 
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The inputs of a call of the float model's forward, in order, checked.
+
+        Raises:
+            TypeError: where they are not those that this network was made for.
+            ValueError: where a size is not.
+        """
         names = self._input_names
         args, kwargs = tree_map(_as_tensor, (args, dict(kwargs)))  # arrays would be taken for settings
         if self._signature is not None:

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from lq import targets
+from lq.callback import conversion
 from lq.runtime import timing
+
+# Every fit would write and run an ONNX file more; `callback/test_engines.py` has a fit with nothing but defaults.
+conversion.DEFAULT_FORMATS = ()
 
 # What is computed here is small: on busy cores, threads would wait for each other for most of the time. The processes
 # that tests start have one, too.

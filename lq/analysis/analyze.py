@@ -31,6 +31,7 @@ def analyze(
     num_samples: int | None = None,
     sensitivity: bool = True,
     timing: bool = True,
+    seconds: float | None = None,
     forward: Callable[[Any], Any] | None = None,
     progress: bool = True,
 ) -> Analysis:
@@ -49,6 +50,9 @@ def analyze(
         sensitivity: whether to measure it: two partial runs of the model for each layer and sample.
         timing: whether to measure times, of the float model and of ``lq.convert(model)``, node by node on up to 8
             samples at once; where the model is on the CPU, in float32, and torch has INT8 kernels for this CPU.
+        seconds: about how long the sensitivity may take, or None for as long as it does. The layers whose weights and
+            inputs are the noisiest come first; what was left out is ``left_out`` of the result. Fewer samples are
+            looked at before a layer is left out.
         forward: runs the model on one batch; for batches of any other form. What the model returns is analysed, and
             not what is made of it.
         progress: whether to show a progress bar.
@@ -82,9 +86,9 @@ def analyze(
         layers = layers_of(report_rows(model, analysis, quantizers(model)), analysis, roundings)
         chunks = model_inputs(model, batches, num_samples or default_num_samples(analysis), forward)
         with unprepared(model), evaluating(model):
-            study = Study(model, analysis, roundings, layers, sensitivity)
+            study = Study(model, analysis, roundings, layers, sensitivity, _weight_noise(layers, analysis, roundings))
             steps = len(chunks) * study.steps
-            for _ in progress_bar(study.run(chunks), steps, enabled=progress, label="Analyzing"):
+            for _ in progress_bar(study.run(chunks, seconds), steps, enabled=progress, label="Analyzing"):
                 pass
             figures = [_figures(model, layer, analysis, roundings) for layer in layers]
         times = layer_times(model, analysis, layers, chunks[0]) if timing else [{} for _ in layers]
@@ -93,8 +97,20 @@ def analyze(
         row = layer.row
         measured: dict[str, Any] = {**found, **study.figures(layer), **time}
         rows.append(LayerAnalysis(row.name, row.kind, row.precision, row.reason, **measured))
-    samples = sum(batch_size(chunk) for chunk in chunks)
-    return Analysis(type(model).__name__, prepared.target.name, samples, study.output_sqnr_db, tuple(rows))
+    samples = sum(batch_size(chunk) for chunk in chunks[: study.chunks])
+    return Analysis(
+        type(model).__name__, prepared.target.name, samples, study.output_sqnr_db, tuple(rows), tuple(study.left_out)
+    )
+
+
+def _weight_noise(layers: list[Layer], analysis: GraphAnalysis, roundings: Roundings) -> dict[str, float]:
+    """SQNR of the weights by the layers' names, dB."""
+    found = {
+        layer.row.name: weight_figures(layer.kernel, analysis, roundings)["weight_sqnr_db"]
+        for layer in layers
+        if isinstance(layer.kernel, Chain)
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _figures(model: nn.Module, layer: Layer, analysis: GraphAnalysis, roundings: Roundings) -> dict[str, Any]:

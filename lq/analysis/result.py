@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.table import Table
@@ -104,6 +104,7 @@ class Analysis:
         samples: how many samples were looked at.
         output_sqnr_db: of the model's outputs, float against INT8.
         layers: in the order of the graph.
+        left_out: names of the layers in INT8 whose sensitivity was not measured, or not wholly, for lack of time.
     """
 
     model: str
@@ -111,6 +112,15 @@ class Analysis:
     samples: int
     output_sqnr_db: float
     layers: tuple[LayerAnalysis, ...]
+    left_out: tuple[str, ...] = ()
+
+    def with_times(self, times: Sequence[Mapping[str, float]]) -> Analysis:
+        """The analysis with ``float_ms`` and ``int8_ms`` of each layer, as far as they are there, in order."""
+        layers = (
+            replace(layer, float_ms=found.get("float_ms"), int8_ms=found.get("int8_ms"))
+            for layer, found in zip(self.layers, times, strict=True)
+        )
+        return replace(self, layers=tuple(layers))
 
     def by_harm(self) -> tuple[LayerAnalysis, ...]:
         """The layers in INT8, the most harmful first, and then those in float.
@@ -173,9 +183,22 @@ class Analysis:
             decibels = (_text(value, ".1f") for value in outputs)
             table.add_row(layer.name, *noise, *decibels, *times, layer.reason)
         advice = [f"{advice.layer}: +{advice.gain_db:.1f} dB" for advice in self.advice()]
-        if advice:
-            table.caption = f"left in float, would gain: {', '.join(advice)}"
+        lines = [f"left in float, would gain: {', '.join(advice)}"] if advice else []
+        if self.left_out:
+            lines.append(self.left_out_text)
+        table.caption = "\n".join(lines) or None
         return table
+
+    @property
+    def left_out_text(self) -> str:
+        """What there was no time for; ``""`` where there was for all."""
+        if not self.left_out:
+            return ""
+        count = len({layer.name for layer in self.layers if layer.in_int8})
+        return (
+            f"the sensitivity of {len(self.left_out)} of {count} layers, those whose weights and inputs rounding "
+            f"disturbs least, was left out for lack of time"
+        )
 
     def __str__(self) -> str:
         return as_text(self.table(), 150)
@@ -192,7 +215,8 @@ class Analysis:
             pairs = {key: tuple(row[key]) for key in ("range", "observed") if row.get(key) is not None}
             return LayerAnalysis(**{**row, **pairs})
 
-        return cls(**{**values, "layers": tuple(layer(row) for row in values["layers"])})
+        layers = tuple(layer(row) for row in values["layers"])
+        return cls(**{**values, "layers": layers, "left_out": tuple(values.get("left_out", ()))})
 
 
 def _text(value: float | None, form: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from lq.analysis.layers import Layer, watch_outputs
 from lq.analysis.measures import energy, error_energy, float_leaves, sqnr_db
+from lq.analysis.result import SQNR_LIMIT_DB
 from lq.analysis.rounding import Rounding, Roundings
 from lq.analysis.simulation import Plan, Simulator, Values
 from lq.graph.analysis import GraphAnalysis
@@ -27,6 +29,11 @@ class Study:
         roundings: what is rounded in each variant.
         layers: the rows; they collect what the runs show.
         sensitivity: whether to run the layers' variants.
+        weight_sqnr: of the layers' weights by name, dB: where time is short, the noisiest layers come first.
+
+    Attributes:
+        chunks: how many were run.
+        left_out: names of layers whose variants there was no time for.
     """
 
     def __init__(
@@ -36,8 +43,12 @@ class Study:
         roundings: Roundings,
         layers: list[Layer],
         sensitivity: bool,
+        weight_sqnr: Mapping[str, float],
     ) -> None:
         self.layers = layers
+        self.weight_sqnr = weight_sqnr
+        self.chunks = 0
+        self.left_out: list[str] = []
         self.simulator = simulator = Simulator(model, analysis.captured)
         self.placeholders = [node for node in analysis.graph.nodes if node.op == "placeholder"]
         self.float_plan = simulator.plan(Rounding())
@@ -66,12 +77,41 @@ class Study:
         """How many runs a chunk takes."""
         return 2 + len(self.only) + len(self.all_but)
 
-    def run(self, chunks: list[dict[str, Any]]) -> Iterator[None]:
-        """All runs on all chunks; yields after each."""
-        for inputs in chunks:
-            yield from self._run(inputs)
+    def run(self, chunks: list[dict[str, Any]], seconds: float | None = None) -> Iterator[None]:
+        """All runs on all chunks; yields after each.
 
-    def _run(self, inputs: dict[str, Any]) -> Iterator[None]:
+        Args:
+            chunks: inputs by name.
+            seconds: about how long it may take: there are fewer chunks then, and of the first one fewer layers.
+        """
+        begun = time.perf_counter()
+        for inputs in chunks:
+            spent = time.perf_counter() - begun
+            if seconds is not None and self.chunks and spent / self.chunks * (self.chunks + 1) > seconds:
+                return
+            yield from self._run(inputs, None if seconds is None or self.chunks else begun + seconds)
+            self.chunks += 1
+
+    def _suspicion(self) -> dict[str, float]:
+        """The SQNR of the worse of weight and input, dB, by layer: the lower, the sooner it is looked at."""
+        found: dict[str, float] = {}
+        for layer in self.layers:
+            inputs = [s.rounded.sqnr_db for s in layer.inputs if s.rounded.sqnr_db is not None]
+            name = layer.row.name
+            found[name] = min([*inputs, self.weight_sqnr.get(name, SQNR_LIMIT_DB), found.get(name, SQNR_LIMIT_DB)])
+        return found
+
+    def _in_time(self, plans: dict[str, Plan], order: Mapping[str, float], until: float | None) -> Iterator[str]:
+        """Names of the variants to run, lowest ``order`` first; those that there is no time for are dropped."""
+        for name in sorted(plans, key=lambda name: order.get(name, SQNR_LIMIT_DB)):
+            if until is not None and time.perf_counter() > until:
+                del plans[name]
+                if name not in self.left_out:
+                    self.left_out.append(name)
+            else:
+                yield name
+
+    def _run(self, inputs: dict[str, Any], until: float | None) -> Iterator[None]:
         given = Values(made=dict(zip(self.placeholders, inputs.values(), strict=True)))
         outputs, floats = self.simulator.run(self.float_plan, given, keep_read=self.float_kept)
         floats.made = floats.read  # nothing is rounded
@@ -96,12 +136,16 @@ class Study:
         whole = 0.0 if found is None else error_energy(reference, float_leaves(found))
         self.noise += whole
         yield
-        for name, plan in self.only.items():
-            self.only_noise[name] += noise(plan, floats, 0.0)
+        now = time.perf_counter()
+        half = None if until is None else now + (until - now) / 2
+        for name in self._in_time(self.only, self._suspicion(), half):
+            self.only_noise[name] += noise(self.only[name], floats, 0.0)
             yield
         floats = Values()  # the runs that follow start from the INT8 model's
-        for name, plan in self.all_but.items():
-            self.all_but_noise[name] += noise(plan, int8, whole)
+        # What makes the most noise alone is what may gain the most in float.
+        order = {name: -self.only_noise[name] for name in self.only}
+        for name in self._in_time(self.all_but, order, until):
+            self.all_but_noise[name] += noise(self.all_but[name], int8, whole)
             yield
 
     def _check(self, reference: list[torch.Tensor]) -> None:
@@ -123,7 +167,11 @@ class Study:
     def figures(self, layer: Layer) -> dict[str, float]:
         """The sensitivity of a layer, as far as it was measured."""
         found = {}
-        for field, noises in (("only_sqnr_db", self.only_noise), ("all_but_sqnr_db", self.all_but_noise)):
-            if layer.kernel is not None and layer.row.name in noises:
-                found[field] = sqnr_db(self.signal, noises[layer.row.name])
+        name = layer.row.name
+        for field, plans, noises in (
+            ("only_sqnr_db", self.only, self.only_noise),
+            ("all_but_sqnr_db", self.all_but, self.all_but_noise),
+        ):
+            if layer.kernel is not None and name in plans:
+                found[field] = sqnr_db(self.signal, noises[name])
         return found

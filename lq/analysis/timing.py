@@ -12,16 +12,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
-from lq.analysis.layers import Layer
+from lq.analysis.layers import Layer, layers_of
+from lq.analysis.rounding import Roundings
 from lq.calibration.calibrate import batch_size
 from lq.convert import convert
 from lq.graph.analysis import GraphAnalysis
 from lq.graph.interpret import run_node
 from lq.graph.placement import site, source_of
 from lq.graph.qdq import lookup, origin
+from lq.int8 import Int8Module
 from lq.modes import evaluating
-from lq.prepare import quantizers, unprepared
+from lq.prepare import prepared_forward, quantizers, unprepared
 from lq.quantizer import WeightQuantizer
+from lq.report import report_rows
 from lq.runtime.cpu import has_onednn_int8
 
 #: Rounds that warm caches up, that are made at least, and at most within so many seconds.
@@ -50,8 +53,26 @@ class _Stopwatch:
                 self.seconds[node] = time.perf_counter() - start
 
 
+def time_layers(model: nn.Module, int8: Int8Module, inputs: dict[str, Any]) -> list[dict[str, float]]:
+    """:func:`layer_times` of a prepared model and what it was converted to, in the order of their report.
+
+    Args:
+        model: prepared, with ranges.
+        int8: from :func:`lq.convert`, for the model's own target.
+        inputs: what to run it on, by name.
+    """
+    analysis = prepared_forward(model).analyse()
+    rows = report_rows(model, analysis, quantizers(model))
+    layers = layers_of(rows, analysis, Roundings(model, analysis))
+    return layer_times(model, analysis, layers, inputs, int8)
+
+
 def layer_times(
-    model: nn.Module, analysis: GraphAnalysis, layers: list[Layer], inputs: dict[str, Any]
+    model: nn.Module,
+    analysis: GraphAnalysis,
+    layers: list[Layer],
+    inputs: dict[str, Any],
+    int8: Int8Module | None = None,
 ) -> list[dict[str, float]]:
     """``float_ms`` and ``int8_ms`` of each layer, milliseconds per sample: medians over rounds that take turns.
 
@@ -64,6 +85,7 @@ def layer_times(
         analysis: its float graph.
         layers: its layers.
         inputs: what to run it on, by name.
+        int8: what it was converted to; converted anew where it is not given.
 
     Returns:
         For each layer a dict, without what was not measured: all of it where the model is not on the CPU or not in
@@ -73,7 +95,7 @@ def layer_times(
     floats = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     if any(t.device.type != "cpu" for t in tensors) or any(p.dtype is not torch.float32 for p in floats):
         return [{} for _ in layers]
-    contenders = {"int8_ms": _int8_network(model)} if has_onednn_int8() else {}
+    contenders = {"int8_ms": _int8_network(model, int8, inputs)} if has_onednn_int8() else {}
     with unprepared(model), evaluating(model):
         contenders = {
             "float_ms": _Stopwatch(model, analysis.graph, partial(analysis.captured.read, model)),
@@ -114,23 +136,28 @@ def _race(contenders: dict[str, _Stopwatch], inputs: dict[str, Any]) -> dict[str
     return found
 
 
-def _int8_network(model: nn.Module) -> _Stopwatch:
-    """The converted network as its kernels run it; one of its own, for they cache the shape they saw first."""
-    found = {name: q for name, q in quantizers(model).items() if isinstance(q, WeightQuantizer)}
-    kept = {q: ([(b, b.clone()) for b in q.buffers()], q.calibrated) for q in found.values()}
-    try:
-        int8 = convert(model)
-    finally:  # a weight's range was brought up to date
-        for quantizer, (buffers, calibrated) in kept.items():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-            quantizer.calibrated = calibrated
-    lowered = int8.kernels()
+def _int8_network(model: nn.Module, int8: Int8Module | None, inputs: dict[str, Any]) -> _Stopwatch:
+    """The converted network as its kernels run it for these inputs."""
+    int8 = _converted(model) if int8 is None else int8
+    lowered = int8.kernels(*inputs.values())
     root = nn.Module()
     root.add_module("module", int8)
     for name, value in lowered.constants.items():
         setattr(root, name, value)
     return _Stopwatch(root, lowered.graph, partial(lookup, root))
+
+
+def _converted(model: nn.Module) -> Int8Module:
+    """The INT8 network of a model that is left as it is."""
+    found = {name: q for name, q in quantizers(model).items() if isinstance(q, WeightQuantizer)}
+    kept = {q: ([(b, b.clone()) for b in q.buffers()], q.calibrated) for q in found.values()}
+    try:
+        return convert(model)
+    finally:  # a weight's range was brought up to date
+        for quantizer, (buffers, calibrated) in kept.items():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            quantizer.calibrated = calibrated
 
 
 def _float_owners(layers: list[Layer]) -> dict[str | None, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,7 +25,7 @@ from lq.callback.averages import (
 )
 from lq.callback.batches import given_batches, train_batches
 from lq.callback.checkpoints import attach_hooks
-from lq.callback.conversion import OUTPUTS
+from lq.callback.conversion import OUTPUTS, default_formats
 from lq.callback.fit_end import quantize_at_fit_end
 from lq.callback.logging import RangeLog, log_result, make_room
 from lq.callback.preparation import check_batch, prepare_for_batch, tell_of_a_change
@@ -51,6 +53,9 @@ from lq.quantizer import QuantizerState
 from lq.targets import AUTO_TARGET, Target, get_target, native_target
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+#: What the analysis may take where nothing is said: so much of the fit, but so many seconds at least.
+ANALYSIS_SHARE, ANALYSIS_SECONDS = 0.1, 30.0
 
 #: How far a fit is.
 Phase = Literal["setup", "training", "conversion"]
@@ -95,13 +100,18 @@ class QuantizationCallback(Callback):
         weights: ``"best"`` converts the weights of the best checkpoint, by the metric of the first ModelCheckpoint that
             monitors one; ``"last"`` those that training ended with. By default the best ones where there are such,
             except with StochasticWeightAveraging, whose average is there only at the end; the log says which.
-        evaluate: whether to run the validation data through the float and the INT8 model, and to time both.
+        evaluate: whether to run the validation data through the float model and through INT8 on every engine that is
+            installed, and to time all of them, and each layer in float and in INT8.
         analyze: whether to look for the layers that do harm, on a few samples of the validation data (without such, of
-            the calibration data): SQNR, sensitivity and, with ``evaluate``, time of each, for the charts and the advice
-            in ``int8.html`` and in the loggers. What fails there is a warning.
+            the calibration data): SQNR and sensitivity of each, for the charts and the advice in ``int8.html`` and in
+            the loggers. It may take a tenth of the fit or 30 s, whichever is longer, or as many seconds as are given
+            here: the layers with the noisiest weights and inputs come first, and the page says what was left out. What
+            fails there is a warning.
         export: formats to write beside ``int8.pt2``, which is always written: ``"onnx"`` (``int8.onnx``, for ONNX
             Runtime, OpenVINO and TensorRT) and ``"aoti"`` (``int8.aoti.pt2``, compiled for this machine's CPU); see
-            :func:`lq.export`. Class names and mean and standard deviation of the images go into the files where the
+            :func:`lq.export`. By default ``"onnx"`` where ``lq[onnx]`` is installed; a network of which no such file
+            can be made is then a warning, and an error where the format was asked for.
+            Class names and mean and standard deviation of the images go into the files where the
             datamodule has attributes ``classes``, ``mean`` and ``std``.
         output_dir: folder for ``int8.pt2``, ``int8.json`` and ``int8.html``; by default ``int8`` in the Trainer's log
             directory. What an earlier run left there under the names of these and of the exports is replaced, all of it
@@ -135,8 +145,8 @@ class QuantizationCallback(Callback):
         convert: bool = True,
         weights: Weights | None = None,
         evaluate: bool = True,
-        analyze: bool = True,
-        export: Sequence[Format] = ("pt2",),
+        analyze: bool | float = True,
+        export: Sequence[Format] | None = None,
         output_dir: str | None = None,
     ) -> None:
         if mode not in get_args(Mode):
@@ -155,8 +165,15 @@ class QuantizationCallback(Callback):
         for name, share in (("observer_freeze", observer_freeze), ("batch_norm_freeze", batch_norm_freeze)):
             if share is not None and not 0.0 <= share <= 1.0:
                 raise ValueError(f"{name}={share} must be a share of the training steps in [0, 1], or None for never")
-        if isinstance(export, str) or not set(export) <= set(FORMATS):
-            raise ValueError(f"export={export!r} must be a list, with elements of {', '.join(map(repr, FORMATS))}")
+        if isinstance(export, str) or not set(export or ()) <= set(FORMATS):
+            raise ValueError(
+                f"export={export!r} must be a list, with elements of {', '.join(map(repr, FORMATS))}, or None for what "
+                f"is installed"
+            )
+        if not isinstance(analyze, bool) and not (isinstance(analyze, int | float) and 0 < analyze < math.inf):
+            raise ValueError(
+                f"analyze={analyze!r} must be True, False, or how many seconds the analysis may take, a number above 0"
+            )
         if weights not in (None, *get_args(Weights)):
             raise ValueError(f"weights={weights!r} is unknown; choose 'best' or 'last', or None for the default")
         self.mode: Mode = mode
@@ -174,7 +191,8 @@ class QuantizationCallback(Callback):
         self.weights: Weights | None = weights
         self.evaluate = evaluate
         self.analyze = analyze
-        self.export: tuple[Format, ...] = tuple(export)
+        self.export: tuple[Format, ...] = default_formats() if export is None else tuple(export)
+        self.optional_formats: tuple[Format, ...] = self.export if export is None else ()
         self.output_dir = output_dir
         self.result: QuantizationResult | None = None
         self.known_before: dict[str, Any] = {}
@@ -183,6 +201,7 @@ class QuantizationCallback(Callback):
         self._range_log = RangeLog()
         self._phase: Phase = "setup"
         self._checked_epoch = 0
+        self._begun: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         staged = attach(pl_module, self.module)
@@ -190,6 +209,7 @@ class QuantizationCallback(Callback):
         if stage != TrainerFn.FITTING:
             return
         self.result = None
+        self._begun = time.monotonic()
         self._phase = "setup"
         self._range_log.reset()
         staged.fit_mode = self.mode
@@ -204,7 +224,7 @@ class QuantizationCallback(Callback):
             if trainer.is_global_zero and self._int8_dir is not None:
                 recover(self._int8_dir, OUTPUTS)
                 ensure_writable_dir(self._int8_dir, "output_dir")
-            for format in self.export:
+            for format in set(self.export) - set(self.optional_formats):
                 check_dependencies(format)
             make_room(trainer)
         if self.mode == "qat" and not staged.is_built:
@@ -279,6 +299,7 @@ class QuantizationCallback(Callback):
             self.result, failure, findings = quantize_at_fit_end(self, trainer, staged, self._int8_dir)
             if self.result is not None:
                 log_result(self, trainer, self.result, findings)
+                print(self.result)  # as Trainer.validate prints its metrics
             if failure is not None:
                 raise failure
 
@@ -288,6 +309,14 @@ class QuantizationCallback(Callback):
             return  # nothing was trained yet: the error says all there is to say
         if self.result is None and trainer.is_global_zero and self._int8_dir is not None:
             tell_how_to_finish(self, trainer, pl_module, self._int8_dir, training_ended=self._phase == "conversion")
+
+    @property
+    def analysis_seconds(self) -> float:
+        """How long the analysis may take: what ``analyze=`` says, or a tenth of the fit, 30 s at least."""
+        if not isinstance(self.analyze, bool):
+            return float(self.analyze)
+        fit = 0.0 if self._begun is None else time.monotonic() - self._begun
+        return max(ANALYSIS_SECONDS, ANALYSIS_SHARE * fit)
 
     # Private helpers
 

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lq.analysis.timing import time_layers
 from lq.calibration.comparison import CalibratorComparison
 from lq.callback.batches import repeat_samples
+from lq.callback.engine_runs import IN_PROCESS, Contender, EngineModule, contenders, time_engines, validate_engines
+from lq.callback.engines import EAGER, Engine
 from lq.callback.inspection import Findings, going_on
 from lq.callback.page import result_page
 from lq.callback.result import QuantizationResult, Side
 from lq.callback.stages import StagedUnit
+from lq.callback.stopwatch import Stopwatch
+from lq.charts.predictions import Predictions
 from lq.convert import convert
 from lq.export import ExportResult, Format, export
 from lq.file_sets import replaced_as_a_whole
 from lq.files import write_text
 from lq.int8 import Int8Module
-from lq.modes import evaluating
-from lq.prepare import activation_quantizers, unprepared
+from lq.prepare import activation_quantizers
+from lq.report import slower_text
 from lq.runtime.cpu import has_onednn_int8, has_vnni
-from lq.runtime.timing import measure
 from lq.targets import Target
 
 #: Samples in the batch that throughput is measured with.
@@ -40,6 +42,10 @@ _NETWORK = "int8.pt2"
 _OTHER_FORMATS: dict[Format, str] = {"onnx": "int8.onnx", "aoti": "int8.aoti.pt2"}
 _PAGE = "int8.html"
 _RESULT = "int8.json"
+
+#: Beside ``int8.pt2``, where nothing is asked for and what it needs is installed: the file of the fastest engines.
+DEFAULT_FORMATS: tuple[Format, ...] = ("onnx",)
+_NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 
 #: All that a run writes: what an earlier one left under these names goes where this one writes nothing of that name.
 OUTPUTS = (_NETWORK, *_OTHER_FORMATS.values(), _PAGE, _RESULT)
@@ -72,21 +78,31 @@ class Conversion:
         formats: what to write beside ``int8.pt2``.
         labels: names of the classes, for the files.
         preprocessing: of the images, for the files.
+        compare: classes by the float unit, by INT8 and by other engines, see
+            :func:`~lq.callback.predictions.compare_predictions`.
+        watch: times the stages.
+        optional: those of ``formats`` that may fail.
         evaluate: metrics of the LightningModule as it is; None to measure nothing, not even latency.
+        float_seconds: what that took with the float model.
         comparison: what ``calibrator="auto"`` compared.
-        inspect: looks at the prepared unit and its INT8 network; None not to.
+        inspect: looks at the prepared unit and its INT8 network, given the layers' times where there are some; None not
+            to.
         settings: what to tell of the run.
     """
 
     output_dir: Path | None
     weights: str
     target: Target
+    compare: Callable[..., tuple[Predictions | None, dict[str, float]]]
+    watch: Stopwatch = field(default_factory=Stopwatch)
     formats: Sequence[Format] = ()
+    optional: Sequence[Format] = ()
     labels: Sequence[str] | None = None
     preprocessing: Mapping[str, Any] | None = None
     evaluate: Callable[[], dict[str, float]] | None = None
+    float_seconds: float = 0.0
     comparison: CalibratorComparison | None = None
-    inspect: Callable[[Int8Module], Findings] | None = None
+    inspect: Callable[[Int8Module, list[dict[str, float]] | None], Findings] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, staged: StagedUnit, float_metrics: dict[str, float]) -> Outcome:
@@ -125,19 +141,10 @@ class Conversion:
     def _run(
         self, staged: StagedUnit, float_metrics: dict[str, float], folder: Path
     ) -> tuple[Outcome, list[ExportResult]]:
-        unit = staged.unit.cpu()
-        int8 = convert(unit, self.target)
-        write = partial(export, labels=self.labels, preprocessing=self.preprocessing)
-        artifact = folder / _NETWORK
-        exports: list[ExportResult] = [write(int8, artifact)]
-        failure: Exception | None = None
-        try:
-            for format, name in _OTHER_FORMATS.items():
-                if format in self.formats:
-                    network = int8 if format == "aoti" else unit
-                    exports.append(write(network, folder / name, format=format))
-        except Exception as error:
-            failure = error
+        unit, watch = staged.unit.cpu(), self.watch
+        with watch.stage("conversion"):
+            int8 = convert(unit, self.target)
+        exports, failure = self._export(unit, int8, folder)
         forward = staged.prepared_forward
         if has_onednn_int8() and not has_vnni() and self.target.weight.quant_max > 64:
             rank_zero_warn(
@@ -145,12 +152,24 @@ class Conversion:
                 f"{self.target} rounded to 7 bits, where their sums cannot overflow; the saved model keeps 8 bits. "
                 f"To deploy on such CPUs, train or calibrate for them: QuantizationCallback(target='x86_avx2')"
             )
-        with unprepared(unit):
-            float_side, int8_side = self._measure(unit, int8, artifact)
-        findings = Findings() if self.inspect is None else self.inspect(int8)
+        engines, times = self._measure(staged, int8, exports)
+        predictions = self._judge(staged, int8, engines)
+        findings = Findings()
+        if self.inspect is not None:
+            with watch.stage("analysis"):
+                findings = self.inspect(int8, times)
+        findings = replace(findings, predictions=predictions)
         calibrator = next(iter(activation_quantizers(unit).values())).calibrator
         staged.put_int8(int8)
-        int8_metrics = {} if self.evaluate is None else self.evaluate()
+        int8_metrics: dict[str, float] = {}
+        if self.evaluate is not None:
+            with watch.stage("evaluation"):
+                int8_metrics = self.evaluate()
+        measured = {
+            EAGER: replace(engines[EAGER].engine, metrics=float_metrics),
+            IN_PROCESS: replace(engines[IN_PROCESS].engine, metrics=int8_metrics),
+        }
+        rows = tuple(measured.get(name, contender.engine) for name, contender in engines.items())
         assert int8.report is not None
         kept = self.output_dir
         result = QuantizationResult(
@@ -158,43 +177,90 @@ class Conversion:
             target=self.target.name,
             calibrator=str(calibrator),
             calibrator_scores={} if self.comparison is None else self.comparison.scores,
-            float_side=replace(float_side, metrics=float_metrics),
-            int8_side=replace(int8_side, metrics=int8_metrics),
+            float_side=_side(measured[EAGER]),
+            int8_side=_side(measured[IN_PROCESS]),
             report=int8.report,
             batch_size=BATCH_SIZE,
-            artifact="" if kept is None else str(kept / artifact.name),
+            artifact="" if kept is None else str(kept / _NETWORK),
             exports=() if kept is None else tuple(str(kept / written.path.name) for written in exports),
             weights=self.weights,
             settings=dict(self.settings),
             analysis=findings.analysis,
+            engines=rows if self.evaluate is not None else (),
         )
-        with going_on("writing the page"):
+        with watch.stage("page"), going_on("writing the page"):
             advised = [] if result.analysis is None else [advice.layer for advice in result.analysis.advice()]
-            page = result_page(result, findings.predictions, findings.tensor_charts(advised))
+            so_far = replace(result, stages=dict(watch.seconds))
+            page = result_page(so_far, findings.predictions, findings.tensor_charts(advised))
             write_text(folder / _PAGE, page)
+        result = replace(result, stages=dict(watch.seconds))
         write_text(folder / _RESULT, result.to_json())
         return Outcome(result, failure, findings), exports
 
-    def _measure(self, float_unit: nn.Module, int8: Int8Module, artifact: Path) -> tuple[Side, Side]:
-        """Size, latency and throughput of both, CPU against CPU: there INT8 kernels run in process, also after a fit
-        on a GPU."""
-        float_side = Side(size_bytes=_state_bytes(float_unit))
-        int8_side = Side(size_bytes=artifact.stat().st_size)
-        if self.evaluate is None:
-            return float_side, int8_side
-        models = {"float": float_unit, "int8": int8}
-        inputs = {**int8.settings, **int8.example_inputs}
-        with evaluating(float_unit):
-            one = measure(models, repeat_samples(inputs, 1), 1)
-            many = measure(models, repeat_samples(inputs, BATCH_SIZE), BATCH_SIZE)
-        return (
-            replace(float_side, latency=one["float"], batch=many["float"]),
-            replace(int8_side, latency=one["int8"], batch=many["int8"]),
-        )
+    def _export(self, unit: nn.Module, int8: Int8Module, folder: Path) -> tuple[list[ExportResult], Exception | None]:
+        """The files, and what failed beside ``int8.pt2``; a file that was not asked for is left out with a warning."""
+        exports: list[ExportResult] = []
+
+        def write(network: nn.Module, name: str, format: Format) -> None:
+            written = export(
+                network, folder / name, format=format, labels=self.labels, preprocessing=self.preprocessing
+            )
+            self.watch.add("export", written.seconds)
+            self.watch.add("verification", written.verification_seconds)
+            exports.append(written)
+
+        write(int8, _NETWORK, "pt2")
+        for format, name in _OTHER_FORMATS.items():
+            if format not in self.formats:
+                continue
+            try:
+                write(int8 if format == "aoti" else unit, name, format)
+            except Exception as error:
+                if format not in self.optional:
+                    return exports, error
+                rank_zero_warn(f"lq: {name}, which is written by default, is left out: {error}")
+        return exports, None
+
+    def _measure(
+        self, staged: StagedUnit, int8: Int8Module, exports: list[ExportResult]
+    ) -> tuple[dict[str, Contender], list[dict[str, float]] | None]:
+        """Every engine with its size, and with ``evaluate`` how long it takes, CPU against CPU: there INT8 kernels run,
+        also after a fit on a GPU. The times of the layers are those for one sample."""
+        unit = staged.unit
+        times = None
+        with self.watch.stage("timing"):
+            found = contenders(unit, int8, exports)
+            if self.evaluate is not None:
+                time_engines(unit, int8, found, BATCH_SIZE)
+                with going_on("timing the layers"):
+                    times = time_layers(unit, int8, repeat_samples(int8.example_inputs, 1))
+        if times is not None and int8.report is not None:
+            int8.report = int8.report.with_times(times)
+            if int8.report.slower_layers:
+                rank_zero_info(f"lq: {slower_text(int8.report.slower_layers)}")
+        return {contender.engine.runtime: contender for contender in found}, times
+
+    def _judge(self, staged: StagedUnit, int8: Int8Module, engines: Mapping[str, Contender]) -> Predictions | None:
+        """What the engines make of the validation data, noted with each; predictions of float and INT8 in process."""
+        predictions = None
+        with self.watch.stage("evaluation"):
+            if self.evaluate is not None:
+                validate_engines(staged, int8, list(engines.values()), self.evaluate, self.float_seconds)
+            elif self.inspect is None:
+                return None
+            others = {} if self.evaluate is None else {name: c for name, c in engines.items() if c.run is not None}
+            runs = {name: EngineModule(int8, c.run) for name, c in others.items() if c.run and name != EAGER}
+            with going_on("comparing predictions"):
+                predictions, agreement = self.compare(staged, int8, runs)
+                for name, share in agreement.items():
+                    engines[name].engine = replace(engines[name].engine, agreement=share)
+        return predictions
 
 
-def _state_bytes(module: nn.Module) -> int:
-    """Size of the module's weights on disk."""
-    buffer = io.BytesIO()
-    torch.save(module.state_dict(), buffer)
-    return buffer.tell()
+def default_formats() -> tuple[Format, ...]:
+    """What is written beside ``int8.pt2`` where nothing is asked for: as far as what it needs is installed."""
+    return tuple(format for format in DEFAULT_FORMATS if all(find_spec(name) for name in _NEEDED[format]))
+
+
+def _side(engine: Engine) -> Side:
+    return Side(engine.metrics, engine.size_bytes, engine.latency, engine.batch)

@@ -21,8 +21,10 @@ from lq.callback.conversion import Conversion, Outcome
 from lq.callback.description import class_names, normalization, settings
 from lq.callback.evaluation import evaluate
 from lq.callback.inspection import Findings, inspect_unit
+from lq.callback.predictions import compare_predictions
 from lq.callback.preparation import prepare_for_batch
 from lq.callback.stages import StagedUnit
+from lq.callback.stopwatch import Stopwatch
 from lq.callback.unit import run_unit
 from lq.callback.weights import choose_weights, load_weights
 from lq.convert import convert
@@ -57,9 +59,12 @@ def quantize_at_fit_end(
     pl_module: Any = trainer.lightning_module
     trained = {key: value.detach().cpu().clone() for key, value in _tensors(pl_module).items()}
     dtype = pl_module.dtype
+    watch = Stopwatch()
     try:
         with isolate_rng(), torch.compiler.set_stance("force_eager"):
-            return _quantize(callback, trainer, staged, output_dir, source)
+            outcome = _quantize(callback, trainer, staged, output_dir, source, watch)
+        watch.tell()
+        return outcome
     except BaseException:
         staged.take_int8_off()
         if callback.mode == "ptq":
@@ -71,7 +76,12 @@ def quantize_at_fit_end(
 
 
 def _quantize(
-    callback: QuantizationCallback, trainer: Any, staged: StagedUnit, output_dir: Path | None, source: str | None
+    callback: QuantizationCallback,
+    trainer: Any,
+    staged: StagedUnit,
+    output_dir: Path | None,
+    source: str | None,
+    watch: Stopwatch,
 ) -> Outcome:
     pl_module = trainer.lightning_module
     path, weights = (None, source) if source is not None else choose_weights(trainer, callback.weights)
@@ -85,24 +95,29 @@ def _quantize(
     float_metrics: dict[str, float] = {}
     comparison = None
     if callback.mode == "ptq":
-        with agreed("evaluating the float model"):
+        with agreed("evaluating the float model"), watch.stage("evaluation"):
             if evaluates:
                 float_metrics = evaluate(trainer, pl_module)
-        comparison = _calibrate(callback, trainer, staged)
+        with watch.stage("calibration"):
+            comparison = _calibrate(callback, trainer, staged)
     else:
         if averages_buffers(trainer):
             refresh_averaged_ranges(staged)
-        with agreed("evaluating the float model"), unprepared(staged.unit):
+        with agreed("evaluating the float model"), unprepared(staged.unit), watch.stage("evaluation"):
             if evaluates:
                 float_metrics = evaluate(trainer, pl_module)
     conversion = Conversion(
         output_dir=output_dir,
         weights=weights,
         target=callback.target,
+        compare=partial(compare_predictions, trainer),
+        watch=watch,
         formats=callback.export,
+        optional=callback.optional_formats,
         labels=class_names(trainer),
         preprocessing=normalization(trainer),
         evaluate=(lambda: evaluate(trainer, pl_module)) if evaluates else None,
+        float_seconds=watch.seconds.get("evaluation", 0.0),
         comparison=comparison,
         inspect=partial(inspect_unit, callback, trainer, staged) if callback.analyze else None,
         settings=settings(callback, trainer, staged.path),

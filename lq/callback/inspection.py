@@ -22,7 +22,6 @@ from lq.callback.batches import (
     validation_dataloaders,
 )
 from lq.callback.evaluation import is_overridden
-from lq.callback.predictions import compare_predictions
 from lq.callback.stages import StagedUnit
 from lq.callback.unit import Step, run_unit
 from lq.charts.chart import Chart
@@ -115,7 +114,13 @@ def going_on(what: str) -> Iterator[None]:
         rank_zero_warn(f"lq: {what} failed, the run goes on without: {type(error).__name__}: {error}")
 
 
-def inspect_unit(callback: QuantizationCallback, trainer: Any, staged: StagedUnit, int8: Int8Module) -> Findings:
+def inspect_unit(
+    callback: QuantizationCallback,
+    trainer: Any,
+    staged: StagedUnit,
+    int8: Int8Module,
+    times: list[dict[str, float]] | None = None,
+) -> Findings:
     """Look at a unit that is prepared and has its ranges, and at the INT8 network made of it.
 
     Args:
@@ -123,6 +128,7 @@ def inspect_unit(callback: QuantizationCallback, trainer: Any, staged: StagedUni
         trainer: the Trainer, for its data: a few validation samples, or of the calibration data where there are none.
         staged: the unit.
         int8: its INT8 network.
+        times: of the layers, in the order of the report, see :func:`lq.analysis.timing.time_layers`.
     """
     unit, found = staged.unit, Findings()
     step, batches = _samples(callback, trainer, staged)
@@ -137,13 +143,14 @@ def inspect_unit(callback: QuantizationCallback, trainer: Any, staged: StagedUni
             analysis = analyze(
                 unit,
                 batches,
-                timing=callback.evaluate,
+                timing=False,  # that is done
+                seconds=callback.analysis_seconds,
                 forward=lambda batch: run_unit(staged.pl_module, unit, batch, step),
                 progress=bar is not None and getattr(bar, "is_enabled", True),
             )
+            if times is not None:
+                analysis = analysis.with_times(times)
             found = replace(found, analysis=analysis)
-    with going_on("comparing predictions"):
-        found = replace(found, predictions=compare_predictions(trainer, staged, int8))
     with going_on("collecting histograms"):
         found = replace(found, activations=_activations(staged, step, batches))
     return found

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lq.callback.engines import cells, notes, recommendation
 from lq.callback.result import QuantizationResult
 from lq.charts.chart import Chart
 from lq.charts.gallery import gallery
 from lq.charts.predictions import Predictions
 from lq.page.document import Column, Table, figure, page, section
-from lq.page.layers import advice_markup, layer_table
-from lq.page.markup import element
+from lq.page.layers import advice_markup, layer_table, slower_markup
+from lq.page.markup import Markup, element
 
 if TYPE_CHECKING:
     from lq.runtime.benchmark import Benchmark
@@ -37,11 +38,17 @@ def result_page(
         [Column(""), Column("float", "", True), Column("INT8", "", True), Column("difference")],
         [[item.name, *item.texts, item.note] for item in comparisons],
     )
-    sections = {"Result": section("Result", facts.markup(), element("p", result.measured_with, class_="muted"))}
+    sections = {}
+    if result.engines:
+        sections["Engines"] = section("Engines", *_engines(result))
+    sections["Result"] = section("Result", facts.markup(), element("p", result.measured_with, class_="muted"))
     if runtimes is not None:
         sections["Runtimes"] = section("Runtimes", _runtimes(runtimes).markup())
-    if result.analysis is not None:
-        sections["Advice"] = section("Advice", advice_markup(result.analysis, result.settings.get("overrides")))
+    slower = slower_markup(report)
+    if result.analysis is not None or slower is not None:
+        present = result.settings.get("overrides")
+        advice = None if result.analysis is None else advice_markup(result.analysis, present)
+        sections["Advice"] = section("Advice", advice, slower)
     charts = gallery(comparisons, result.analysis, predictions)
     if charts or tensors:
         sections["Charts"] = section("Charts", *map(figure, [*charts, *tensors]))
@@ -51,6 +58,16 @@ def result_page(
     title = f"{report.model} in INT8"
     lead = f"{result.mode.upper()} for {result.target}: {count} layers in INT8, {len(report.float_layers)} in float."
     return page(title, lead, list(sections.values()), list(sections))
+
+
+def _engines(result: QuantizationResult) -> list[Markup]:
+    """The table of engines, the recommended one marked, with what did not work below it."""
+    headers, rows = cells(result.engines, result.batch_size)
+    chosen = result.recommended
+    marked = frozenset(index for index, engine in enumerate(result.engines) if engine is chosen)
+    table = Table([Column(header, "", index > 0) for index, header in enumerate(headers)], rows, marked=marked)
+    lines = [recommendation(result.engines), *notes(result.engines)]
+    return [table.markup(), *(element("p", line[0].upper() + line[1:] + ".") for line in lines if line)]
 
 
 def settings_table(settings: dict[str, Any]) -> Table:
@@ -67,6 +84,7 @@ def settings_table(settings: dict[str, Any]) -> Table:
 
 
 def _settings(result: QuantizationResult) -> dict[str, Any]:
+    stages = {"end of fit, s": {name: f"{value:.1f}" for name, value in result.stages.items()}}
     settings: dict[str, Any] = {
         "mode": result.mode,
         "target": result.target,
@@ -74,6 +92,7 @@ def _settings(result: QuantizationResult) -> dict[str, Any]:
         "weights": result.weights,
         **result.settings,
         "files": list(result.exports) or [result.artifact or "none kept"],
+        **(stages if result.stages else {}),
     }
     if result.calibrator_scores:
         settings["calibrators compared"] = result.calibrator_scores

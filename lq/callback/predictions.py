@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,7 +35,9 @@ class _NoClassifierError(Exception):
 
 
 @torch.no_grad()
-def compare_predictions(trainer: Any, staged: StagedUnit, int8: Int8Module) -> Predictions | None:
+def compare_predictions(
+    trainer: Any, staged: StagedUnit, int8: Int8Module, engines: Mapping[str, Callable[..., Any]] | None = None
+) -> tuple[Predictions | None, dict[str, float]]:
     """Classes by the float unit and by ``int8``, for the first validation batches; None for what is no classifier.
 
     That is the case where batches are other than ``(images, labels)``, the unit does not return ``(N, C)``, or what
@@ -44,15 +47,22 @@ def compare_predictions(trainer: Any, staged: StagedUnit, int8: Int8Module) -> P
         trainer: the Trainer, for its validation data.
         staged: the unit, prepared.
         int8: its INT8 network.
+        engines: others that take the same arguments, by name.
+
+    Returns:
+        The predictions, and of each of ``engines`` that ran on all batches the share of the samples, in [0, 1], to
+        which it gives the class that the float unit does.
     """
     try:
-        return _compare(trainer, staged, int8)
+        return _compare(trainer, staged, int8, engines or {})
     except _NoClassifierError as reason:
         _log.debug("lq: no predictions of float and INT8 to compare: %s", reason)
-        return None
+        return None, {}
 
 
-def _compare(trainer: Any, staged: StagedUnit, int8: Int8Module) -> Predictions:
+def _compare(
+    trainer: Any, staged: StagedUnit, int8: Int8Module, engines: Mapping[str, Callable[..., Any]]
+) -> tuple[Predictions, dict[str, float]]:
     pl_module, unit = staged.pl_module, staged.unit
     if not is_overridden("validation_step", pl_module):
         raise _NoClassifierError("there is no validation_step")
@@ -61,6 +71,7 @@ def _compare(trainer: Any, staged: StagedUnit, int8: Int8Module) -> Predictions:
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     kept: list[Tensor] = []
     classes = 0
+    agreeing = dict.fromkeys(engines, 0)
     with unprepared(unit), evaluating(pl_module):
         for index, batch in enumerate(validation_batches(trainer, pl_module)):
             if index == MAX_BATCHES or sum(len(row[0]) for row in found) >= MAX_SAMPLES:
@@ -75,12 +86,18 @@ def _compare(trainer: Any, staged: StagedUnit, int8: Int8Module) -> Predictions:
                 raise _NoClassifierError("the labels are no indices of the unit's outputs")
             before, after = (out.argmax(1).cpu() for out in logits)
             found.append((labels.cpu(), before, after))
+            for name in list(agreeing):
+                try:
+                    agreeing[name] += int((engines[name](*args, **kwargs).argmax(1).cpu() == before).sum())
+                except Exception as error:
+                    _log.debug("lq: no predictions of %s: %s", name, error)
+                    del agreeing[name]
             kept.extend(images[index] for index in (before != after).nonzero()[: MAX_IMAGES - len(kept), 0].tolist())
     if not found:
         raise _NoClassifierError("there are no validation data")
     labels, before, after = (torch.cat(column) for column in zip(*found, strict=True))
     names = class_names(trainer)
-    return Predictions(
+    predictions = Predictions(
         labels=labels,
         float_classes=before,
         int8_classes=after,
@@ -89,6 +106,7 @@ def _compare(trainer: Any, staged: StagedUnit, int8: Int8Module) -> Predictions:
         images=_pictures(kept, normalization(trainer)),
         names=names if names is not None and len(names) == classes else None,
     )
+    return predictions, {name: count / len(labels) for name, count in agreeing.items()}
 
 
 def _layers_beside(staged: StagedUnit) -> bool:

@@ -38,8 +38,8 @@ def quantize_checkpoint(
     calibration_batches: int | None = 32,
     overrides: dict[str, LayerSpec | dict[str, Any] | None] | None = None,
     evaluate: bool = True,
-    analyze: bool = True,
-    export: Sequence[Format] = ("pt2",),
+    analyze: bool | float = True,
+    export: Sequence[Format] | None = None,
     output_dir: str | Path | None = None,
     accelerator: str = "auto",
     weights_only: bool | None = None,
@@ -109,7 +109,7 @@ def quantize_checkpoint(
     output = path.parent / "int8" if output_dir is None else Path(output_dir)
     recover(output, OUTPUTS)
     ensure_writable_dir(output, "output_dir")
-    for format in export:
+    for format in set(callback.export) - set(callback.optional_formats):
         check_dependencies(format)
     pl_module: Any = getattr(model, COMPILED, model)  # what torch.compile wraps
     if isinstance(model, type):

@@ -10,9 +10,12 @@ from typing import Any
 from rich.table import Table
 
 from lq.analysis.result import Analysis
+from lq.callback.engines import Engine, recommended
+from lq.callback.engines import scalars as engine_scalars
+from lq.callback.engines import table as engine_table
 from lq.charts.summary import Comparison
 from lq.display import as_text, file_size
-from lq.report import QuantizationReport
+from lq.report import QuantizationReport, slower_text
 from lq.runtime.timing import Timing
 
 
@@ -51,6 +54,8 @@ class QuantizationResult:
         weights: which weights were converted: those training ended with, or of which checkpoint.
         settings: what else was set, and on which data and machine, as JSON values.
         analysis: what quantization does layer by layer, or None where that was not asked for.
+        engines: the float model and each engine that is installed here, as they were measured; empty where nothing was.
+        stages: seconds that each stage of the end of fit took, by name.
     """
 
     mode: str
@@ -66,9 +71,21 @@ class QuantizationResult:
     weights: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     analysis: Analysis | None = None
+    engines: tuple[Engine, ...] = ()
+    stages: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def recommended(self) -> Engine | None:
+        """The engine to deploy on: the best median for one sample with the metrics intact; None where none was timed.
+
+        A float one where INT8 is faster on none of them.
+        """
+        return recommended(self.engines)
 
     def scalars(self) -> dict[str, float]:
-        """Everything as flat numbers for loggers: ``float/…``, ``int8/…``, ``drop/…`` (float − INT8), ``speedup/…``."""
+        """Everything as flat numbers for loggers: ``float/…``, ``int8/…`` (in process), ``drop/…``
+        (float − INT8), ``speedup/…``, and ``engines/RUNTIME/…``.
+        """
         numbers: dict[str, float] = {}
         for prefix, side in (("float", self.float_side), ("int8", self.int8_side)):
             numbers |= {f"{prefix}/{name}": value for name, value in side.metrics.items()}
@@ -86,7 +103,7 @@ class QuantizationResult:
             numbers["speedup/latency"] = self.float_side.latency.p50_ms / self.int8_side.latency.p50_ms
         if self.float_side.batch is not None and self.int8_side.batch is not None:
             numbers["speedup/throughput"] = self.int8_side.batch.throughput / self.float_side.batch.throughput
-        return numbers
+        return numbers | engine_scalars(self.engines)
 
     def comparisons(self) -> list[Comparison]:
         """What was measured of both models, with units and with the difference or the ratio."""
@@ -113,7 +130,7 @@ class QuantizationResult:
         """What the latencies are of; ``""`` where there are none."""
         if self.float_side.latency is None:
             return ""
-        return "latency and throughput: PyTorch eager against INT8, both on this machine's CPU"
+        return "latency and throughput: PyTorch eager against INT8 in process, both on this machine's CPU"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -135,6 +152,7 @@ class QuantizationResult:
             values["float_side"], values["int8_side"] = side(values["float_side"]), side(values["int8_side"])
             values["report"] = QuantizationReport.from_dict(values["report"])
             values["exports"] = tuple(values.get("exports", ()))
+            values["engines"] = tuple(Engine.from_dict(row) for row in values.get("engines", ()))
             if values.get("analysis") is not None:
                 values["analysis"] = Analysis.from_dict(values["analysis"])
             return cls(**values)
@@ -142,11 +160,12 @@ class QuantizationResult:
             raise ValueError(f"not what lq writes to int8.json: {error!r}") from error
 
     def table(self) -> Table:
-        """Float against INT8 with the difference or the ratio."""
+        """A row for each engine, with the one that is recommended; where none was timed, float against INT8."""
         n = len(self.report.int8_layers)
-        table = Table(
-            title=f"{self.report.model}, {self.mode.upper()} for {self.target} ({self.calibrator}): {n} layers in INT8"
-        )
+        title = f"{self.report.model}, {self.mode.upper()} for {self.target} ({self.calibrator}): {n} layers in INT8"
+        if self.engines:
+            return engine_table(self.engines, title, self.batch_size)
+        table = Table(title=title)
         for header in ("", "float", "INT8", "INT8 against float"):
             table.add_column(header, justify="left" if not header else "right")
         a, b = self.float_side, self.int8_side
@@ -156,21 +175,12 @@ class QuantizationResult:
         if a.size_bytes is not None and b.size_bytes is not None:
             ratio = _times(a.size_bytes / b.size_bytes, "smaller", "larger")
             table.add_row("size", file_size(a.size_bytes), file_size(b.size_bytes), ratio)
-        if a.latency is not None and b.latency is not None:
-            for label, x, y in (
-                ("latency p50, batch 1", a.latency.p50_ms, b.latency.p50_ms),
-                ("latency p95, batch 1", a.latency.p95_ms, b.latency.p95_ms),
-            ):
-                table.add_row(label, f"{x:.2f} ms", f"{y:.2f} ms", _times(x / y, "faster", "slower"))
-        if a.batch is not None and b.batch is not None:
-            x, y = a.batch.throughput, b.batch.throughput
-            table.add_row(f"throughput, batch {self.batch_size}", f"{x:.0f} /s", f"{y:.0f} /s", f"{y / x:.2f}x")
-        if a.latency is not None:
-            table.caption = self.measured_with
         return table
 
     def __str__(self) -> str:
-        return as_text(self.table(), 100)
+        text = as_text(self.table(), 120)
+        slower = self.report.slower_layers
+        return text + (f"{slower_text(slower)}\n" if slower else "")
 
 
 def _times(ratio: float, more: str, less: str) -> str:

@@ -7,7 +7,6 @@ from typing import Any, Literal
 from torch import nn
 
 from lq.callback.unit import COMPILED, find_unit, has_weighted_layers
-from lq.int8 import Int8Module
 from lq.prepare import Mode, PreparedForward, is_prepared, prepared_forward, unprepare
 
 Stage = Literal["float", "prepared", "int8"]
@@ -91,7 +90,7 @@ class StagedUnit:
         """What the keys of the INT8 network start with in the state dict of the LightningModule."""
         return f"{self._place}."
 
-    def put_int8(self, int8: Int8Module) -> None:
+    def put_int8(self, int8: nn.Module) -> None:
         """Let ``int8`` compute what the unit did; the LightningModule's steps stay as they are."""
         if self.path:
             self._kept = self.pl_module.get_submodule(self._place)

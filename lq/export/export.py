@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -67,6 +68,8 @@ class ExportResult:
         size_bytes: the file's size.
         verifications: for each engine that ran the file, how far its outputs are from the simulation's.
         unreadable: why an engine that is installed cannot run the file, by its name.
+        seconds: what writing it took, verification not included.
+        verification_seconds: what verifying it took.
     """
 
     path: Path
@@ -75,6 +78,8 @@ class ExportResult:
     size_bytes: int
     verifications: tuple[Verification, ...] = ()
     unreadable: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = field(default=0.0, compare=False)
+    verification_seconds: float = field(default=0.0, compare=False)
 
     def __str__(self) -> str:
         unreadable = (f"{runtime} cannot run it: {reason}" for runtime, reason in self.unreadable.items())
@@ -134,6 +139,7 @@ def export(
         CompilerError: where the format is ``"aoti"`` and there is no C++ compiler, or the network cannot be compiled.
         ExportMismatchError: where the file does not compute what the network does; with the first layer that differs.
     """
+    begun = time.perf_counter()
     path = Path(path)
     chosen = _format(path, format)
     check_dependencies(chosen, verify=verify)
@@ -149,7 +155,8 @@ def export(
         simulation = simulated(int8, inputs)
         program = export_program(written, free_sizes=chosen == "pt2")
         metadata = _metadata(int8, program, simulation[0], labels, preprocessing)
-        return _write(written, program, path, chosen, metadata, inputs, simulation, opset, verify)
+        result = _write(written, program, path, chosen, metadata, inputs, simulation, opset, verify)
+    return replace(result, seconds=time.perf_counter() - begun - result.verification_seconds)
 
 
 def check_dependencies(format: Format, *, verify: bool = True) -> None:
@@ -292,8 +299,10 @@ def _write(
     unreadable: dict[str, str] = {}
     expected, integers = simulation
     exported = program.exported
+    verifying = 0.0
 
     def write(beside: Path) -> None:
+        nonlocal verifying
         if format == "pt2":
             write_program(exported, metadata, beside)
         elif format == "aoti":
@@ -303,10 +312,13 @@ def _write(
             # TensorRT refuses to dequantize 32-bit integers, and quantizes the biases itself.
             model = to_onnx(exported, sites, metadata, opset=opset, int32_bias=metadata.target != "tensorrt")
             if verify:
+                begun = time.perf_counter()
                 with suppress(UnreadableError):  # the engines are asked once more, and each is told apart
                     check_onnx(model, sites, integers, expected, metadata.flatten((), inputs))
+                verifying += time.perf_counter() - begun
             write_onnx(model, beside)
         if verify:
+            begun = time.perf_counter()
             for runtime in installed_runtimes(format):
                 try:
                     verifications.append(_verify(beside, runtime, int8, inputs, simulation))
@@ -319,9 +331,13 @@ def _write(
                     "writes it all the same: "
                     + "; ".join(f"{runtime} says: {reason}" for runtime, reason in unreadable.items())
                 )
+            verifying += time.perf_counter() - begun
 
     write_atomically(path, write)
-    return ExportResult(path, format, metadata.target, path.stat().st_size, tuple(verifications), unreadable)
+    size = path.stat().st_size
+    return ExportResult(
+        path, format, metadata.target, size, tuple(verifications), unreadable, verification_seconds=verifying
+    )
 
 
 def _verify(

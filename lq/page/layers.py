@@ -30,7 +30,7 @@ _NUMBERS = (
 _SCHEMES = (
     Column("weight", css="long"),
     Column("input (quantizer, range)", css="long"),
-    Column("why float", css="long"),
+    Column("why float, or slower", css="long"),
 )
 
 
@@ -44,7 +44,7 @@ def layer_table(report: QuantizationReport, analysis: Analysis | None) -> Table:
     for layer in layers:
         numbers = _numbers(found.get(layer.name), analysis) if found else ()
         runs_in = Cell("INT8" if layer.precision == "int8" else "float", css=layer.precision)
-        rows.append([layer.name, layer.kind, runs_in, *numbers, layer.weight, layer.input, layer.reason])
+        rows.append([layer.name, layer.kind, runs_in, *numbers, layer.weight, layer.input, layer.note])
     advised = set() if analysis is None else {advice.layer for advice in analysis.advice()}
     marked = frozenset(index for index, layer in enumerate(layers) if layer.name in advised)
     caption = "A click on a header sorts by it, once more turns the order round."
@@ -88,11 +88,37 @@ def overrides_line(analysis: Analysis, present: Mapping[str, Any] | None = None)
     return f"overrides={{{items}}}"
 
 
+def slower_markup(report: QuantizationReport) -> Markup | None:
+    """Which layers INT8 makes slower in process; None where it makes none."""
+    slower = report.slower_layers
+    if not slower:
+        return None
+    items = [
+        element(
+            "li", element("strong", layer.name), f": {layer.int8_ms:.3f} ms in INT8, {layer.float_ms:.3f} in float."
+        )
+        for layer in slower
+    ]
+    return joined(
+        element(
+            "p",
+            f"{len(slower)} of {len(report.int8_layers)} layers are slower in INT8 than in float by PyTorch's kernels, "
+            "in process and for one sample, which says nothing of the other engines. Where it counts, leave them "
+            "in float.",
+        ),
+        element("ul", *items),
+    )
+
+
 def advice_markup(analysis: Analysis, present: Mapping[str, Any] | None = None) -> Markup:
     """Which layers to leave in float, what that gains and costs, and what to write for it."""
     advice = analysis.advice()
+    left_out = (
+        element("p", f"Of this analysis {analysis.left_out_text}.", class_="muted") if analysis.left_out else None
+    )
     if not advice:
-        return element("p", "No layer stands out: leaving one in float would gain the outputs next to nothing.")
+        nothing = "No layer stands out: leaving one in float would gain the outputs next to nothing."
+        return joined(element("p", nothing), left_out)
     items = [
         element(
             "li",
@@ -114,4 +140,5 @@ def advice_markup(analysis: Analysis, present: Mapping[str, Any] | None = None) 
         element("ol", *items),
         element("p", "To leave them in float:"),
         element("pre", element("code", f"QuantizationCallback({overrides_line(analysis, present)})")),
+        left_out,
     )

@@ -39,7 +39,9 @@ class Config:
     )
     calibrator: str | None = field(None, help="minmax, moving_average, percentile, mse, entropy; the best by default")
     calibration_batches: int = field(32, help="training batches that ranges are taken from")
-    export: list[str] = field([], help="formats to write beside int8.pt2: onnx, aoti")
+    export: list[str] | None = field(
+        None, help="formats to write beside int8.pt2: onnx, aoti; by default onnx where it is installed"
+    )
     output_dir: str | None = field(None, help="folder for what is written; by default int8 beside the checkpoint")
     accelerator: str = field("auto", help="where to calibrate: cpu, gpu or auto")
     seed: int = field(0, help="seed of everything")
@@ -63,6 +65,7 @@ def run(config: Config) -> None:
         output_dir=config.output_dir,
         accelerator=config.accelerator,
     )
+    print(result)
     print_result(result, config.data or "none", {"INT8 model": ", ".join(result.exports)})
 
 

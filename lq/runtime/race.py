@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import random
-import statistics
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lq.runtime.timing import Timing
-
-#: A turn lasts about so long, seconds; it opens with untimed calls, for the caches belonged to another.
-_TURN, _REWARM = 0.05, 2
-
-#: Between turns, seconds: thread pools go on spinning for a while after their last task.
-_PAUSE = 0.01
+from lq.runtime.turns import PAUSE, Turns
 
 
 class ContenderError(RuntimeError):
@@ -58,6 +52,7 @@ def race(
     *,
     threads: int | None = None,
     seconds: float = 2.0,
+    sleep: float = 0.0,
     samples: Sequence[Any] = (),
 ) -> dict[str, Measurement | ContenderError]:
     """Time contenders on the same inputs, taking turns.
@@ -68,6 +63,8 @@ def race(
         threads: how many CPU threads torch has in each process (other engines take their own settings), or None for
             its own choice.
         seconds: about how long to time each contender.
+        sleep: seconds to sleep before each call that is timed, as a server does that waits for requests: threads that
+            have gone to sleep wake up again, which costs some engines more than the call itself.
         samples: arguments of further calls, of which only the classes are kept.
 
     Returns:
@@ -82,7 +79,7 @@ def race(
         # One after another: compiling and loading on all cores at once is how machines run out of memory.
         for name, runner in list(runners.items()):
             try:
-                runner.call("prepare", tuple(inputs))
+                runner.call("prepare", (tuple(inputs), sleep))
             except ContenderError as error:
                 found[name] = error
                 del runners[name]
@@ -99,21 +96,16 @@ def race(
                 except ContenderError as error:
                     found[name] = error
                     order.remove(name)
-                time.sleep(_PAUSE)
+                time.sleep(PAUSE)
             rounds += 1
         for name in order:
             try:
                 memory = runners[name].call("memory", None)
                 classes = torch.from_numpy(runners[name].call("classes", tuple(samples)))
-                found[name] = Measurement(_timing(times[name], len(tree_leaves(inputs)[0])), memory, classes)
+                found[name] = Measurement(Timing.of(times[name], len(tree_leaves(inputs)[0])), memory, classes)
             except ContenderError as error:
                 found[name] = error
     return {name: found[name] for name in contenders}
-
-
-def _timing(times: list[float], batch_size: int) -> Timing:
-    p50 = statistics.median(times)
-    return Timing(p50 * 1e3, statistics.quantiles(times, n=20)[-1] * 1e3, batch_size / p50)
 
 
 class _Runner:
@@ -172,25 +164,16 @@ class _Server:
     def __init__(self, make: Callable[[], Callable[..., Any]]) -> None:
         self._make = make
 
-    def prepare(self, inputs: tuple[Any, ...]) -> None:
-        self._inputs = tree_map(torch.from_numpy, inputs)
+    def prepare(self, given: tuple[tuple[Any, ...], float]) -> None:
+        arrays, sleep = given
+        inputs = tree_map(torch.from_numpy, arrays)
         before = _memory("VmRSS")
         self._model = self._make()
-        for _ in range(3):  # compilers and kernel caches are busy with the first calls
-            self._model(*self._inputs)
-        start = time.perf_counter()
-        self._model(*self._inputs)
-        self._calls = max(1, min(100, round(_TURN / (time.perf_counter() - start))))
+        self._turns = Turns(lambda: self._model(*inputs), sleep)
         self._memory = _memory("VmHWM") - before
 
     def turn(self, _: None) -> list[float]:
-        times = []
-        for index in range(self._calls + _REWARM):
-            start = time.perf_counter()
-            self._model(*self._inputs)
-            if index >= _REWARM:
-                times.append(time.perf_counter() - start)
-        return times
+        return self._turns.turn()
 
     def memory(self, _: None) -> int:
         return self._memory

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from lq.runtime.turns import PAUSE, TURN, Turns
+
 #: About how long to measure, seconds.
 SECONDS = 2.0
+
+#: Turns of each contender at least, however long they take.
+_FEWEST = 3
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,12 @@ class Timing:
     p95_ms: float
     throughput: float
 
+    @classmethod
+    def of(cls, seconds: Sequence[float], batch_size: int) -> Timing:
+        """Of two or more calls with ``batch_size`` samples each."""
+        p50 = statistics.median(seconds)
+        return cls(p50 * 1e3, statistics.quantiles(seconds, n=20)[-1] * 1e3, batch_size / p50)
+
 
 @torch.no_grad()
 def measure(
@@ -36,36 +49,29 @@ def measure(
     batch_size: int,
     *,
     seconds: float | None = None,
-    warmup: int = 5,
 ) -> dict[str, Timing]:
-    """Time each contender on the same inputs, taking turns, so that a noisy neighbour disturbs all alike.
+    """Time each contender on the same inputs, in this process, taking turns: a noisy neighbour disturbs all alike.
+
+    Each has some calls in a row, of which the first go untimed, and a pause follows, in which the threads of one engine
+    come to rest before those of another are asked.
 
     Args:
         contenders: callables by name.
         inputs: their arguments, by name.
         batch_size: samples in one call.
-        seconds: about how long to measure in all, :data:`SECONDS` by default; at least 3 rounds are made.
-        warmup: calls of each contender before the clock runs; fewer, but one at least, where they take long.
+        seconds: about how long to measure in all, :data:`SECONDS` by default; each has 3 turns at least.
     """
     seconds = SECONDS if seconds is None else seconds
-    for contender in contenders.values():
-        deadline = time.perf_counter() + seconds / 4
-        for call in range(warmup):
-            if call and time.perf_counter() > deadline:
-                break
-            contender(**inputs)
+    length = min(TURN, seconds / (_FEWEST * max(1, len(contenders))))
+    turns = {name: Turns(partial(run, **inputs), length=length) for name, run in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    order, generator = list(contenders), random.Random(0)
     deadline = time.perf_counter() + seconds
     rounds = 0
-    while rounds < 3 or (time.perf_counter() < deadline and rounds < 500):
-        for name, contender in contenders.items():
-            start = time.perf_counter()
-            contender(**inputs)
-            times[name].append(time.perf_counter() - start)
+    while rounds < _FEWEST or time.perf_counter() < deadline:
+        generator.shuffle(order)
+        for name in order:
+            times[name] += turns[name].turn()
+            time.sleep(PAUSE)
         rounds += 1
-    timings = {}
-    for name, values in times.items():
-        p50 = statistics.median(values)
-        p95 = statistics.quantiles(values, n=20)[-1]
-        timings[name] = Timing(p50 * 1e3, p95 * 1e3, batch_size / p50)
-    return timings
+    return {name: Timing.of(found, batch_size) for name, found in times.items()}

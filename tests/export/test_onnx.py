@@ -339,7 +339,7 @@ def test_bad_arguments(files: Files, tmp_path: Path) -> None:
         (
             "int8.onnx",
             {"target": "arm"},
-            "target='arm' is unknown; choose one of 'auto', 'x86', 'x86_avx2', 'onnxruntime'",
+            "target='arm' is unknown; choose one of 'auto', 'x86', 'x86_avx2'",
         ),
         ("int8.onnx", {"samples": {"y": X}}, "samples must be inputs of the network, x; got y"),
         ("int8.onnx", {"opset": 999}, "opset=999 is none that torch's exporter writes"),

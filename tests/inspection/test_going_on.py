@@ -25,7 +25,7 @@ def test_failures_are_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     failing = {
         "inspection._weights": "reading the graph",
         "inspection.analyze": "analysing the layers",
-        "inspection.compare_predictions": "comparing predictions",
+        "fit_end.compare_predictions": "comparing predictions",
         "inspection._activations": "collecting histograms",
         "conversion.result_page": "writing the page",
         "logging.result.add_chart": "writing to TensorBoard",

@@ -14,11 +14,12 @@ from lq.callback.logging.layout import layout
 from lq.callback.logging.loggers import takes_images, tensorboard_writer
 from lq.callback.logging.model_graph import model_graph
 from lq.callback.logging.summaries import add_chart, add_graph, add_histogram, add_values
-from lq.callback.logging.tables import advice_markdown, layers_markdown
+from lq.callback.logging.tables import advice_markdown, engines_markdown, layers_markdown
 from lq.callback.result import QuantizationResult
 from lq.charts.gallery import gallery
 from lq.functional import fake_quantize
 from lq.histogram import Histogram
+from lq.report import slower_text
 
 if TYPE_CHECKING:
     from lq.callback.callback import QuantizationCallback
@@ -96,6 +97,10 @@ def _write(writer: Any, trainer: Any, result: QuantizationResult, findings: Find
     writer.add_custom_scalars(layout(result.scalars(), ranges))
     for name, table in layers_markdown(result.report, result.analysis).items():
         writer.add_text(f"quantization/{name}", table, step)
+    if result.engines:
+        writer.add_text("quantization/engines", engines_markdown(result.engines, result.batch_size), step)
+    if result.report.slower_layers:
+        writer.add_text("quantization/slower in INT8", slower_text(result.report.slower_layers, limit=20), step)
     if result.analysis is not None:
         advice = advice_markdown(result.analysis, result.settings.get("overrides"))
         writer.add_text("quantization/advice", advice, step)

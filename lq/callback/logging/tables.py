@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lq.analysis.result import Analysis
+from lq.callback.engines import Engine, cells, notes, recommendation
 from lq.page.layers import layer_table, overrides_line
 from lq.report import QuantizationReport
 
@@ -32,6 +33,12 @@ def layers_markdown(report: QuantizationReport, analysis: Analysis | None) -> di
     }
 
 
+def engines_markdown(engines: Sequence[Engine], batch_size: int) -> str:
+    """A row for each engine, and which one is recommended."""
+    headers, rows = cells(engines, batch_size)
+    return "\n\n".join(text for text in (_markdown(headers, rows), recommendation(engines), *notes(engines)) if text)
+
+
 def advice_markdown(analysis: Analysis, present: Mapping[str, Any] | None = None) -> str:
     """Which layers to leave in float, with the line to write: beside what is overridden already."""
     advice = analysis.advice()
@@ -47,7 +54,8 @@ def advice_markdown(analysis: Analysis, present: Mapping[str, Any] | None = None
         for item in advice
     ]
     table = _markdown(["leave in float", "gain, dB", "extra bytes", "extra ms per sample"], rows)
-    return f"{table}\n\n`QuantizationCallback({overrides_line(analysis, present)})`"
+    left_out = f"\n\nOf this analysis {analysis.left_out_text}." if analysis.left_out else ""
+    return f"{table}\n\n`QuantizationCallback({overrides_line(analysis, present)})`{left_out}"
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -25,7 +25,9 @@ class QuantConfig:
     calibrator: str | None = field(
         None, help="minmax, moving_average, percentile, percentile:99.9, mse, entropy; by default the best one for PTQ"
     )
-    export: list[str] = field([], help="formats to write beside int8.pt2: onnx, aoti")
+    export: list[str] | None = field(
+        None, help="formats to write beside int8.pt2: onnx, aoti; by default onnx where it is installed"
+    )
     overrides: dict[str, Any] = field(
         {}, help="layers quantized in another way, null for those left in float: {layer4: {weight_bits: 6}, fc: null}"
     )
@@ -37,6 +39,9 @@ class QuantConfig:
     batch_norm_freeze: float | None = field(0.8, help="QAT: share after which batch norm's statistics stay fixed")
     distillation: float = field(0.0, help="QAT: weight of the float model's outputs in the loss, in [0, 1]")
     analyze: bool = field(True, help="look for the layers that do harm, for the charts and the advice")
+    analyze_seconds: float | None = field(
+        None, help="how long that may take; by default a tenth of the training or 30 s, whichever is longer"
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.distillation <= 1:
@@ -58,7 +63,7 @@ def callback(config: QuantConfig, mode: Literal["ptq", "qat"], output_dir: str) 
             overrides=config.overrides,
             observer_freeze=config.observer_freeze,
             batch_norm_freeze=config.batch_norm_freeze,
-            analyze=config.analyze,
+            analyze=config.analyze and (config.analyze_seconds or True),
             export=config.export,  # type: ignore[arg-type]
             output_dir=output_dir,
         )

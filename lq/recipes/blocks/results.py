@@ -17,9 +17,8 @@ from lq.runtime.cpu import cpu_name
 
 
 def print_result(result: QuantizationResult, data: str, notes: dict[str, str]) -> None:
-    """The one table a recipe ends with, and where its files lie."""
+    """What the one table that a fit ends with is about, which is printed by then, and where its files lie."""
     print(f"\nData: {data}")
-    print(result)
     for name, value in notes.items():
         print(f"{name + ':':20s} {value}")
 
