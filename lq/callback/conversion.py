@@ -252,6 +252,8 @@ class Conversion:
             runs = {name: EngineModule(int8, c.run) for name, c in others.items() if c.run and name != EAGER}
             with going_on("comparing predictions"):
                 predictions, agreement = self.compare(staged, int8, runs)
+                if agreement:
+                    agreement[EAGER] = 1.0
                 for name, share in agreement.items():
                     engines[name].engine = replace(engines[name].engine, agreement=share)
         return predictions

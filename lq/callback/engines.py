@@ -134,7 +134,7 @@ def cells(engines: Sequence[Engine], batch_size: int) -> tuple[list[str], list[l
     """
     eager = next((engine.latency for engine in engines if engine.runtime == EAGER), None)
     names = list(dict.fromkeys(name for engine in engines for name in engine.metrics))[:_MOST_METRICS]
-    headers = ["on this machine's CPU", *names, "agreement", "size", "p50, ms", "p95, ms", f"/s, batch {batch_size}"]
+    headers = ["", *names, "agreement", "size", "p50, ms", f"/s, batch {batch_size}"]
     rows = []
     for engine in engines:
         one = engine.latency
@@ -145,12 +145,11 @@ def cells(engines: Sequence[Engine], batch_size: int) -> tuple[list[str], list[l
                 _text(engine.agreement, ".2%"),
                 "" if engine.size_bytes is None else file_size(engine.size_bytes),
                 "" if one is None else f"{one.p50_ms:.3g}",
-                "" if one is None else f"{one.p95_ms:.3g}",
                 "" if engine.batch is None else f"{engine.batch.throughput:,.0f}",
                 "" if one is None or eager is None else f"{eager.p50_ms / one.p50_ms:.2f}×",
             ]
         )
-    headers.append("against float")
+    headers.append("faster")
     kept = [index for index in range(len(headers)) if index == 0 or any(row[index] for row in rows)]
     return [headers[index] for index in kept], [[row[index] for index in kept] for row in rows]
 
@@ -161,15 +160,14 @@ def notes(engines: Sequence[Engine]) -> list[str]:
 
 
 def table(engines: Sequence[Engine], title: str, batch_size: int) -> Table:
-    """A row for each engine, the recommended one in bold, and named below."""
+    """A row for each engine, the recommended one in bold."""
     chosen = recommended(engines)
     headers, rows = cells(engines, batch_size)
     found = Table(title=title)
     for index, header in enumerate(headers):
-        found.add_column(header, justify="right" if index else "left")
+        found.add_column(header, justify="right" if index else "left", no_wrap=index == 0)
     for engine, row in zip(engines, rows, strict=True):
         found.add_row(*row, style="bold" if engine is chosen else "")
-    found.caption = "\n".join(line for line in (recommendation(engines), *notes(engines)) if line) or None
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from lq.analysis.result import Analysis
-from lq.callback.engines import Engine, recommended
+from lq.callback.engines import Engine, notes, recommendation, recommended
 from lq.callback.engines import scalars as engine_scalars
 from lq.callback.engines import table as engine_table
 from lq.charts.summary import Comparison
@@ -180,7 +180,8 @@ class QuantizationResult:
     def __str__(self) -> str:
         text = as_text(self.table(), 120)
         slower = self.report.slower_layers
-        return text + (f"{slower_text(slower)}\n" if slower else "")
+        lines = [recommendation(self.engines), *notes(self.engines), slower_text(slower) if slower else ""]
+        return text + "".join(f"{line}\n" for line in lines if line)
 
 
 def _times(ratio: float, more: str, less: str) -> str:
