@@ -149,7 +149,7 @@ def cells(engines: Sequence[Engine], batch_size: int) -> tuple[list[str], list[l
                 "" if one is None or eager is None else f"{eager.p50_ms / one.p50_ms:.2f}×",
             ]
         )
-    headers.append("faster")
+    headers.append("speed-up")
     kept = [index for index in range(len(headers)) if index == 0 or any(row[index] for row in rows)]
     return [headers[index] for index in kept], [[row[index] for index in kept] for row in rows]
 

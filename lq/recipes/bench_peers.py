@@ -1,11 +1,15 @@
-"""INT8 latency against the peers: torch.ao, torchao PT2E, ONNX Runtime's and OpenVINO's own quantizers, in one run.
+"""INT8 latency against the peers, engine by engine: torch.ao FX, torchao PT2E, ONNX Runtime's and OpenVINO's.
 
-python -m lq.recipes.bench_peers                                          every row: about half an hour
+python -m lq.recipes.bench_peers                                          every row: about an hour
 python -m lq.recipes.bench_peers rows=[resnet18_32_b1] peers=[ort_static,nncf]
 
+Each row is called in two ways: back to back, and after a sleep of 20 ms, as a server that waits for requests is: then
+an engine has to wake its threads up. Below the table of a row stands lq against the peer on the same engine.
+
 Two threads on two cores of an AMD EPYC (Zen 3: AVX2, no VNNI), PyTorch 2.15, OpenVINO 2026.4, ONNX Runtime 1.31, two
-runs; best runtime of lq against the best peer, ms: resnet18 32x32 batch 1 0.59 / 0.76; and, before lq cropped kernels,
-batch 128 26.9 / 27.4, 224x224 batch 1 13.6 / 13.7, resnet50 224x224 batch 1 29.9 / 30.1, batch 32 923 / 930.
+runs, back to back; best runtime of lq against the best peer, ms: resnet18 32x32 batch 1 0.59 / 0.76; and, before lq
+cropped kernels, batch 128 26.9 / 27.4, 224x224 batch 1 13.6 / 13.7, resnet50 224x224 batch 1 29.9 / 30.1, batch 32
+923 / 930.
 
 The networks have random weights and are calibrated on random images: speed does not depend on what they know. Every
 contender lives in a process of its own, and the processes take turns. Peers need their packages
@@ -17,7 +21,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,7 +45,27 @@ ROWS = {
     "resnet18_32_b128": ("resnet18", 32, 128),
     "resnet18_224_b1": ("resnet18", 224, 1),
     "resnet50_224_b1": ("resnet50", 224, 1),
+    "mobilenet_v2_224_b1": ("mobilenet_v2", 224, 1),
+    "efficientnet_b0_224_b1": ("efficientnet_b0", 224, 1),
+    "densenet121_224_b1": ("densenet121", 224, 1),
+    "shufflenet_v2_224_b1": ("shufflenet_v2_x1_0", 224, 1),
     "resnet50_224_b32": ("resnet50", 224, 32),
+}
+
+#: Those that are measured where none are named; the last one takes longer than all of them.
+DEFAULT_ROWS = list(ROWS)[:-1]
+
+#: Ways of calling: seconds of sleep before each call.
+WAYS = {"back to back": 0.0, "after 20 ms": 0.02}
+
+FLOAT = "float eager"
+
+#: lq and its peer on each engine.
+ENGINES = {
+    "in process": ("lq, torch", "torch.ao FX"),
+    "AOTInductor": ("lq, aoti", "torchao PT2E, AOTInductor"),
+    "ONNX Runtime": ("lq, onnxruntime", "ONNX Runtime, quantize_static"),
+    "OpenVINO": ("lq, openvino", "OpenVINO, NNCF"),
 }
 
 Model = Callable[[Tensor], Any]
@@ -196,13 +220,16 @@ PEERS = (
     "nncf",
 )
 
+#: One for each engine of lq; the others are slower than these, or TorchScript, which is deprecated.
+DEFAULT_PEERS = ("torch_ao_fx", "pt2e_aoti", "ort_static", "nncf")
+
 
 @dataclass
 class Config:
     """lq against its peers."""
 
-    rows: list[str] = field(list(ROWS), help=f"of {', '.join(ROWS)}")
-    peers: list[str] = field(list(PEERS), help=f"of {', '.join(PEERS)}")
+    rows: list[str] = field(DEFAULT_ROWS, help=f"of {', '.join(ROWS)}")
+    peers: list[str] = field(list(DEFAULT_PEERS), help=f"of {', '.join(PEERS)}")
     threads: int = field(2, help="CPU threads")
     seconds: float = field(4.0, help="about how long to time each contender")
 
@@ -219,21 +246,29 @@ def run(config: Config) -> None:
 
 def _run_row(row: str, config: Config, folder: Path) -> None:
     name, size, batch_size = ROWS[row]
-    contenders: dict[str, Callable[[], Model]] = {"float eager": partial(float_network, name)}
+    contenders: dict[str, Callable[[], Model]] = {FLOAT: partial(float_network, name)}
     contenders |= _ours(name, size, config.threads, folder)
     contenders |= _theirs(name, size, batch_size, config)
-    found = race(contenders, [images(size, batch_size)], threads=config.threads, seconds=config.seconds)
-    Console(width=120).print(_table(row, found, config.threads))
-    for contender, result in found.items():
-        if isinstance(result, ContenderError):
-            print(f"{contender} did not run: {str(result).strip().splitlines()[-1]}")
+    found: dict[str, dict[str, Measurement]] = {}
+    failed: dict[str, ContenderError] = {}
+    for way, sleep in WAYS.items():
+        results = race(
+            contenders, [images(size, batch_size)], threads=config.threads, seconds=config.seconds, sleep=sleep
+        )
+        found[way] = {label: result for label, result in results.items() if isinstance(result, Measurement)}
+        failed |= {label: result for label, result in results.items() if isinstance(result, ContenderError)}
+    console = Console(width=120)
+    console.print(_table(row, found, config.threads))
+    console.print(_by_engine(found))
+    for contender, error in failed.items():
+        print(f"{contender} did not run: {str(error).strip().splitlines()[-1]}")
 
 
 def _ours(name: str, size: int, threads: int, folder: Path) -> dict[str, Callable[[], Model]]:
     """One network with one set of scales, on every runtime of lq that is installed."""
     network = float_network(name)
     x = images(size, 8)
-    lq.prepare(network, x[:2], target="x86" if has_vnni() else "x86_avx2")
+    lq.prepare(network, x[:2], target="auto")
     lq.calibrate(network, [x])
     files = {"torch": "int8.pt2", "aoti": "aoti.pt2", "onnxruntime": "int8.onnx", "openvino": "int8.onnx"}
     formats: dict[str, Any] = {"torch": "pt2", "aoti": "aoti", "onnxruntime": "onnx", "openvino": "onnx"}
@@ -267,30 +302,63 @@ def _theirs(name: str, size: int, batch_size: int, config: Config) -> dict[str, 
         "ort_static": {"ONNX Runtime, quantize_static": partial(ort_static, name, size, config.threads)},
         "nncf": {"OpenVINO, NNCF": partial(nncf, name, size, config.threads)},
     }
+    if not hasattr(torchvision.models.quantization, name):  # eager mode needs networks that were written for it
+        makers |= {"torch_ao_eager": {}, "torch_ao_eager_script": {}}
     return {label: make for peer in config.peers for label, make in makers[peer].items()}
 
 
-def _table(row: str, found: dict[str, Measurement | ContenderError], threads: int) -> Table:
+def _table(row: str, found: Mapping[str, Mapping[str, Measurement]], threads: int) -> Table:
+    """The contenders, fastest first, called in each way."""
     name, size, batch_size = ROWS[row]
-    measured = {label: result for label, result in found.items() if isinstance(result, Measurement)}
-    base = measured["float eager"].timing.p50_ms
-    peers = [m.timing.p50_ms for label, m in measured.items() if label != "float eager" and not label.startswith("lq,")]
-    title = f"{name}, {size}x{size}, batch {batch_size}, {threads} threads, {cpu_name()}"
-    table = Table(title=title)
-    for header in ("contender", "p50 ms", "p95 ms", "against float", "against the best peer", "memory MB"):
-        table.add_column(header, justify="left" if header == "contender" else "right")
-    for label, result in sorted(measured.items(), key=lambda item: item[1].timing.p50_ms):
-        timing = result.timing
-        table.add_row(
-            label,
-            f"{timing.p50_ms:.3g}",
-            f"{timing.p95_ms:.3g}",
-            f"{base / timing.p50_ms:.2f}×",
-            f"{min(peers) / timing.p50_ms:.2f}×" if peers else "",
-            f"{result.memory_bytes / 1e6:.0f}",
-            style="bold" if label.startswith("lq,") else "",
-        )
+    table = Table(title=f"{name}, {size}x{size}, batch {batch_size}, {threads} threads, {cpu_name()}")
+    table.add_column("contender")
+    for way in found:
+        for header in (f"p50 ms, {way}", "p95 ms", "against float"):
+            table.add_column(header, justify="right")
+    table.add_column("memory MB", justify="right")
+    first = next(iter(found.values()))
+    for label, result in sorted(first.items(), key=lambda item: item[1].timing.p50_ms):
+        cells: list[str] = []
+        for measured in found.values():
+            if label not in measured:
+                cells += ["", "", ""]
+                continue
+            timing = measured[label].timing
+            ratio = f"{measured[FLOAT].timing.p50_ms / timing.p50_ms:.2f}×" if FLOAT in measured else ""
+            cells += [f"{timing.p50_ms:.3g}", f"{timing.p95_ms:.3g}", ratio]
+        style = "bold" if label.startswith("lq,") else ""
+        table.add_row(label, *cells, f"{result.memory_bytes / 1e6:.0f}", style=style)
     return table
+
+
+def _by_engine(found: Mapping[str, Mapping[str, Measurement]]) -> Table:
+    """lq against the peer on the same engine, and the best of lq against the best of the peers: medians, ms."""
+    table = Table(title="on the same engine, p50 ms: lq / peer")
+    table.add_column("engine")
+    table.add_column("peer")
+    for way in found:
+        table.add_column(way, justify="right")
+    for engine, (ours, theirs) in ENGINES.items():
+        cells = [_against(measured.get(ours), measured.get(theirs)) for measured in found.values()]
+        if any(cells):
+            table.add_row(engine, theirs, *cells)
+    cells = []
+    for measured in found.values():
+        mine = [result for label, result in measured.items() if label.startswith("lq,")]
+        others = [result for label, result in measured.items() if label != FLOAT and not label.startswith("lq,")]
+        cells.append(_against(*(min(each, key=_p50) if each else None for each in (mine, others))))
+    table.add_row("the best", "the best", *cells, style="bold")
+    return table
+
+
+def _against(ours: Measurement | None, theirs: Measurement | None) -> str:
+    if ours is None or theirs is None:
+        return ""
+    return f"{_p50(ours):.3g} / {_p50(theirs):.3g} = {_p50(ours) / _p50(theirs):.2f}"
+
+
+def _p50(result: Measurement) -> float:
+    return result.timing.p50_ms
 
 
 def plan(config: Config) -> str:
