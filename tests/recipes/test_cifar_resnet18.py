@@ -29,7 +29,7 @@ def test_trains_quantizes_and_ends_with_a_table(tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr()
     assert "CIFAR-10 IS NOT AT" in printed.err
     assert "Data: Shapes10" in printed.out
-    for row in ("val_acc", "size", "latency p50, batch 1", "throughput", "INT8 model", "TensorBoard"):
+    for row in ("val_acc", "size", "p50, ms", "INT8, in process", "recommended: ", "INT8 model", "TensorBoard"):
         assert row in printed.out
     int8 = lq.load(tmp_path / "int8" / "int8.pt2")
     assert int8(torch.zeros(3, 3, 32, 32)).shape == (3, 10)
