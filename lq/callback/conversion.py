@@ -36,13 +36,13 @@ from lq.targets import Target
 BATCH_SIZE = 32
 
 #: The network's file, which is always written, and those of the formats that are written on request.
-_NETWORK = "int8.pt2"
-_OTHER_FORMATS: dict[Format, str] = {"onnx": "int8.onnx", "aoti": "int8.aoti.pt2"}
+NETWORK = "int8.pt2"
+OTHER_FORMATS: dict[Format, str] = {"onnx": "int8.onnx", "aoti": "int8.aoti.pt2"}
 _PAGE = "int8.html"
 _RESULT = "int8.json"
 
 #: All that a run writes: what an earlier one left under these names goes where this one writes nothing of that name.
-OUTPUTS = (_NETWORK, *_OTHER_FORMATS.values(), _PAGE, _RESULT)
+OUTPUTS = (NETWORK, *OTHER_FORMATS.values(), _PAGE, _RESULT)
 
 
 class Outcome(NamedTuple):
@@ -128,11 +128,11 @@ class Conversion:
         unit = staged.unit.cpu()
         int8 = convert(unit, self.target)
         write = partial(export, labels=self.labels, preprocessing=self.preprocessing)
-        artifact = folder / _NETWORK
+        artifact = folder / NETWORK
         exports: list[ExportResult] = [write(int8, artifact)]
         failure: Exception | None = None
         try:
-            for format, name in _OTHER_FORMATS.items():
+            for format, name in OTHER_FORMATS.items():
                 if format in self.formats:
                     network = int8 if format == "aoti" else unit
                     exports.append(write(network, folder / name, format=format))

@@ -21,9 +21,10 @@ from lq.callback.conversion import Conversion, Outcome
 from lq.callback.description import class_names, normalization, settings
 from lq.callback.evaluation import evaluate
 from lq.callback.inspection import Findings, inspect_unit
+from lq.callback.looking import find_as_called
 from lq.callback.preparation import prepare_for_batch
+from lq.callback.running import run_unit
 from lq.callback.stages import StagedUnit
-from lq.callback.unit import run_unit
 from lq.callback.weights import choose_weights, load_weights
 from lq.convert import convert
 from lq.distributed import agreed
@@ -105,7 +106,7 @@ def _quantize(
         evaluate=(lambda: evaluate(trainer, pl_module)) if evaluates else None,
         comparison=comparison,
         inspect=partial(inspect_unit, callback, trainer, staged) if callback.analyze else None,
-        settings=settings(callback, trainer, staged.path),
+        settings=settings(callback, trainer, staged.parts or (staged.path,)),
     )
     outcome = Outcome(None, None, Findings())
     with agreed("converting to INT8"):
@@ -119,7 +120,7 @@ def _quantize(
 def _calibrate(callback: QuantizationCallback, trainer: Any, staged: StagedUnit) -> CalibratorComparison | None:
     """Observe batches on the device that trained."""
     bar = trainer.progress_bar_callback
-    pl_module, unit = trainer.lightning_module, staged.unit
+    pl_module = trainer.lightning_module
     home = pl_module.device
     pl_module.to(trainer.strategy.root_device)
     try:
@@ -128,6 +129,9 @@ def _calibrate(callback: QuantizationCallback, trainer: Any, staged: StagedUnit)
             first = next(batches, None)
             if first is None:
                 raise CalibrationError("the calibration dataloader (by default the train dataloader) gave no batch")
+            if not staged.is_found:
+                find_as_called(trainer, staged, first)
+            unit = staged.unit
             # All calibrators but this one need histograms.
             calibrators = {callback.calibrator, *callback.overrides.calibrators}
             observer = "minmax" if calibrators == {"minmax"} else "histogram"
@@ -147,7 +151,7 @@ def _calibrate(callback: QuantizationCallback, trainer: Any, staged: StagedUnit)
                 calibrator=callback.calibrator,
                 num_batches=_share(callback.calibration_batches, trainer.world_size),
                 num_samples=_share(callback.calibration_samples, trainer.world_size),
-                forward=lambda batch: run_unit(pl_module, unit, batch),
+                forward=lambda batch: run_unit(staged, batch, staged.calibrated_with),
                 progress=trainer.is_global_zero and bar is not None and getattr(bar, "is_enabled", True),
             )
     finally:
