@@ -308,7 +308,7 @@ class QuantizationCallback(Callback):
         """Bring the unit to where training begins: float for PTQ, prepared for QAT."""
         if self.mode == "qat" and not staged.is_built:
             # Before a checkpoint is loaded and other callbacks copy the model; being called twice is in its contract.
-            staged.pl_module.configure_model()
+            trainer.lightning_module.configure_model()
         if not staged.is_built:
             return  # PTQ can do without until training begins; QAT has waited, and there are none
         was_int8 = staged.stage == "int8"

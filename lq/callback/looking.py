@@ -36,7 +36,14 @@ def find_as_called(trainer: Any, staged: StagedUnit, batch: Any) -> None:
         ValueError: where the steps never call what is to be quantized.
     """
     pl_module = staged.pl_module
-    staged.use(unit_of_calls(pl_module, staged.name, *_calls_in_steps(trainer, staged, batch)))
+    training, validation, error = _calls_in_steps(trainer, staged, batch)
+    try:
+        staged.use(unit_of_calls(pl_module, staged.name, training, validation))
+    except ValueError:
+        if error is None:
+            raise
+        add_note(error, type(staged.unit).__name__, "training_step")
+        raise error from None
     name = type(pl_module).__name__
     if staged.parts:
         rank_zero_info(
@@ -50,7 +57,10 @@ def find_as_called(trainer: Any, staged: StagedUnit, batch: Any) -> None:
         )
 
 
-def _calls_in_steps(trainer: Any, staged: StagedUnit, batch: Any) -> tuple[list[Call], list[Call] | None]:
+def _calls_in_steps(
+    trainer: Any, staged: StagedUnit, batch: Any
+) -> tuple[list[Call], list[Call] | None, Exception | None]:
+    """The calls in a training step, those in a validation step, and what the first one failed with."""
     twin = twin_of(staged.pl_module)
     module: Any = staged.pl_module if twin is None else twin
     # A few samples will do, and in training what training calls; unless the step cannot take these.
@@ -58,9 +68,6 @@ def _calls_in_steps(trainer: Any, staged: StagedUnit, batch: Any) -> tuple[list[
         training, error = _look(module, "training_step", samples, trains=trains)
         if error is None:
             break
-    if error is not None and not training:
-        add_note(error, type(staged.unit).__name__, "training_step")
-        raise error
     validation: list[Call] | None = None
     if is_overridden("validation_step", module):
         with suppress(Exception):  # it is the loop's affair to say what is wrong with it
@@ -71,7 +78,7 @@ def _calls_in_steps(trainer: Any, staged: StagedUnit, batch: Any) -> tuple[list[
                     if failure is None:
                         break
                 validation = validation or (None if failure is not None else [])
-    return training, validation
+    return training, validation, error
 
 
 def _look(pl_module: Any, step: Step, batch: Any, *, trains: bool = False) -> tuple[list[Call], Exception | None]:
@@ -100,7 +107,7 @@ def check_trained(staged: StagedUnit) -> None:
         names = ", ".join(map(repr, staged.parts or (staged.path,)))
         raise ValueError(
             f"mode='qat': validation_step of {type(staged.pl_module).__name__} uses {names}, which training_step does "
-            f"not call, so that it would learn nothing of INT8. Use mode='ptq', which converts what validation uses; or "
+            f"not call, so that it would learn nothing of INT8. Use mode='ptq', which converts what validation uses, or "
             f"leave averaging to lightning.pytorch.callbacks.EMAWeightAveraging, put after QuantizationCallback; or "
             f"name what is trained with QuantizationCallback(module='...')"
         )

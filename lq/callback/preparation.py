@@ -110,8 +110,8 @@ def _arguments_for(staged: StagedUnit, batch: Any, is_given: bool) -> tuple[tupl
         if not is_given:
             raise
         raise CalibrationError(
-            f"{staged.calibrated_with} of {type(pl_module).__name__} does not take a batch of calibration_dataloader, which is "
-            f"{_described(batch)} ({type(error).__name__}: {error}); give batches as the train dataloader does"
+            f"{staged.calibrated_with} of {type(pl_module).__name__} does not take a batch of calibration_dataloader, "
+            f"which is {_described(batch)} ({type(error).__name__}: {error}); give batches as the train dataloader does"
         ) from error
     return found
 
