@@ -96,7 +96,5 @@ def _trainer_class(trainer: Any) -> type[Any]:
 
 def is_overridden(name: str, pl_module: Any) -> bool:
     """Whether the user's LightningModule has a method of its own of that name."""
-    for cls in type(pl_module).__mro__:
-        if name in cls.__dict__:
-            return cls.__name__ != "LightningModule"
-    return False
+    base = next(cls for cls in type(pl_module).__mro__ if cls.__name__ == "LightningModule")
+    return getattr(type(pl_module), name, None) is not getattr(base, name, None)

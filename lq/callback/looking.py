@@ -107,8 +107,8 @@ def check_trained(staged: StagedUnit) -> None:
         names = ", ".join(map(repr, staged.parts or (staged.path,)))
         raise ValueError(
             f"mode='qat': validation_step of {type(staged.pl_module).__name__} uses {names}, which training_step does "
-            f"not call, so that it would learn nothing of INT8. Use mode='ptq', which converts what validation uses, or "
-            f"leave averaging to lightning.pytorch.callbacks.EMAWeightAveraging, put after QuantizationCallback; or "
+            f"not call, so that it would learn nothing of INT8. Use mode='ptq', which converts what validation uses; "
+            f"or leave averaging to lightning.pytorch.callbacks.EMAWeightAveraging, put after QuantizationCallback; or "
             f"name what is trained with QuantizationCallback(module='...')"
         )
 
