@@ -25,9 +25,10 @@ from lq.convert import convert
 from lq.export import ExportResult, Format, export
 from lq.file_sets import replaced_as_a_whole
 from lq.files import write_text
+from lq.graph.signature import CallSignature
 from lq.int8 import Int8Module
 from lq.modes import evaluating
-from lq.prepare import activation_quantizers, unprepared
+from lq.prepare import PreparedForward, activation_quantizers, unprepared
 from lq.runtime.cpu import has_onednn_int8, has_vnni
 from lq.runtime.timing import measure
 from lq.targets import Target
@@ -146,7 +147,7 @@ class Conversion:
                 f"To deploy on such CPUs, train or calibrate for them: QuantizationCallback(target='x86_avx2')"
             )
         with unprepared(unit):
-            float_side, int8_side = self._measure(unit, int8, artifact)
+            float_side, int8_side = self._measure(unit, int8, forward, artifact)
         findings = Findings() if self.inspect is None else self.inspect(int8)
         calibrator = next(iter(activation_quantizers(unit).values())).calibrator
         staged.put_int8(int8)
@@ -175,14 +176,18 @@ class Conversion:
         write_text(folder / _RESULT, result.to_json())
         return Outcome(result, failure, findings), exports
 
-    def _measure(self, float_unit: nn.Module, int8: Int8Module, artifact: Path) -> tuple[Side, Side]:
+    def _measure(
+        self, float_unit: nn.Module, int8: Int8Module, forward: PreparedForward, artifact: Path
+    ) -> tuple[Side, Side]:
         """Size, latency and throughput of both, CPU against CPU: there INT8 kernels run in process, also after a fit
         on a GPU."""
         float_side = Side(size_bytes=_state_bytes(float_unit))
         int8_side = Side(size_bytes=artifact.stat().st_size)
         if self.evaluate is None:
             return float_side, int8_side
-        models = {"float": float_unit, "int8": int8}
+        # As it is called: by position where the forward allows it, for which the hooks of a user may have been written.
+        signature = forward.signature
+        models = {name: partial(_called, model, signature) for name, model in (("float", float_unit), ("int8", int8))}
         inputs = {**int8.settings, **int8.example_inputs}
         with evaluating(float_unit):
             one = measure(models, repeat_samples(inputs, 1), 1)
@@ -191,6 +196,12 @@ class Conversion:
             replace(float_side, latency=one["float"], batch=many["float"]),
             replace(int8_side, latency=one["int8"], batch=many["int8"]),
         )
+
+
+def _called(model: nn.Module, signature: CallSignature, **values: Any) -> Any:
+    """The output for the values of the forward's parameters, by name."""
+    args, kwargs = signature.arguments(values)
+    return model(*args, **kwargs)
 
 
 def _state_bytes(module: nn.Module) -> int:
