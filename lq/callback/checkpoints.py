@@ -202,7 +202,8 @@ def _remove(state: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 def _with_present_unit(staged: StagedUnit, state: dict[str, Any]) -> dict[str, Any]:
     """``state`` with the unit as it is in the module now, and everything else as it was."""
-    others = {key: value for key, value in state.items() if not staged.path or not key.startswith(staged.prefix)}
+    prefixes = tuple(f"{path}." for path in staged.parts or (staged.path,) if path)
+    others = {key: value for key, value in state.items() if not key.startswith(prefixes)}
     return {**staged.pl_module.state_dict(), **others}
 
 

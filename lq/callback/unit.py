@@ -94,9 +94,11 @@ def unit_of_calls(
             f"name the submodule that it does call with QuantizationCallback(module='...')"
         )
     is_whole = all(set(_entries(calls, whole)) <= {whole} for calls in seen)
-    if is_whole and (name is not None or validation is None or _entries(validation, whole)):
+    # A forward that calls an average of what it calls in training, say, is two networks.
+    switches = bool(_entries(training, whole)) and not _inner(validation or (), whole) <= _inner(training, whole)
+    if is_whole and not switches and (name is not None or validation is None or _entries(validation, whole)):
         return _unit((whole,), training, validation)
-    paths = _parts(pl_module, whole, training, validation or ())
+    paths = _parts(pl_module, whole, training, validation or (), is_one=not switches)
     return _unit(paths, training, validation)
 
 
@@ -109,30 +111,39 @@ def _unit(paths: tuple[str, ...], training: Sequence[Call], validation: Sequence
     return Unit(paths, calls)
 
 
-def _parts(pl_module: nn.Module, whole: str, training: Sequence[Call], validation: Sequence[Call]) -> tuple[str, ...]:
-    """What the steps call of ``whole``, and nothing that lies in something else of it."""
-    calls = [*training, *validation]
+def _parts(
+    pl_module: nn.Module, whole: str, training: Sequence[Call], validation: Sequence[Call], *, is_one: bool
+) -> tuple[str, ...]:
+    """What the steps call of ``whole``, and nothing that lies in something else of it.
+
+    Args:
+        pl_module: the LightningModule.
+        whole: path of what holds all of it.
+        training: the calls in a training step.
+        validation: those in a validation step.
+        is_one: whether ``whole`` is the same network in both.
+    """
+    steps = (training, validation)
     # By what a step calls: what has to be called in its place.
-    pieces: dict[str, tuple[str, ...]] = {
-        path: (path,) for path in (*_entries(training, whole), *_entries(validation, whole))
-    }
+    pieces = {(step, path): {path} for step, calls in enumerate(steps) for path in _entries(calls, whole)}
     while True:
-        known = {path for parts in pieces.values() for path in parts}
-        outer = next((a for a in known if any(_lies_in(b, a) for b in known) or (a == "" and len(known) > 1)), None)
+        known = set().union(*pieces.values())
+        outer = next((a for a in known if any(_lies_in(b, a) for b in known) or (a == whole and not is_one)), None)
         if outer is None:
             break
-        inner = tuple(dict.fromkeys(call.path for each in _calls_of(calls, outer) for call in each.inner))
-        if not inner:
-            raise ValueError(
-                f"a step calls {_named(pl_module, outer)} and another one parts of it, and lq cannot see what it calls "
-                f"of them: name what is to be quantized with QuantizationCallback(module='...')"
-            )
-        pieces = {
-            entry: tuple(dict.fromkeys(p for part in parts for p in (inner if part == outer else (part,))))
-            for entry, parts in pieces.items()
-        }
-    judged = {path for entry in _entries(validation, whole) for path in pieces[entry]}
-    chosen = dict.fromkeys(path for parts in pieces.values() if not judged or judged & set(parts) for path in parts)
+        for (step, _), parts in pieces.items():
+            if outer in parts:
+                inner = _inner(steps[step], outer) or _inner([*training, *validation], outer)
+                if not inner:
+                    raise ValueError(
+                        f"a step calls {_named(pl_module, outer)} as a whole and another one parts of it, and which "
+                        f"these are cannot be seen: name what is to be quantized with "
+                        f"QuantizationCallback(module='...')"
+                    )
+                parts.remove(outer)
+                parts |= inner
+    judged = set().union(*(parts for (step, _), parts in pieces.items() if step == 1))
+    chosen = set().union(*(parts for parts in pieces.values() if not judged or judged & parts))
     order = [path for path, _ in pl_module.named_modules()]
     return tuple(sorted(chosen, key=order.index))
 
@@ -146,6 +157,11 @@ def _entries(calls: Sequence[Call], whole: str) -> list[str]:
         else:
             found.extend(_entries(call.inner, whole))
     return list(dict.fromkeys(found))
+
+
+def _inner(calls: Sequence[Call], path: str) -> set[str]:
+    """What the calls of a module call in turn."""
+    return {call.path for each in _calls_of(calls, path) for call in each.inner}
 
 
 def _calls_of(calls: Sequence[Call], path: str) -> Iterator[Call]:
