@@ -149,8 +149,6 @@ def _calibrate(callback: QuantizationCallback, staged: StagedUnit, batches: list
 
 def _convert(callback: QuantizationCallback, trainer: Any, staged: StagedUnit) -> None:
     pl_module: Any = staged.pl_module
-    if pl_module.dtype != torch.float32:
-        pl_module.float()
     unit = staged.unit.cpu()
     int8 = convert(unit, callback.target)
     about: dict[str, Any] = {"labels": class_names(trainer), "preprocessing": normalization(trainer)}

@@ -58,7 +58,7 @@ def places_of(model: torch.nn.Module) -> tuple[str, ...]:
 @pytest.mark.parametrize("cls", PLACES)
 @pytest.mark.support("Modules", "`self.forward(x)`, parts called apart, several networks, a loss in the forward")
 def test_what_the_steps_call_is_quantized(cls: Any, mode: str, tmp_path: Path) -> None:
-    model, callback = module(cls), quantization(tmp_path, mode=mode, evaluate=True)
+    model, callback = module(cls), quantization(tmp_path, mode=mode, evaluate=True, rehearse=True)
     run = trainer(tmp_path, callback, every_epoch(tmp_path), epochs=4)
     run.fit(model, train_data(), val_data())
     assert places_of(model) == PLACES[cls]
@@ -80,7 +80,7 @@ class NeverTrained(Wrapped):
 @pytest.mark.parametrize("cls", [shapes.Averaged, shapes.AveragedByTorch])
 @pytest.mark.support("Modules", "An average that validation uses (EMA, `AveragedModel`): PTQ converts it")
 def test_an_average_that_validation_uses_is_converted(cls: Any, tmp_path: Path) -> None:
-    model, callback = module(cls), quantization(tmp_path, evaluate=True)
+    model, callback = module(cls), quantization(tmp_path, rehearse=True, evaluate=True)
     run = trainer(tmp_path, callback, epochs=3)
     run.fit(model, train_data(), val_data())
     assert places_of(model) == ("average",)
@@ -93,7 +93,7 @@ def test_an_average_learns_nothing_of_qat(cls: Any, tmp_path: Path) -> None:
     class Model(cls):  # type: ignore[misc]
         on_train_start = NeverTrained.on_train_start
 
-    run = trainer(tmp_path, quantization(tmp_path, mode="qat"))
+    run = trainer(tmp_path, quantization(tmp_path, rehearse=True, mode="qat"))
     with pytest.raises(ValueError, match=r"validation_step of Model uses 'average', which training_step does not call"):
         run.fit(module(Model), train_data(), val_data())
 
@@ -106,7 +106,7 @@ def test_validation_that_uses_something_else_than_what_is_named(tmp_path: Path) 
         def logits(self, batch: Any) -> tuple[Tensor, Tensor]:
             return self.second(batch[0]), batch[1]
 
-    run = trainer(tmp_path, quantization(tmp_path, module="first"))
+    run = trainer(tmp_path, quantization(tmp_path, rehearse=True, module="first"))
     with pytest.warns(UserWarning, match=r"validation_step of Model does not call 'first'.*say nothing of INT8"):
         run.fit(module(Model), train_data(), val_data())
 
@@ -123,7 +123,7 @@ def test_what_is_made_in_setup_is_there(cls: Any, mode: str, tmp_path: Path) -> 
             return super().configure_optimizers()
 
     model = module(Model)
-    run = trainer(tmp_path, quantization(tmp_path, mode=mode), epochs=3)
+    run = trainer(tmp_path, quantization(tmp_path, rehearse=True, mode=mode), epochs=3)
     run.fit(model)
     assert places_of(model) == ("model",)
     assert "setup" not in model.__dict__
@@ -193,4 +193,6 @@ def test_a_step_that_calls_nothing(tmp_path: Path) -> None:
 
     for mode in ("ptq", "qat"):
         with pytest.raises(ValueError, match=r"training_step never called the Sequential.*module='\.\.\.'"):
-            trainer(tmp_path, quantization(tmp_path, mode=mode)).fit(module(Model), train_data(), val_data())
+            trainer(tmp_path, quantization(tmp_path, rehearse=True, mode=mode)).fit(
+                module(Model), train_data(), val_data()
+            )
