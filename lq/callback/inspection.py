@@ -23,7 +23,7 @@ from lq.callback.batches import (
 )
 from lq.callback.evaluation import is_overridden
 from lq.callback.predictions import compare_predictions
-from lq.callback.running import Step, run_unit
+from lq.callback.running import Step, call_unit
 from lq.callback.stages import StagedUnit
 from lq.charts.chart import Chart
 from lq.charts.predictions import Predictions
@@ -138,7 +138,7 @@ def inspect_unit(callback: QuantizationCallback, trainer: Any, staged: StagedUni
                 unit,
                 batches,
                 timing=callback.evaluate,
-                forward=lambda batch: run_unit(staged, batch, step),
+                forward=lambda batch: call_unit(staged, batch, step),
                 progress=bar is not None and getattr(bar, "is_enabled", True),
             )
             found = replace(found, analysis=analysis)
@@ -205,7 +205,7 @@ def _activations(staged: StagedUnit, step: Step, batches: list[Any]) -> dict[str
         try:
             with evaluating(staged.pl_module), quantizers_off(unit):
                 for batch in batches:
-                    run_unit(staged, batch, step)
+                    call_unit(staged, batch, step)
         finally:
             for hook in hooks:
                 hook.remove()

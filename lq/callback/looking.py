@@ -19,7 +19,7 @@ from lq.callback.idle import run_idle, same_attributes
 from lq.callback.running import Step, add_note, call_step
 from lq.callback.stages import StagedUnit
 from lq.callback.twin import twin_of
-from lq.callback.unit import unit_of_calls
+from lq.callback.unit import Unit, unit_of_calls
 from lq.modes import evaluating
 from lq.quiet import quiet
 
@@ -37,13 +37,17 @@ def find_as_called(trainer: Any, staged: StagedUnit, batch: Any) -> None:
     """
     pl_module = staged.pl_module
     training, validation, error = _calls_in_steps(trainer, staged, batch)
+    found: Unit | None = None
     try:
-        staged.use(unit_of_calls(pl_module, staged.name, training, validation))
+        found = unit_of_calls(pl_module, staged.name, training, validation)
     except ValueError:
         if error is None:
             raise
+    if error is not None and (found is None or found.calibrated_with != "training_step"):
         add_note(error, type(staged.unit).__name__, "training_step")
-        raise error from None
+        raise error
+    assert found is not None
+    staged.use(found)
     name = type(pl_module).__name__
     if staged.parts:
         rank_zero_info(

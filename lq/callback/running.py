@@ -95,6 +95,12 @@ def run_unit(staged: StagedUnit, batch: Any, step: Step = "training_step") -> An
     return calls.outputs[0] if len(calls.outputs) == 1 else calls.outputs
 
 
+def call_unit(staged: StagedUnit, batch: Any, step: Step = "training_step") -> Any:
+    """Call the unit with what a step calls it with the first time, hooks and all, and return what it returns."""
+    args, kwargs = unit_arguments(staged, batch, step)
+    return staged.unit(*args, **kwargs)
+
+
 def _number(staged: StagedUnit, step: Step) -> int:
     """How many calls to wait for."""
     return max(1, staged.calls.get(step, 1))
