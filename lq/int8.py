@@ -161,6 +161,9 @@ class Int8Module(nn.Module):
         if self._signature is not None:
             inputs, settings = self._signature.bind(args, kwargs)
             other = {name: value for name, value in settings.items() if value != self.settings.get(name)}
+            for name in other:
+                if name in names:
+                    raise TypeError(f"input {name!r} must be a tensor or an array, got {type(other[name]).__name__}")
             if other or tuple(inputs) != names:
                 fixed = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
                 raise TypeError(
