@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -26,7 +26,7 @@ from lq.runtime.plans import Plans, sizes
 Execution = Literal["auto", "kernels", "simulation"]
 
 
-#: Attributes of an Int8Module that a submodule of the same name would hide.
+#: Attributes of an Int8Module: a submodule of the same name gets another one.
 _ATTRIBUTES = ("graph", "guards", "report", "example_inputs", "settings", "metadata", "threads")
 
 #: How many sizes of inputs are remembered as checked.
@@ -38,6 +38,17 @@ def _as_tensor(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _renamed(graph: fx.Graph, name: str, taken: Container[str]) -> str:
+    """A name for a submodule that has one of Int8Module's own; ``graph`` reads it under that from here on."""
+    new = f"{name}_"
+    while new in taken:
+        new += "_"
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module") and str(node.target).partition(".")[0] == name:
+            node.target = new + str(node.target)[len(name) :]
+    return new
 
 
 class Int8Module(nn.Module):
@@ -68,7 +79,7 @@ class Int8Module(nn.Module):
         super().__init__()
         for name, child in root.named_children():
             if hasattr(type(self), name) or name in _ATTRIBUTES:
-                raise ValueError(f"the model's submodule {name!r} is called like an attribute of Int8Module; rename it")
+                name = _renamed(graph, name, taken=root._modules)
             self.add_module(name, child)
         for name, buffer in root.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
@@ -156,6 +167,9 @@ class Int8Module(nn.Module):
         if self._signature is not None:
             inputs, settings = self._signature.bind(args, kwargs)
             other = {name: value for name, value in settings.items() if value != self.settings.get(name)}
+            for name in other:
+                if name in names:
+                    raise TypeError(f"input {name!r} must be a tensor or an array, got {type(other[name]).__name__}")
             if other or tuple(inputs) != names:
                 fixed = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
                 raise TypeError(

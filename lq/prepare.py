@@ -185,6 +185,12 @@ def prepared_forward(module: nn.Module) -> PreparedForward:
     """
     forward = module.__dict__.get("forward")
     if not isinstance(forward, PreparedForward):
+        inside = module._modules.get("_orig_mod")  # what torch.compile wraps
+        if inside is not None and is_prepared(inside):
+            raise ValueError(
+                f"this is what torch.compile made of a prepared {type(inside).__name__}: give the module itself, which "
+                f"is its attribute _orig_mod"
+            )
         raise ValueError(f"this {type(module).__name__} is not prepared; call lq.prepare(model, example_inputs) first")
     return forward
 

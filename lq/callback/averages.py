@@ -32,13 +32,18 @@ def check_averaging(trainer: Any, callback: Any, *, prepared_late: bool = False)
         return
     if prepared_late:
         raise ValueError(
-            f"{name} copies the model before its layers exist: build them in __init__ or configure_model rather than "
-            f"in LightningModule.setup"
+            f"{name} copies the model before LightningModule.setup has made its layers or its data: make layers in "
+            f"__init__ or configure_model, and give the data to trainer.fit, rather than in setup"
         )
     raise ValueError(
         f"{name} copies the model, and has to find quantizers on it: put QuantizationCallback before it, "
         f"callbacks=[QuantizationCallback(mode='qat'), {name}(...)]"
     )
+
+
+def copies_the_model(trainer: Any) -> bool:
+    """Whether a callback copies the model in its ``setup``."""
+    return any(_averages(callback) for callback in trainer.callbacks)
 
 
 def averages_at_the_end(trainer: Any) -> bool:

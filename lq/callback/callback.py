@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,18 +24,20 @@ from lq.callback.averages import (
     check_averaging,
     refresh_averaged_ranges,
 )
-from lq.callback.batches import given_batches, train_batches
+from lq.callback.calls import has_weighted_layers
 from lq.callback.checkpoints import attach_hooks
 from lq.callback.conversion import OUTPUTS, default_formats
 from lq.callback.fit_end import quantize_at_fit_end
 from lq.callback.logging import RangeLog, log_result, make_room
-from lq.callback.preparation import check_batch, prepare_for_batch, tell_of_a_change
+from lq.callback.looking import check_trained, find_as_called, first_train_batches
+from lq.callback.own_setup import after_own_setup, waits_for_setup
+from lq.callback.preparation import prepare_for_batch, tell_of_a_change
+from lq.callback.rehearsal import look_ahead
 from lq.callback.rescue import tell_how_to_finish
 from lq.callback.result import QuantizationResult
 from lq.callback.stages import StagedUnit, attach, staged_unit
-from lq.callback.support import check_trainer
+from lq.callback.support import check_alone, check_trainer
 from lq.callback.training import all_reduce_ranges, training_share
-from lq.callback.unit import has_weighted_layers
 from lq.callback.weights import Weights, known_checkpoints
 from lq.export import FORMATS, Format, check_dependencies
 from lq.file_sets import recover
@@ -116,6 +119,9 @@ class QuantizationCallback(Callback):
         output_dir: folder for ``int8.pt2``, ``int8.json`` and ``int8.html``; by default ``int8`` in the Trainer's log
             directory. What an earlier run left there under the names of these and of the exports is replaced, all of it
             at once when everything has gone well; other files stay. ``Trainer(fast_dev_run=True)`` writes nothing.
+        rehearse: whether to go the whole way to INT8 before training begins, on a copy and with two batches, so that
+            what would fail when training has ended fails at once. Takes seconds; left out of it are the search for the
+            best calibrator, all that is measured or analysed, and ``"aoti"``, which takes a compiler a minute.
 
     Attributes:
         result: a :class:`~lq.callback.result.QuantizationResult` once ``fit`` has ended, else None.
@@ -148,6 +154,7 @@ class QuantizationCallback(Callback):
         analyze: bool | float = True,
         export: Sequence[Format] | None = None,
         output_dir: str | None = None,
+        rehearse: bool = True,
     ) -> None:
         if mode not in get_args(Mode):
             raise ValueError(f"mode={mode!r} is unknown; choose 'ptq' or 'qat'")
@@ -194,6 +201,7 @@ class QuantizationCallback(Callback):
         self.export: tuple[Format, ...] = default_formats() if export is None else tuple(export)
         self.optional_formats: tuple[Format, ...] = self.export if export is None else ()
         self.output_dir = output_dir
+        self.rehearse = rehearse
         self.result: QuantizationResult | None = None
         self.known_before: dict[str, Any] = {}
         self._int8_dir: Path | None = None
@@ -208,6 +216,7 @@ class QuantizationCallback(Callback):
         attach_hooks(staged)
         if stage != TrainerFn.FITTING:
             return
+        check_alone(trainer)
         self.result = None
         self._begun = time.monotonic()
         self._phase = "setup"
@@ -227,10 +236,9 @@ class QuantizationCallback(Callback):
             for format in set(self.export) - set(self.optional_formats):
                 check_dependencies(format)
             make_room(trainer)
-        if self.mode == "qat" and not staged.is_built:
-            # Before a checkpoint is loaded and other callbacks copy the model; being called twice is in its contract.
-            pl_module.configure_model()
-        if staged.is_built:  # else the layers are built in LightningModule.setup: see on_fit_start
+        if self.mode == "qat" and waits_for_setup(trainer, pl_module):
+            after_own_setup(pl_module, partial(self._begin_fit_late, trainer, staged))
+        else:
             self._begin_fit(trainer, staged)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -240,15 +248,11 @@ class QuantizationCallback(Callback):
             raise _nothing_to_quantize(pl_module)
         if self.mode == "qat" and self._auto_target and is_prepared(staged.unit):
             self.target = staged.prepared_forward.target  # of the checkpoint, where a run is resumed from one
-        if self.mode == "qat" and not is_prepared(staged.unit):
-            check_averaging(trainer, self, prepared_late=True)
-            self._begin_fit(trainer, staged)
-        else:
-            _check_layers(staged)
-            if self.mode == "ptq" and self.convert:
-                self._check_calibration(trainer, staged)
-        if self.mode == "qat" and self.convert:
-            _check_training(trainer, staged)
+        _check_layers(staged)
+        if self.convert:
+            if self.mode == "qat":
+                _check_training(trainer, staged)
+            look_ahead(self, trainer, staged)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._phase = "training"
@@ -338,8 +342,17 @@ class QuantizationCallback(Callback):
         while self._frozen_norms:
             self._frozen_norms.pop().train()
 
+    def _begin_fit_late(self, trainer: Trainer, staged: StagedUnit) -> None:
+        check_averaging(trainer, self, prepared_late=True)
+        self._begin_fit(trainer, staged)
+
     def _begin_fit(self, trainer: Trainer, staged: StagedUnit) -> None:
         """Bring the unit to where training begins: float for PTQ, prepared for QAT."""
+        if self.mode == "qat" and not staged.is_built:
+            # Before a checkpoint is loaded and other callbacks copy the model; being called twice is in its contract.
+            trainer.lightning_module.configure_model()
+        if not staged.is_built:
+            return  # PTQ can do without until training begins; QAT has waited, and there are none
         was_int8 = staged.stage == "int8"
         if was_int8:
             rank_zero_info("lq: training goes on with the float weights that the INT8 network was made of")
@@ -361,31 +374,13 @@ class QuantizationCallback(Callback):
         if self.mode == "qat":
             self._prepare_for_training(trainer, staged)
 
-    def _check_calibration(self, trainer: Trainer, staged: StagedUnit) -> None:
-        """Find a batch that no step takes, or a name that matches nothing, now and not after the training."""
-        loader = self.calibration_dataloader
-        if loader is not None and iter(loader) is loader:
-            loader = None  # what is looked at would be gone
-        if loader is None and not self.overrides.specs:
-            return
-        with isolate_rng():
-            module = staged.pl_module
-            batch = next(train_batches(trainer, module) if loader is None else given_batches(loader, module), None)
-            if batch is None:
-                return
-            if loader is not None:
-                check_batch(staged, batch)
-            if self.overrides.specs:
-                prepare_for_batch(
-                    staged, batch, target=self.target, mode="ptq", observer="minmax", overrides=self.overrides
-                )
-                staged.to_float()
-
     def _prepare_for_training(self, trainer: Trainer, staged: StagedUnit) -> None:
-        with isolate_rng():  # the batch that is looked at must not change the order of those that are trained on
-            batch = next(train_batches(trainer, staged.pl_module), None)
-            if batch is None:
-                raise CalibrationError("the train dataloader gave no batch to prepare the model with")
+        batch = next(iter(first_train_batches(trainer, staged, 1)), None)
+        if batch is None:
+            raise CalibrationError("the train dataloader gave no batch to prepare the model with")
+        with isolate_rng():
+            find_as_called(trainer, staged, batch)
+            check_trained(staged)
             prepare_for_batch(
                 staged,
                 batch,

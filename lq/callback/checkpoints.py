@@ -18,6 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lq.callback.averages import AVERAGED, refresh_averaged_ranges
 from lq.callback.stages import StagedUnit
+from lq.callback.unit import Unit
 from lq.convert import convert
 from lq.graph.forward import QUANTIZERS
 from lq.preparation import describe_preparation, prepare_like, target_of
@@ -85,10 +86,7 @@ def _on_save(staged: StagedUnit, original: Callable[[dict[str, Any]], None], che
     if stage == "prepared":
         refresh_weights(staged.unit)  # in place, so in `state` too: the scales of the weights that are saved
     if stage == "int8":
-        _remove(state, staged.int8_prefix)
-        state.update(staged.unit.state_dict(prefix=staged.prefix))
-        if not staged.path:
-            _remove(state, staged.int8_prefix)
+        state = checkpoint["state_dict"] = staged.float_state(state)
     preparation = None
     try:
         preparation = describe_preparation(staged.prepared_forward)
@@ -98,6 +96,7 @@ def _on_save(staged: StagedUnit, original: Callable[[dict[str, Any]], None], che
         "version": _VERSION,
         "stage": stage,
         "preparation": preparation,
+        "paths": list(staged.parts or (staged.path,)),
         "quantizers": _remove(state, _quantizer_prefix(staged)),
     }
 
@@ -177,7 +176,11 @@ def _make_prepared(staged: StagedUnit, section: Mapping[str, Any]) -> None:
             "lq.prepare on the submodule before you give the module to the Trainer"
         )
     try:
-        prepare_like(staged.unit, preparation)
+        paths = tuple(section.get("paths", ()))
+        modules = dict(staged.pl_module.named_modules())
+        if paths and staged.name is None and not staged.is_found and modules.keys() >= set(paths):
+            staged.use(Unit(paths))
+        staged.prepare_with(partial(prepare_like, description=preparation))
     except Exception as error:
         raise ValueError(
             f"the checkpoint was written for another network than this {type(staged.unit).__name__}, which cannot be "
@@ -201,13 +204,13 @@ def _remove(state: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 def _with_present_unit(staged: StagedUnit, state: dict[str, Any]) -> dict[str, Any]:
     """``state`` with the unit as it is in the module now, and everything else as it was."""
-    others = {key: value for key, value in state.items() if not staged.path or not key.startswith(staged.prefix)}
+    prefixes = tuple(f"{path}." for path in staged.parts or (staged.path,) if path)
+    others = {key: value for key, value in state.items() if not key.startswith(prefixes)}
     return {**staged.pl_module.state_dict(), **others}
 
 
 def _has_weights_of(staged: StagedUnit, state: dict[str, Any]) -> bool:
-    unit = staged.unit.state_dict(prefix=staged.prefix)
+    unit = staged.float_state(staged.pl_module.state_dict())
+    unit = {key: value for key, value in unit.items() if key.startswith(staged.prefix)}
     _remove(unit, _quantizer_prefix(staged))
-    if not staged.path:
-        _remove(unit, staged.int8_prefix)
     return all(key in state and torch.equal(value.cpu(), state[key].cpu()) for key, value in unit.items())

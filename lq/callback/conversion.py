@@ -38,8 +38,8 @@ from lq.targets import Target
 BATCH_SIZE = 32
 
 #: The network's file, which is always written, and those of the formats that are written on request.
-_NETWORK = "int8.pt2"
-_OTHER_FORMATS: dict[Format, str] = {"onnx": "int8.onnx", "aoti": "int8.aoti.pt2"}
+NETWORK = "int8.pt2"
+OTHER_FORMATS: dict[Format, str] = {"onnx": "int8.onnx", "aoti": "int8.aoti.pt2"}
 _PAGE = "int8.html"
 _RESULT = "int8.json"
 
@@ -48,7 +48,7 @@ DEFAULT_FORMATS: tuple[Format, ...] = ("onnx",)
 _NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 
 #: All that a run writes: what an earlier one left under these names goes where this one writes nothing of that name.
-OUTPUTS = (_NETWORK, *_OTHER_FORMATS.values(), _PAGE, _RESULT)
+OUTPUTS = (NETWORK, *OTHER_FORMATS.values(), _PAGE, _RESULT)
 
 
 class Outcome(NamedTuple):
@@ -181,7 +181,7 @@ class Conversion:
             int8_side=_side(measured[IN_PROCESS]),
             report=int8.report,
             batch_size=BATCH_SIZE,
-            artifact="" if kept is None else str(kept / _NETWORK),
+            artifact="" if kept is None else str(kept / NETWORK),
             exports=() if kept is None else tuple(str(kept / written.path.name) for written in exports),
             weights=self.weights,
             settings=dict(self.settings),
@@ -209,8 +209,8 @@ class Conversion:
             self.watch.add("verification", written.verification_seconds)
             exports.append(written)
 
-        write(int8, _NETWORK, "pt2")
-        for format, name in _OTHER_FORMATS.items():
+        write(int8, NETWORK, "pt2")
+        for format, name in OTHER_FORMATS.items():
             if format not in self.formats:
                 continue
             try:

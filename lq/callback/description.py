@@ -35,16 +35,17 @@ def normalization(trainer: Trainer) -> dict[str, list[float]] | None:
         return None
 
 
-def settings(callback: QuantizationCallback, trainer: Any, path: str) -> dict[str, Any]:
+def settings(callback: QuantizationCallback, trainer: Any, paths: Sequence[str]) -> dict[str, Any]:
     """What was set, on which data and machine, as JSON values.
 
     Args:
         callback: whose arguments it was set with.
         trainer: whose data it was.
-        path: of what was quantized in the LightningModule.
+        paths: of what was quantized in the LightningModule.
     """
+    name = type(trainer.lightning_module).__name__
     found: dict[str, Any] = {
-        "module": f"{type(trainer.lightning_module).__name__}{'.' if path else ''}{path}",
+        "module": ", ".join(f"{name}.{path}" if path else name for path in paths),
         "overrides": callback.overrides.as_dict(),
         "training data": _data_name(trainer.train_dataloader, trainer),
         "validation data": _data_name(validation_dataloaders(trainer), trainer),

@@ -20,9 +20,10 @@ from lq.callback.stages import StagedUnit
 from lq.export import ExportResult
 from lq.fold import folded_float
 from lq.graph.cropping import crop_kernels
+from lq.graph.signature import CallSignature
 from lq.int8 import Int8Module
 from lq.modes import evaluating
-from lq.prepare import unprepared
+from lq.prepare import prepared_forward, unprepared
 from lq.runtime.load import installed_runtimes, load
 from lq.runtime.timing import Timing, measure
 
@@ -57,7 +58,9 @@ def contenders(unit: nn.Module, int8: Int8Module, exports: Sequence[ExportResult
     """
     with unprepared(unit):
         eager = Engine(EAGER, size_bytes=_state_bytes(unit))
-    found = [Contender(eager, partial(unit, **int8.settings))]
+    # As they are called: by position where the forward allows it, for which the hooks of a user may have been written.
+    called = partial(_called, prepared_forward(unit).signature, int8.settings)
+    found = [Contender(eager, partial(called, unit))]
     try:
         folded: nn.Module = crop_kernels(folded_float(unit), int8.example_inputs)
         engine = Engine(FOLDED, size_bytes=_state_bytes(folded))
@@ -68,7 +71,7 @@ def contenders(unit: nn.Module, int8: Int8Module, exports: Sequence[ExportResult
         for runtime in installed_runtimes(written.format):
             engine = Engine(runtime, file=written.path.name, size_bytes=written.size_bytes)
             if runtime == IN_PROCESS:
-                found.append(Contender(engine, partial(int8, **int8.settings)))
+                found.append(Contender(engine, partial(called, int8)))
                 continue
             try:
                 # As many threads as the float model has.
@@ -76,6 +79,11 @@ def contenders(unit: nn.Module, int8: Int8Module, exports: Sequence[ExportResult
             except Exception as error:
                 found.append(Contender(replace(engine, note=_reason(error)), None))
     return found
+
+
+def _called(signature: CallSignature, settings: Mapping[str, Any], model: nn.Module, **inputs: Any) -> Any:
+    args, kwargs = signature.arguments({**settings, **inputs})
+    return model(*args, **kwargs)
 
 
 def time_engines(unit: nn.Module, int8: Int8Module, found: Sequence[Contender], batch_size: int) -> None:
@@ -131,6 +139,10 @@ def validate_engines(
     # Float comes last: its metrics are known but for rounding.
     for contender in sorted(found, key=lambda each: each.engine.is_float):
         if contender.engine.runtime in (EAGER, IN_PROCESS) or contender.run is None:
+            continue
+        if staged.parts:
+            note = "not validated: the steps call the network part by part, and the file runs it as a whole"
+            contender.engine = replace(contender.engine, note=contender.engine.note or note)
             continue
         if time.perf_counter() - begun + float_seconds > VALIDATION_SECONDS:
             note = f"not validated: there are {VALIDATION_SECONDS:.0f} s for all engines together"

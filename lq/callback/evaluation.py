@@ -17,8 +17,13 @@ from lq.quiet import quiet
 _REPEATED = ("lightning.pytorch", "pytorch_lightning", "lightning.fabric")
 
 
-def evaluate(trainer: Any, pl_module: Any) -> dict[str, float]:
-    """Metrics of the user's ``validation_step`` over the whole of the Trainer's validation data, in this process alone.
+def evaluate(trainer: Any, pl_module: Any, limit_batches: int | float | None = None) -> dict[str, float]:
+    """Metrics of the user's ``validation_step`` over the Trainer's validation data, in this process alone.
+
+    Args:
+        trainer: the Trainer.
+        pl_module: the LightningModule, or a copy of it.
+        limit_batches: how many batches, or what share of them; by default what the Trainer validates with.
 
     Returns:
         Metric by name; empty where there is nothing to validate with.
@@ -27,8 +32,9 @@ def evaluate(trainer: Any, pl_module: Any) -> dict[str, float]:
     if dataloaders is None or not is_overridden("validation_step", pl_module):
         return {}
     accelerator = type(trainer.accelerator).__name__.removesuffix("Accelerator").lower()
+    limit = trainer.limit_val_batches if limit_batches is None else limit_batches
     try:
-        return validate(pl_module, dataloaders, accelerator, trainer.limit_val_batches, _trainer_class(trainer))
+        return validate(pl_module, dataloaders, accelerator, limit, _trainer_class(trainer))
     finally:
         pl_module.trainer = trainer
 
@@ -90,7 +96,5 @@ def _trainer_class(trainer: Any) -> type[Any]:
 
 def is_overridden(name: str, pl_module: Any) -> bool:
     """Whether the user's LightningModule has a method of its own of that name."""
-    for cls in type(pl_module).__mro__:
-        if name in cls.__dict__:
-            return cls.__name__ != "LightningModule"
-    return False
+    base = next(cls for cls in type(pl_module).__mro__ if cls.__name__ == "LightningModule")
+    return getattr(type(pl_module), name, None) is not getattr(base, name, None)

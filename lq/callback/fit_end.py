@@ -21,11 +21,12 @@ from lq.callback.conversion import Conversion, Outcome
 from lq.callback.description import class_names, normalization, settings
 from lq.callback.evaluation import evaluate
 from lq.callback.inspection import Findings, inspect_unit
+from lq.callback.looking import find_as_called
 from lq.callback.predictions import compare_predictions
 from lq.callback.preparation import prepare_for_batch
+from lq.callback.running import run_unit
 from lq.callback.stages import StagedUnit
 from lq.callback.stopwatch import Stopwatch
-from lq.callback.unit import run_unit
 from lq.callback.weights import choose_weights, load_weights
 from lq.convert import convert
 from lq.distributed import agreed
@@ -120,7 +121,7 @@ def _quantize(
         float_seconds=watch.seconds.get("evaluation", 0.0),
         comparison=comparison,
         inspect=partial(inspect_unit, callback, trainer, staged) if callback.analyze else None,
-        settings=settings(callback, trainer, staged.path),
+        settings=settings(callback, trainer, staged.parts or (staged.path,)),
     )
     outcome = Outcome(None, None, Findings())
     with agreed("converting to INT8"):
@@ -134,7 +135,7 @@ def _quantize(
 def _calibrate(callback: QuantizationCallback, trainer: Any, staged: StagedUnit) -> CalibratorComparison | None:
     """Observe batches on the device that trained."""
     bar = trainer.progress_bar_callback
-    pl_module, unit = trainer.lightning_module, staged.unit
+    pl_module = trainer.lightning_module
     home = pl_module.device
     pl_module.to(trainer.strategy.root_device)
     try:
@@ -143,6 +144,9 @@ def _calibrate(callback: QuantizationCallback, trainer: Any, staged: StagedUnit)
             first = next(batches, None)
             if first is None:
                 raise CalibrationError("the calibration dataloader (by default the train dataloader) gave no batch")
+            if not staged.is_found:
+                find_as_called(trainer, staged, first)
+            unit = staged.unit
             # All calibrators but this one need histograms.
             calibrators = {callback.calibrator, *callback.overrides.calibrators}
             observer = "minmax" if calibrators == {"minmax"} else "histogram"
@@ -162,7 +166,7 @@ def _calibrate(callback: QuantizationCallback, trainer: Any, staged: StagedUnit)
                 calibrator=callback.calibrator,
                 num_batches=_share(callback.calibration_batches, trainer.world_size),
                 num_samples=_share(callback.calibration_samples, trainer.world_size),
-                forward=lambda batch: run_unit(pl_module, unit, batch),
+                forward=lambda batch: run_unit(staged, batch, staged.calibrated_with),
                 progress=trainer.is_global_zero and bar is not None and getattr(bar, "is_enabled", True),
             )
     finally:

@@ -22,8 +22,8 @@ from lq.callback.batches import (
     validation_dataloaders,
 )
 from lq.callback.evaluation import is_overridden
+from lq.callback.running import Step, call_unit
 from lq.callback.stages import StagedUnit
-from lq.callback.unit import Step, run_unit
 from lq.charts.chart import Chart
 from lq.charts.predictions import Predictions
 from lq.charts.tensors import tensor_histogram, weight_histogram
@@ -145,7 +145,7 @@ def inspect_unit(
                 batches,
                 timing=False,  # that is done
                 seconds=callback.analysis_seconds,
-                forward=lambda batch: run_unit(staged.pl_module, unit, batch, step),
+                forward=lambda batch: call_unit(staged, batch, step),
                 progress=bar is not None and getattr(bar, "is_enabled", True),
             )
             if times is not None:
@@ -162,7 +162,11 @@ def _samples(callback: QuantizationCallback, trainer: Any, staged: StagedUnit) -
     step: Step = "training_step"
     found: list[Any] = []
     with going_on("reading data for the analysis"):
-        if is_overridden("validation_step", pl_module) and validation_dataloaders(trainer) is not None:
+        if (
+            is_overridden("validation_step", pl_module)
+            and staged.is_judged
+            and validation_dataloaders(trainer) is not None
+        ):
             step, batches = "validation_step", validation_batches(trainer, pl_module)
         elif callback.calibration_dataloader is not None or has_train_data(trainer):
             batches = calibration_batches(trainer, pl_module, callback.calibration_dataloader)
@@ -208,7 +212,7 @@ def _activations(staged: StagedUnit, step: Step, batches: list[Any]) -> dict[str
         try:
             with evaluating(staged.pl_module), quantizers_off(unit):
                 for batch in batches:
-                    run_unit(staged.pl_module, unit, batch, step)
+                    call_unit(staged, batch, step)
         finally:
             for hook in hooks:
                 hook.remove()

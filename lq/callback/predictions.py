@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from lq.callback.batches import validation_batches
 from lq.callback.description import class_names, normalization
 from lq.callback.evaluation import is_overridden
+from lq.callback.running import unit_arguments
 from lq.callback.stages import StagedUnit
-from lq.callback.unit import unit_arguments
 from lq.charts.predictions import Predictions
 from lq.graph.ops import WEIGHTED_MODULES
 from lq.int8 import Int8Module
@@ -66,6 +66,8 @@ def _compare(
     pl_module, unit = staged.pl_module, staged.unit
     if not is_overridden("validation_step", pl_module):
         raise _NoClassifierError("there is no validation_step")
+    if staged.parts or staged.calls.get("validation_step", 1) != 1:
+        raise _NoClassifierError("the network is not called once, as a whole")
     if _layers_beside(staged):
         raise _NoClassifierError("there are layers behind or beside the unit that is quantized")
     found: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -77,7 +79,7 @@ def _compare(
             if index == MAX_BATCHES or sum(len(row[0]) for row in found) >= MAX_SAMPLES:
                 break
             images, labels = _images_and_labels(batch)
-            args, kwargs = unit_arguments(pl_module, unit, batch, "validation_step")
+            args, kwargs = unit_arguments(staged, batch, "validation_step")
             logits = (unit(*args, **kwargs), int8(*args, **kwargs))
             if not all(isinstance(out, Tensor) and out.shape[:-1] == labels.shape for out in logits):
                 raise _NoClassifierError("the unit does not return a tensor of shape (N, C)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from lq.calibration.error import CalibrationError
 from lq.callback.batches import first_samples
+from lq.callback.running import unit_arguments
 from lq.callback.stages import StagedUnit
-from lq.callback.unit import unit_arguments
 from lq.graph.capture import CaptureError
 from lq.metadata import dtype_name
 from lq.modes import evaluating
@@ -49,7 +50,17 @@ def prepare_for_batch(
         CalibrationError: where ``training_step`` cannot take a batch that is.
     """
     args, kwargs = first_samples(_arguments_for(staged, batch, is_given))
-    prepare(staged.unit, args, example_kwargs=kwargs, target=target, mode=mode, observer=observer, overrides=overrides)
+    staged.prepare_with(
+        partial(
+            prepare,
+            example_inputs=args,
+            example_kwargs=kwargs,
+            target=target,
+            mode=mode,
+            observer=observer,
+            overrides=overrides,
+        )
+    )
 
 
 def tell_of_a_change(staged: StagedUnit) -> None:
@@ -89,18 +100,18 @@ def check_batch(staged: StagedUnit, batch: Any) -> None:
 
 
 def _arguments_for(staged: StagedUnit, batch: Any, is_given: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    pl_module, unit = staged.pl_module, staged.unit
+    pl_module = staged.pl_module
     try:
         with evaluating(pl_module), torch.no_grad():
-            found = unit_arguments(pl_module, unit, batch)
+            found = unit_arguments(staged, batch, staged.calibrated_with)
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(found)):
-            raise TypeError(f"it gives the {type(unit).__name__} no tensor")
+            raise TypeError(f"it gives the {type(staged.unit).__name__} no tensor")
     except Exception as error:
         if not is_given:
             raise
         raise CalibrationError(
-            f"training_step of {type(pl_module).__name__} does not take a batch of calibration_dataloader, which is "
-            f"{_described(batch)} ({type(error).__name__}: {error}); give batches as the train dataloader does"
+            f"{staged.calibrated_with} of {type(pl_module).__name__} does not take a batch of calibration_dataloader, "
+            f"which is {_described(batch)} ({type(error).__name__}: {error}); give batches as the train dataloader does"
         ) from error
     return found
 

@@ -12,13 +12,13 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from lq.archives import check_torch_archive
 from lq.callback.callback import QuantizationCallback
+from lq.callback.calls import COMPILED
 from lq.callback.checkpoints import restore, section_of
 from lq.callback.conversion import OUTPUTS
 from lq.callback.fit_end import quantize_at_fit_end
 from lq.callback.result import QuantizationResult
 from lq.callback.stages import attach
 from lq.callback.support import lightning_package
-from lq.callback.unit import COMPILED
 from lq.export import Format, check_dependencies
 from lq.file_sets import recover
 from lq.files import ensure_writable_dir

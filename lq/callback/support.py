@@ -35,6 +35,22 @@ def check_trainer(trainer: Any) -> None:
         )
 
 
+def check_alone(trainer: Any) -> None:
+    """Refuse several callbacks in one Trainer: each would convert what another has converted.
+
+    Raises:
+        ValueError: with how to come to several targets.
+    """
+    found = [callback for callback in trainer.callbacks if "QuantizationCallback" in class_names(callback)]
+    if len(found) > 1:
+        others = ", ".join(dict.fromkeys(repr(callback.target.name) for callback in found[1:]))
+        raise ValueError(
+            f"callbacks={[type(callback).__name__ for callback in found]}: a Trainer takes one QuantizationCallback. "
+            f"Keep the first one, and make the others of its checkpoint when training has ended: "
+            f"lq.quantize_checkpoint(path, MyModule, data, target=...) with target {others}"
+        )
+
+
 def class_names(value: Any) -> set[str]:
     """Names of the class of ``value`` and of its bases."""
     # By name, as `lightning` and `pytorch_lightning` have classes of their own.

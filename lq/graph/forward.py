@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lq.graph.calls import WHOLE, CallTracker, FollowedForward, Positions, original_forward
+from lq.graph.calls import UNKNOWN, WHOLE, CallTracker, FollowedForward, Positions, original_forward
 from lq.graph.eager import never_compiled
 from lq.graph.ops import MOVES, classify
+from lq.graph.parts import PartsForward
 from lq.graph.signature import CallSignature, signature_of
 from lq.quantizer import Quantizer, WeightQuantizer
 
@@ -164,6 +165,8 @@ class QuantizedForward:
         return self._run(*args, **kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.own, PartsForward) and not self.own.is_of_parts(args, kwargs):
+            return self.own(*args, **kwargs)  # what the user calls: the parts in it see to themselves
         if self._inputs:
             inputs, settings = self.bind(args, kwargs)
             for keys, quantizer in self._inputs.items():
@@ -180,6 +183,8 @@ class QuantizedForward:
     def run_part(self, followed: FollowedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a submodule that is called on its own, with the quantizers of its first call in the whole forward."""
         start = (self.positions.of_module(followed.path), followed.path)
+        if start[0] == UNKNOWN:
+            return followed.run(*args, **kwargs)  # no call of the whole, but there may be some in it
         # A checkpointed part runs again in the backward: on data that its quantizers have seen.
         again = torch._C._current_graph_task_id() != -1
         with _Quantizing(self, start, observes=not again):
@@ -192,7 +197,7 @@ class QuantizedForward:
     def quantize_tensor(self, node: fx.Node, quantizer: Quantizer) -> None:
         """Put a quantizer on the tensor that ``node`` makes: where a call returns it, or else where calls take it."""
         keys = _input_keys(node)
-        if keys is not None and not self.module._forward_pre_hooks:
+        if keys is not None and not self.module._forward_pre_hooks and not isinstance(self.own, PartsForward):
             self._inputs[keys] = quantizer
         elif "position" in node.meta:
             self._call(node).output = quantizer

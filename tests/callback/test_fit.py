@@ -70,10 +70,8 @@ def test_qat_does_not_change_the_order_of_the_data(tmp_path: Path) -> None:
     class Recording(Wrapped):
         name = ""
 
-        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            if self.training:  # not the look at a batch before training
-                seen.setdefault(self.name, []).append(batch[1].clone())
-            return super().training_step(batch, batch_idx)
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            seen.setdefault(self.name, []).append(batch[1].clone())
 
     for name, callback in (("plain", None), ("qat", quantization(tmp_path, mode="qat", evaluate=False))):
         seed_everything(0, verbose=False)
@@ -273,7 +271,7 @@ def test_an_export_that_fails_comes_after_everything_else(tmp_path: Path, monkey
         raise lq.ExportMismatchError("the ONNX file differs")
 
     monkeypatch.setattr(importlib.import_module("lq.export.export"), "to_onnx", fail)
-    callback, model = quantization(tmp_path, export=["onnx"]), Wrapped()
+    callback, model = quantization(tmp_path, export=["onnx"], rehearse=False), Wrapped()
     with pytest.raises(lq.ExportMismatchError, match="the ONNX file differs"):
         fit(model, tmp_path, callback)
     assert isinstance(model.model, Int8Module)

@@ -112,3 +112,27 @@ def test_quantize_checkpoint_of_what_is_no_lightning_module(tmp_path: Path) -> N
     with evaluating(model):
         assert torch.isfinite(model(x)).all()
     assert np.isfinite(model(x).numpy()).all()
+
+
+def test_a_prepared_module_that_was_compiled_afterwards() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    model = lq.prepare(network(), x, target="x86_avx2")
+    compiled: Any = torch.compile(model, backend="eager")
+    for call in (lambda: lq.calibrate(compiled, [x]), lambda: lq.convert(compiled), lambda: lq.unprepare(compiled)):
+        with pytest.raises(ValueError, match=r"what torch.compile made of a prepared Sequential.*_orig_mod"):
+            call()
+
+
+def test_what_an_int8_module_takes() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    int8 = lq.convert(lq.calibrate(lq.prepare(network(), x, target="x86_avx2"), [x]))
+    assert torch.equal(int8(x.numpy()), int8(x))
+    with pytest.raises(TypeError, match="input 'input' must be a tensor or an array, got list"):
+        int8(x.tolist())
+
+
+def test_qat_of_no_epochs(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"Trainer\(max_epochs=0\) trains nothing: use QuantizationCallback\(mode='ptq'"
+    ):
+        fit(NeverTrained(), tmp_path, quantization(tmp_path, mode="qat"), epochs=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -269,11 +270,14 @@ def test_report_is_a_table_and_a_dict() -> None:
 
 
 @pytest.mark.parametrize("name", ["graph", "report", "kernels"])
-def test_a_submodule_called_like_an_attribute_of_the_int8_module(name: str) -> None:
+def test_a_submodule_called_like_an_attribute_of_the_int8_module(name: str, tmp_path: Path) -> None:
     model = nn.Sequential(OrderedDict({name: nn.Conv2d(3, 8, 3)})).eval()
     lq.calibrate(lq.prepare(model, X), [X])
-    with pytest.raises(ValueError, match=f"submodule '{name}' is called like an attribute of Int8Module; rename it"):
-        lq.convert(model)
+    int8 = lq.convert(model)
+    assert f"{name}_.weight" in int8.state_dict()
+    torch.testing.assert_close(int8(X), model(X), rtol=0, atol=0.05)
+    lq.export(int8, tmp_path / "int8.pt2")
+    assert torch.equal(lq.load(tmp_path / "int8.pt2")(X), int8(X))
 
 
 def test_int8_mistakes() -> None:

@@ -45,7 +45,7 @@ def summary(model: Any) -> dict[str, Any]:
 
 
 def ptq(folder: Path) -> dict[str, Any]:
-    model, callback = module(WithMetric), quantization(folder, evaluate=True)
+    model, callback = module(WithMetric), quantization(folder, rehearse=True, evaluate=True)
     run = trainer(folder, callback, every_epoch(folder, monitor="val_loss"), **TWO)
     run.fit(model, train_data(), val_data())
     metrics = None if callback.result is None else callback.result.float_side.metrics
@@ -66,14 +66,14 @@ class Watching(Wrapped):
 
 def qat(folder: Path) -> dict[str, Any]:
     model = module(Watching)
-    callback = quantization(folder, mode="qat", convert=False, observer_freeze=None)
+    callback = quantization(folder, rehearse=True, mode="qat", convert=False, observer_freeze=None)
     run = trainer(folder, callback, every_epoch(folder), **TWO)
     run.fit(model, train_data(), val_data())
     ranges = {}
     for name, q in lq.quantizers(model.model).items():
         ranges[name] = [q.scale.tolist(), q.observer.min_val.tolist(), q.observer.max_val.tolist()]
     resumed = module(seed=3)
-    again = trainer(folder, quantization(folder, mode="qat"), epochs=3, **TWO)
+    again = trainer(folder, quantization(folder, rehearse=True, mode="qat"), epochs=3, **TWO)
     again.fit(resumed, train_data(), val_data(), ckpt_path=folder / "checkpoints" / "last.ckpt")
     return summary(resumed) | {"ranges": ranges, "seen": model.seen}
 

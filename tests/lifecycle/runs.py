@@ -77,10 +77,10 @@ def val_data() -> DataLoader[Any]:
 
 
 def quantization(folder: Path, **kwargs: Any) -> QuantizationCallback:
-    """A callback that measures nothing and compares no calibrators, unless it is told to: that is tested elsewhere."""
+    """A callback that measures, rehearses and compares nothing, unless it is told to: that is tested elsewhere."""
     calibrator = None if kwargs.get("mode") == "qat" else "minmax"
     settings = {"target": TARGET, "output_dir": str(folder / "int8"), "calibrator": calibrator}
-    settings |= {"evaluate": False, "analyze": False}
+    settings |= {"evaluate": False, "analyze": False, "rehearse": False}
     return QuantizationCallback(**settings | kwargs)
 
 

@@ -1,0 +1,128 @@
+"""Which modules a piece of the user's code calls, by whatever spelling, and with what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lq.graph.ops import WEIGHTED_MODULES
+
+#: The module that ``torch.compile(module)`` wraps, as a child of the wrapper.
+COMPILED = "_orig_mod"
+
+
+def has_weighted_layers(module: nn.Module) -> bool:
+    return any(isinstance(submodule, WEIGHTED_MODULES) for submodule in module.modules())
+
+
+class Listener(Protocol):
+    """Hears of calls."""
+
+    def begin(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A call begins; before the hooks of the user's own, which are part of the module."""
+
+    def end(self, path: str, output: Any) -> None:
+        """It has ended."""
+
+
+class _Watched:
+    """Stands in for a module's forward: a hook would not hear of ``module.forward(x)``.
+
+    Args:
+        module: the module.
+        path: its path.
+        listener: who is told.
+    """
+
+    def __init__(self, module: nn.Module, path: str, listener: Listener) -> None:
+        self._forward = module.forward
+        self._path = path
+        self._listener = listener
+        self._told = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._forward, name)  # a prepared module's forward is asked for more than to run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._told:
+            self._told = False
+            return self._forward(*args, **kwargs)
+        self._listener.begin(self._path, args, kwargs)
+        output = self._forward(*args, **kwargs)
+        self._listener.end(self._path, output)
+        return output
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._listener.begin(self._path, args, kwargs)
+        self._told = True
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._listener.end(self._path, output)
+
+
+@contextmanager
+def watched(modules: Mapping[str, nn.Module], listener: Listener) -> Iterator[None]:
+    """Inside, ``listener`` hears of the calls of ``modules``, which are given by path."""
+    with ExitStack() as stack:
+        # Compiled code was made for the modules as they were, and does not know of hooks.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for path, module in modules.items():
+            if isinstance(module, torch.jit.ScriptModule) or COMPILED in module._modules:
+                continue  # the first takes no other forward; of the second the module inside is what is called
+            stack.enter_context(_watching(module, path, listener))
+        yield
+
+
+@contextmanager
+def _watching(module: nn.Module, path: str, listener: Listener) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+    stand_in = _Watched(module, path, listener)
+    hooks = (
+        module.register_forward_pre_hook(stand_in.before, prepend=True, with_kwargs=True),
+        module.register_forward_hook(stand_in.after, with_kwargs=True),
+    )
+    module.forward = stand_in
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass
+class Call:
+    """A call of a module that holds convolutions or linear layers, and the calls of such within it."""
+
+    path: str
+    inner: list[Call] = field(default_factory=list)
+
+    def paths(self) -> Iterator[str]:
+        """Its own and those of all calls within."""
+        yield self.path
+        for call in self.inner:
+            yield from call.paths()
+
+
+class CallTree:
+    """Keeps which calls are made within which."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self._running: list[Call] = []
+
+    def begin(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = Call(path)
+        (self._running[-1].inner if self._running else self.calls).append(call)
+        self._running.append(call)
+
+    def end(self, path: str, output: Any) -> None:
+        while self._running and self._running.pop().path != path:
+            pass  # what was left by an exception

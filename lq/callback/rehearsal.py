@@ -1,0 +1,163 @@
+"""The way to INT8, gone on a copy before training begins: what would fail when it has ended fails now."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lq.calibration.calibrate import AUTO, calibrate_and_compare
+from lq.callback.batches import given_batches
+from lq.callback.conversion import NETWORK, OTHER_FORMATS
+from lq.callback.description import class_names, normalization
+from lq.callback.evaluation import evaluate
+from lq.callback.looking import can_be_read_again, find_as_called, first_train_batches, unnoticed
+from lq.callback.preparation import check_batch, prepare_for_batch
+from lq.callback.running import run_unit
+from lq.callback.stages import StagedUnit, staged_unit
+from lq.callback.twin import twin_of
+from lq.convert import convert
+from lq.distributed import agreed
+from lq.export import export
+from lq.modes import evaluating
+from lq.prepare import activation_quantizers, is_prepared, simulate
+from lq.quiet import quiet
+
+if TYPE_CHECKING:
+    from lq.callback.callback import QuantizationCallback
+
+#: Batches that are calibrated with.
+BATCHES = 2
+
+#: Formats whose file takes a compiler a minute or more to make; that there is one is known without.
+_SLOW = ("aoti",)
+
+_log = logging.getLogger("lq")
+
+
+def look_ahead(callback: QuantizationCallback, trainer: Any, staged: StagedUnit) -> None:
+    """Find now what would fail in the conversion, as far as the callback's arguments ask for it.
+
+    Args:
+        callback: whose arguments say what is to be done.
+        trainer: the Trainer, before training.
+        staged: the unit, in float (PTQ) or prepared (QAT).
+
+    Raises:
+        Whatever would be raised when training has ended.
+    """
+    rehearses = callback.rehearse and not getattr(trainer, "fast_dev_run", False) and trainer.max_epochs != 0
+    given = callback.calibration_dataloader if callback.mode == "ptq" else None
+    if given is not None and not can_be_read_again(given):
+        given = None  # what is looked at would be gone
+    if not rehearses and (callback.mode == "qat" or (given is None and not callback.overrides.specs)):
+        return
+    batches: list[Any] = []
+    if can_be_read_again(trainer.fit_loop._data_source.dataloader()):
+        batches = first_train_batches(trainer, staged, BATCHES)
+    calibration = batches
+    if given is not None:
+        with unnoticed(given):
+            calibration = list(itertools.islice(given_batches(given, staged.pl_module), BATCHES))
+    if not batches or not calibration:
+        return  # nothing that could be looked at
+    with isolate_rng():
+        if callback.mode == "ptq":
+            find_as_called(trainer, staged, batches[0])
+            if given is not None:
+                check_batch(staged, calibration[0])
+    if rehearses:
+        rehearse(callback, trainer, staged, calibration)
+    elif callback.overrides.specs:
+        _check_overrides(callback, staged, calibration[0])
+
+
+def _check_overrides(callback: QuantizationCallback, staged: StagedUnit, batch: Any) -> None:
+    """Find a name that matches nothing."""
+    with isolate_rng():
+        prepare_for_batch(
+            staged, batch, target=callback.target, mode="ptq", observer="minmax", overrides=callback.overrides
+        )
+        staged.to_float()
+
+
+def rehearse(callback: QuantizationCallback, trainer: Any, staged: StagedUnit, batches: list[Any]) -> None:
+    """Prepare, calibrate, convert, write every file that is asked for, and run an INT8 batch of the user's validation.
+
+    All of it happens on a copy of the module, with files that nobody sees. Every process has to call this.
+
+    Args:
+        callback: whose arguments say what is to be done.
+        trainer: the Trainer, before training.
+        staged: the unit, in float (PTQ) or prepared (QAT).
+        batches: a few, of what will be calibrated or trained on, on the module's device.
+
+    Raises:
+        Whatever would be raised when training has ended.
+    """
+    began = time.perf_counter()
+    with isolate_rng():
+        twin = twin_of(staged.pl_module)
+        if twin is None:
+            _log.info(
+                "lq: no rehearsal: %s cannot be copied, and what fails in the conversion fails after the training",
+                type(staged.pl_module).__name__,
+            )
+            return
+        with quiet("lq", "lightning.pytorch", "lightning_utilities"), torch.compiler.set_stance("force_eager"):
+            _calibrate(callback, staged_unit(twin), batches)
+            with agreed("rehearsing the conversion"):
+                if trainer.is_global_zero:
+                    _convert(callback, trainer, staged_unit(twin))
+    seconds = time.perf_counter() - began
+    rank_zero_info(f"lq: what follows the training was rehearsed in {seconds:.1f} s")
+
+
+def _calibrate(callback: QuantizationCallback, staged: StagedUnit, batches: list[Any]) -> None:
+    calibrator = None if callback.calibrator == AUTO or callback.mode == "qat" else callback.calibrator
+    with agreed("preparing"):
+        if callback.mode == "ptq":
+            prepare_for_batch(
+                staged,
+                batches[0],
+                target=callback.target,
+                mode="ptq",
+                observer="histogram",
+                overrides=callback.overrides,
+                is_given=callback.calibration_dataloader is not None,
+            )
+    unit = staged.unit
+    assert is_prepared(unit)
+    if all(quantizer.calibrated for quantizer in activation_quantizers(unit).values()):
+        simulate(unit)  # of a run that is resumed
+        return
+    with evaluating(staged.pl_module):
+        calibrate_and_compare(
+            unit,
+            batches,
+            calibrator=calibrator,
+            forward=lambda batch: run_unit(staged, batch, staged.calibrated_with),
+        )
+
+
+def _convert(callback: QuantizationCallback, trainer: Any, staged: StagedUnit) -> None:
+    pl_module: Any = staged.pl_module
+    unit = staged.unit.cpu()
+    int8 = convert(unit, callback.target)
+    about: dict[str, Any] = {"labels": class_names(trainer), "preprocessing": normalization(trainer)}
+    with tempfile.TemporaryDirectory() as folder:
+        export(int8, Path(folder) / NETWORK, **about)
+        for format, name in OTHER_FORMATS.items():
+            # What nobody asked for is left out at the end where it fails.
+            if format in callback.export and format not in (*_SLOW, *callback.optional_formats):
+                export(unit, Path(folder) / name, format=format, **about)
+    staged.put_int8(int8)
+    if callback.evaluate:
+        evaluate(trainer, pl_module, limit_batches=1)
