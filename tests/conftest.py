@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=4, help="of each chain of runs in test_kills (default %(default)s)")
+    parser.addoption("--kills", type=int, default=2, help="of each chain of runs in test_kills (default %(default)s)")
 
 
 @pytest.fixture(autouse=True)

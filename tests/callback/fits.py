@@ -33,5 +33,6 @@ def fit(model: Any, tmp_path: Path, callback: QuantizationCallback | None, epoch
 
 
 def quantization(tmp_path: Path, **kwargs: Any) -> QuantizationCallback:
-    """A callback that analyses nothing, unless it is told to: that is tested elsewhere."""
-    return QuantizationCallback(**{"target": TARGET, "output_dir": str(tmp_path / "int8"), "analyze": False} | kwargs)
+    """A callback that rehearses and analyses nothing, unless it is told to: that is tested elsewhere."""
+    settings = {"target": TARGET, "output_dir": str(tmp_path / "int8"), "rehearse": False, "analyze": False}
+    return QuantizationCallback(**settings | kwargs)

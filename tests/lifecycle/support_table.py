@@ -1,6 +1,6 @@
-"""The README's table of what works together, made from the marks of the tests that show it.
+"""The table of what works together in the docs, made from the marks of the tests that show it.
 
-``python tests/lifecycle/support_table.py`` writes it into README.md.
+``python tests/lifecycle/support_table.py`` writes it into docs/support.md.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-README = FOLDER.parents[1] / "README.md"
+PAGE = FOLDER.parents[1] / "docs" / "support.md"
 BEGIN = "<!-- support table: tests/lifecycle/support_table.py writes it -->\n"
 END = "<!-- end of the support table -->"
 
@@ -44,16 +44,16 @@ def table() -> str:
     lines = ["| | | shown by |", "|---|---|---|"]
     for section, tests_of in sorted(rows().items()):
         for index, (row, tests) in enumerate(tests_of.items()):
-            links = ", ".join(f"[{test}](tests/lifecycle/{test})" for test in tests)
+            links = ", ".join(f"[{test}](../tests/lifecycle/{test})" for test in tests)
             lines.append(f"| {section if index == 0 else ''} | {row} | {links} |")
     return "\n".join(lines) + "\n"
 
 
-def in_readme() -> str:
-    return README.read_text().split(BEGIN)[1].split(END)[0]
+def in_docs() -> str:
+    return PAGE.read_text().split(BEGIN)[1].split(END)[0]
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(FOLDER.parent))
-    before, rest = README.read_text().split(BEGIN)
-    README.write_text(before + BEGIN + table() + END + rest.split(END)[1])
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(before + BEGIN + table() + END + rest.split(END)[1])

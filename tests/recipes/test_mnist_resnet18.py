@@ -58,4 +58,4 @@ def test_every_target_with_every_calibrator(tmp_path: Path, capsys: pytest.Captu
 
 def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     main(recipe.Config, recipe.run, recipe.plan, argv=["--dry-run"])
-    assert "for x86, xnnpack with minmax, moving_average, percentile, mse, entropy" in capsys.readouterr().out
+    assert "for auto, xnnpack with minmax, moving_average, percentile, mse, entropy" in capsys.readouterr().out
