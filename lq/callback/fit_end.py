@@ -145,7 +145,8 @@ def _calibrate(callback: QuantizationCallback, trainer: Any, staged: StagedUnit)
             if first is None:
                 raise CalibrationError("the calibration dataloader (by default the train dataloader) gave no batch")
             if not staged.is_found:
-                find_as_called(trainer, staged, first)
+                is_given = callback.calibration_dataloader is not None
+                find_as_called(trainer, staged, first, is_given=is_given)
             unit = staged.unit
             # All calibrators but this one need histograms.
             calibrators = {callback.calibrator, *callback.overrides.calibrators}

@@ -16,6 +16,7 @@ from lq.callback.batches import first_samples, train_batches, validation_batches
 from lq.callback.calls import Call, CallTree, has_weighted_layers, watched
 from lq.callback.evaluation import is_overridden
 from lq.callback.idle import run_idle, same_attributes
+from lq.callback.preparation import refused_batch
 from lq.callback.running import Step, add_note, call_step
 from lq.callback.stages import StagedUnit
 from lq.callback.twin import twin_of
@@ -24,16 +25,18 @@ from lq.modes import evaluating
 from lq.quiet import quiet
 
 
-def find_as_called(trainer: Any, staged: StagedUnit, batch: Any) -> None:
+def find_as_called(trainer: Any, staged: StagedUnit, batch: Any, *, is_given: bool = False) -> None:
     """Find the unit as the user's steps call it, by a look at each of them; the module notices nothing of that.
 
     Args:
         trainer: the Trainer, for its validation data.
         staged: the unit, in float.
         batch: of the training data, on the module's device.
+        is_given: whether it is of the user's calibration dataloader instead.
 
     Raises:
         ValueError: where the steps never call what is to be quantized.
+        CalibrationError: where ``training_step`` cannot take a batch that is given.
     """
     pl_module = staged.pl_module
     training, validation, error = _calls_in_steps(trainer, staged, batch)
@@ -44,6 +47,8 @@ def find_as_called(trainer: Any, staged: StagedUnit, batch: Any) -> None:
         if error is None:
             raise
     if error is not None and (found is None or found.calibrated_with != "training_step"):
+        if is_given:
+            raise refused_batch(pl_module, "training_step", batch, error) from error
         add_note(error, type(staged.unit).__name__, "training_step")
         raise error
     assert found is not None

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from lq.calibration.error import CalibrationError
 from lq.callback.batches import first_samples
-from lq.callback.running import unit_arguments
+from lq.callback.running import Step, unit_arguments
 from lq.callback.stages import StagedUnit
 from lq.graph.capture import CaptureError
 from lq.metadata import dtype_name
@@ -109,11 +109,23 @@ def _arguments_for(staged: StagedUnit, batch: Any, is_given: bool) -> tuple[tupl
     except Exception as error:
         if not is_given:
             raise
-        raise CalibrationError(
-            f"{staged.calibrated_with} of {type(pl_module).__name__} does not take a batch of calibration_dataloader, "
-            f"which is {_described(batch)} ({type(error).__name__}: {error}); give batches as the train dataloader does"
-        ) from error
+        raise refused_batch(pl_module, staged.calibrated_with, batch, error) from error
     return found
+
+
+def refused_batch(pl_module: Any, step: Step, batch: Any, error: Exception) -> CalibrationError:
+    """What to raise where a step cannot take a batch of the user's calibration dataloader.
+
+    Args:
+        pl_module: the LightningModule.
+        step: of it.
+        batch: of that dataloader.
+        error: that the step raised.
+    """
+    return CalibrationError(
+        f"{step} of {type(pl_module).__name__} does not take a batch of calibration_dataloader, which is "
+        f"{_described(batch)} ({type(error).__name__}: {error}); give batches as the train dataloader does"
+    )
 
 
 def _described(batch: Any) -> str:
