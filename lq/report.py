@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.table import Table
 from torch import fx, nn
@@ -17,6 +17,9 @@ from lq.graph.placement import Sum, site, source_of
 from lq.prepare import is_prepared, prepared_forward, quantizers
 from lq.quantizer import Quantizer
 from lq.targets import Target
+
+#: A row of a table of layers, a dataclass.
+L = TypeVar("L", bound=Any)
 
 #: A layer counts as slower in INT8 where it takes so many times as long: measurements vary by a tenth.
 SLOWER = 1.1
@@ -97,11 +100,7 @@ class QuantizationReport:
 
     def with_times(self, times: Sequence[Mapping[str, float]]) -> QuantizationReport:
         """The report with ``float_ms`` and ``int8_ms`` of each layer, as far as they are there, in order."""
-        layers = (
-            replace(layer, float_ms=found.get("float_ms"), int8_ms=found.get("int8_ms"))
-            for layer, found in zip(self.layers, times, strict=True)
-        )
-        return replace(self, layers=tuple(layers))
+        return replace(self, layers=timed(self.layers, times))
 
     def as_it_ran(self, unfused: Mapping[str, str]) -> QuantizationReport:
         """The report with what the kernels compute in float.
@@ -139,6 +138,14 @@ class QuantizationReport:
 
     def __str__(self) -> str:
         return as_text(self.table(), 150)
+
+
+def timed(layers: Sequence[L], times: Sequence[Mapping[str, float]]) -> tuple[L, ...]:
+    """Rows of layers with their ``float_ms`` and ``int8_ms``, as far as they are there, in order."""
+    return tuple(
+        replace(layer, float_ms=found.get("float_ms"), int8_ms=found.get("int8_ms"))
+        for layer, found in zip(layers, times, strict=True)
+    )
 
 
 def slower_text(layers: Sequence[LayerReport], limit: int = 3) -> str:

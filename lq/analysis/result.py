@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from lq.display import as_text
+from lq.report import timed
 
 #: Signal-to-quantization-noise ratios lie within ± this many decibels: JSON knows no infinity, and float32 itself
 #: has no more than 150.
@@ -116,11 +117,7 @@ class Analysis:
 
     def with_times(self, times: Sequence[Mapping[str, float]]) -> Analysis:
         """The analysis with ``float_ms`` and ``int8_ms`` of each layer, as far as they are there, in order."""
-        layers = (
-            replace(layer, float_ms=found.get("float_ms"), int8_ms=found.get("int8_ms"))
-            for layer, found in zip(self.layers, times, strict=True)
-        )
-        return replace(self, layers=tuple(layers))
+        return replace(self, layers=timed(self.layers, times))
 
     def by_harm(self) -> tuple[LayerAnalysis, ...]:
         """The layers in INT8, the most harmful first, and then those in float.

@@ -88,7 +88,8 @@ def recommended(engines: Sequence[Engine]) -> Engine | None:
 
 def _is_right(engine: Engine, engines: Sequence[Engine]) -> bool:
     """Whether an engine's metrics are intact; of one that was not validated, whether it does as one does that was."""
-    reference = next((other.metrics for other in engines if other.runtime == EAGER), {})
+    eager = _eager(engines)
+    reference = {} if eager is None else eager.metrics
     if engine.metrics or not reference:
         return is_intact(reference, engine.metrics)
     for other in engines:
@@ -114,12 +115,12 @@ def is_intact(reference: Mapping[str, float], metrics: Mapping[str, float]) -> b
 def recommendation(engines: Sequence[Engine]) -> str:
     """What to run, in a sentence; ``""`` where nothing was timed."""
     chosen = recommended(engines)
-    eager = next((engine for engine in engines if engine.runtime == EAGER), None)
-    if chosen is None or chosen.latency is None or eager is None or eager.latency is None:
+    eager = _eager(engines)
+    times = _speedup(chosen, eager)
+    if chosen is None or times is None:
         return ""
     if chosen.is_float:
         return f"recommended: {chosen.title}: no INT8 engine here is faster with its metrics intact"
-    times = eager.latency.p50_ms / chosen.latency.p50_ms
     metrics = ", metrics intact" if chosen.metrics else ""
     run = f"lq.load({chosen.file!r}, {chosen.runtime!r})"
     return f"recommended: {chosen.title}, {times:.1f}× faster than float for one sample{metrics}: {run}"
@@ -132,7 +133,7 @@ def cells(engines: Sequence[Engine], batch_size: int) -> tuple[list[str], list[l
         engines: rows.
         batch_size: samples in a batch.
     """
-    eager = next((engine.latency for engine in engines if engine.runtime == EAGER), None)
+    eager = _eager(engines)
     names = list(dict.fromkeys(name for engine in engines for name in engine.metrics))[:_MOST_METRICS]
     headers = ["", *names, "agreement", "size", "p50, ms", f"/s, batch {batch_size}"]
     rows = []
@@ -146,7 +147,7 @@ def cells(engines: Sequence[Engine], batch_size: int) -> tuple[list[str], list[l
                 "" if engine.size_bytes is None else file_size(engine.size_bytes),
                 "" if one is None else f"{one.p50_ms:.3g}",
                 "" if engine.batch is None else f"{engine.batch.throughput:,.0f}",
-                "" if one is None or eager is None else f"{eager.p50_ms / one.p50_ms:.2f}×",
+                "" if (times := _speedup(engine, eager)) is None else f"{times:.2f}×",
             ]
         )
     headers.append("speed-up")
@@ -183,11 +184,21 @@ def scalars(engines: Sequence[Engine]) -> dict[str, float]:
         if engine.size_bytes is not None:
             named["size_mb"] = engine.size_bytes / 1e6
         numbers |= {f"engines/{engine.runtime}/{name}": v for name, v in named.items() if v is not None}
-    chosen = recommended(engines)
-    eager = next((engine.latency for engine in engines if engine.runtime == EAGER), None)
-    if chosen is not None and chosen.latency is not None and eager is not None:
-        numbers["speedup/recommended"] = eager.p50_ms / chosen.latency.p50_ms
+    times = _speedup(recommended(engines), _eager(engines))
+    if times is not None:
+        numbers["speedup/recommended"] = times
     return numbers
+
+
+def _eager(engines: Sequence[Engine]) -> Engine | None:
+    return next((engine for engine in engines if engine.runtime == EAGER), None)
+
+
+def _speedup(engine: Engine | None, eager: Engine | None) -> float | None:
+    """How many times faster than float one sample is; None where one of the two was not timed."""
+    if engine is None or engine.latency is None or eager is None or eager.latency is None:
+        return None
+    return eager.latency.p50_ms / engine.latency.p50_ms
 
 
 def _text(value: float | None, form: str) -> str:

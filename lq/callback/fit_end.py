@@ -144,8 +144,8 @@ def _calibrate(callback: QuantizationCallback, trainer: Any, staged: StagedUnit)
             first = next(batches, None)
             if first is None:
                 raise CalibrationError("the calibration dataloader (by default the train dataloader) gave no batch")
+            is_given = callback.calibration_dataloader is not None
             if not staged.is_found:
-                is_given = callback.calibration_dataloader is not None
                 find_as_called(trainer, staged, first, is_given=is_given)
             unit = staged.unit
             # All calibrators but this one need histograms.
@@ -158,7 +158,7 @@ def _calibrate(callback: QuantizationCallback, trainer: Any, staged: StagedUnit)
                 mode="ptq",
                 observer=observer,
                 overrides=callback.overrides,
-                is_given=callback.calibration_dataloader is not None,
+                is_given=is_given,
             )
         with evaluating(pl_module):
             comparison = calibrate_and_compare(

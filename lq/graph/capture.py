@@ -23,7 +23,13 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from lq.graph import leaves
 from lq.graph.calls import UNKNOWN, CallTracker, FollowedForward, Positions, followed
-from lq.graph.functional import WriteThroughViewError, is_write, with_regions_inlined, without_writes
+from lq.graph.functional import (
+    WriteThroughViewError,
+    is_write,
+    with_regions_inlined,
+    without_writes,
+    writes_to_view,
+)
 from lq.graph.normalize import name_sites, normalize
 from lq.graph.preserve import preserved
 from lq.graph.registry import registered_forward
@@ -412,35 +418,13 @@ def _functional_graph(program: ExportedProgram) -> tuple[ExportedProgram, fx.Gra
     except WriteThroughViewError:
         pass
     for node in program.graph.nodes:
-        if is_write(node) and "custom" in node.meta and _is_part(node.args[0]):
+        if is_write(node) and "custom" in node.meta and writes_to_view(node):
             # What it becomes ends in the tensor that is written to, of which the call returned a part.
             node.meta["custom"] = {k: v for k, v in node.meta["custom"].items() if k != "lq_position"}
     with quiet(*_TALKATIVE), traceback.preserve_node_meta():
         decomposed = program.run_decompositions({})
     graph, precision = with_regions_inlined(decomposed.graph_module)
     return decomposed, graph, precision
-
-
-def _is_part(node: Any) -> bool:
-    """Whether what is written to is a view, of other shape or strides than the tensor that was made."""
-    wholes = [node]
-    while (source := _aliased(wholes[-1])) is not None:
-        wholes.append(source)
-    values = [one.meta.get("val") for one in wholes]
-    return not all(
-        isinstance(v, Tensor) and v.shape == values[0].shape and v.stride() == values[0].stride() for v in values
-    )
-
-
-def _aliased(node: Any) -> fx.Node | None:
-    """The node that the tensor of ``node`` is a view of, or was written to by."""
-    source = node.args[0] if node.op == "call_function" and node.args else None
-    if not isinstance(source, fx.Node):
-        return None
-    one, other = node.meta.get("val"), source.meta.get("val")
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return None
-    return source if one.untyped_storage()._cdata == other.untyped_storage()._cdata else None
 
 
 class _UnsupportedNodeError(Exception):

@@ -91,6 +91,19 @@ def _storage(node: fx.Node) -> int | None:
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
+def writes_to_view(write: fx.Node) -> bool:
+    """Whether what a write overwrites is a view, of other shape or strides than the tensor that was made."""
+    target: Any = write.args[0]
+    if not isinstance(target, fx.Node) or _storage(target) is None:
+        return True  # several tensors, of which nothing is known
+    source: Any = target
+    while isinstance(source, fx.Node) and _storage(source) == _storage(target):
+        if not _is_same_view(source, target):
+            return True
+        source = source.args[0] if source.op == "call_function" and source.args else None
+    return False
+
+
 class _Functional:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
