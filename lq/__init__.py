@@ -2,37 +2,42 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lq.analysis import Advice, Analysis, LayerAnalysis, analyze
-from lq.calibration import (
+from lq.analysis.analyze import analyze
+from lq.deployment.export import ExportResult, export
+from lq.deployment.load import load
+from lq.deployment.verify import Verification
+from lq.engines.base import InferenceModel
+from lq.errors import (
     CalibrationError,
-    CalibratorComparison,
-    RangeTable,
-    calibrate,
-    compare_calibrators,
-    load_statistics,
-    ranges,
-    recalibrate,
-    save_statistics,
+    CaptureError,
+    CompilerError,
+    ExportMismatchError,
+    FoldError,
+    MissingRuntimeError,
+    NothingToQuantizeError,
 )
-from lq.convert import convert
-from lq.export import CompilerError, ExportMismatchError, ExportResult, Verification, export
-from lq.fold import FoldError, fold_batch_norm
-from lq.graph.capture import CaptureError
-from lq.graph.registry import register_layer
-from lq.int8 import Int8Module
-from lq.overrides import LayerSpec
-from lq.prepare import NothingToQuantizeError, freeze, prepare, quantizers, unprepare
-from lq.quantizer import Quantizer, QuantizerState
-from lq.report import QuantizationReport, report
-from lq.runtime.benchmark import Benchmark, benchmark
-from lq.runtime.inference import InferenceModel, MissingRuntimeError
-from lq.runtime.load import load
-from lq.spec import QuantSpec
-from lq.targets import TARGETS, Target
+from lq.graph.capture.registry import register_layer
+from lq.int8.module import Int8Module
+from lq.numerics.quantizer import Quantizer, QuantizerState
+from lq.numerics.spec import QuantSpec
+from lq.results.analysis import Advice, Analysis, LayerAnalysis
+from lq.results.report import QuantizationReport
+from lq.schemes.overrides import LayerSpec
+from lq.schemes.targets import TARGETS, Target
+from lq.timing.benchmark import Benchmark, benchmark
+from lq.workflow.calibrate import calibrate
+from lq.workflow.comparison import CalibratorComparison, compare_calibrators
+from lq.workflow.convert import convert
+from lq.workflow.fold import fold_batch_norm
+from lq.workflow.prepare import freeze, prepare, quantizers, unprepare
+from lq.workflow.ranges import RangeTable, ranges
+from lq.workflow.recalibrate import recalibrate
+from lq.workflow.reporting import report
+from lq.workflow.statistics import load_statistics, save_statistics
 
 if TYPE_CHECKING:
     from lq.callback.callback import QuantizationCallback
-    from lq.callback.quantize_checkpoint import quantize_checkpoint
+    from lq.callback.from_checkpoint import quantize_checkpoint
     from lq.callback.result import QuantizationResult
 
 __all__ = [

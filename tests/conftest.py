@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from lq import targets
-from lq.callback import conversion
-from lq.runtime import timing
+from lq.callback.end import conversion
+from lq.schemes import targets
+from lq.timing import measure as timing
 
 # Every fit would write and run an ONNX file more; `callback/test_engines.py` has a fit with nothing but defaults.
 conversion.DEFAULT_FORMATS = ()

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lq.config import ConfigError, field, main, parse, print_help, to_yaml
+from lq.errors import ConfigError
+from lq.recipes.blocks.config import field, main, parse, print_help, to_yaml
 
 
 class Mode(Enum):

@@ -4,7 +4,7 @@ from importlib.metadata import metadata
 
 import pytest
 
-from lq import distribution
+from lq.util import distribution
 
 
 def test_what_messages_tell_to_install_is_the_project() -> None:

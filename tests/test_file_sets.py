@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from lq import file_sets, files
-from lq.file_sets import recover, replaced_as_a_whole
-from lq.files import write_atomically, write_text
+from lq.util import file_sets, files
+from lq.util.file_sets import recover, replaced_as_a_whole
+from lq.util.files import write_atomically, write_text
 
 NAMES = ("a", "b", "last")
 

@@ -29,11 +29,11 @@ from lifecycle.runs import every_epoch, module, quantization, train_data, traine
 from PIL import Image
 
 import lq
-from lq.archives import check_torch_archive, checked_members, read_members
-from lq.config import main
 from lq.data.image_folder import decode_rgb
+from lq.deployment.load import read_metadata
 from lq.recipes import inspect_file
-from lq.runtime.load import read_metadata
+from lq.recipes.blocks.config import main
+from lq.util.archives import check_torch_archive, checked_members, read_members
 
 X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 

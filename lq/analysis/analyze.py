@@ -9,19 +9,19 @@ import torch
 from torch import nn
 
 from lq.analysis.layers import Layer, elements, layers_of, weight_figures
-from lq.analysis.result import Analysis, LayerAnalysis
 from lq.analysis.rounding import Roundings
 from lq.analysis.samples import default_num_samples, model_inputs
 from lq.analysis.study import Study
 from lq.analysis.timing import layer_times
-from lq.calibration.calibrate import batch_size
-from lq.convert import check_calibrated
 from lq.graph.analysis import GraphAnalysis
 from lq.graph.placement import Chain
-from lq.modes import evaluating
-from lq.prepare import prepared_forward, quantizers, unprepared
-from lq.progress import progress_bar
-from lq.report import report_rows
+from lq.results.analysis import Analysis, LayerAnalysis
+from lq.util.modes import evaluating
+from lq.util.progress import progress_bar
+from lq.workflow.calibrate import batch_size
+from lq.workflow.convert import check_calibrated
+from lq.workflow.prepare import prepared_forward, quantizers, unprepared
+from lq.workflow.reporting import report_rows
 
 
 def analyze(

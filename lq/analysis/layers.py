@@ -15,8 +15,8 @@ from lq.graph.analysis import GraphAnalysis
 from lq.graph.folding import BatchNormStatistics, fold
 from lq.graph.ops import WEIGHTED_MODULES, weighted_op
 from lq.graph.placement import Chain, Sum
-from lq.quantizer import Quantizer
-from lq.report import LayerReport
+from lq.numerics.quantizer import Quantizer
+from lq.results.report import LayerReport
 
 
 @dataclass

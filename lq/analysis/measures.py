@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lq.analysis.result import SQNR_LIMIT_DB
+from lq.results.analysis import SQNR_LIMIT_DB
 
 
 def is_float_tensor(value: Any) -> bool:

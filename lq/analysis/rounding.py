@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from lq.convert import on_grid
-from lq.functional import fake_quantize
 from lq.graph.analysis import GraphAnalysis
 from lq.graph.placement import Chain, Placement, Sum, place, site, source_of
-from lq.overrides import Overrides, Scheme
-from lq.prepare import prepared_forward, quantizers
-from lq.quantizer import Quantizer, WeightQuantizer, weight_quantizer
+from lq.numerics.functional import fake_quantize
+from lq.numerics.quantizer import Quantizer, WeightQuantizer, weight_quantizer
+from lq.schemes.overrides import Overrides, Scheme
+from lq.workflow.convert import on_grid
+from lq.workflow.prepare import prepared_forward, quantizers
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lq.calibration.calibrate import batch_size, default_forward
 from lq.graph.analysis import GraphAnalysis
-from lq.modes import evaluating
-from lq.prepare import prepared_forward, unprepared
+from lq.util.modes import evaluating
+from lq.workflow.calibrate import batch_size, default_forward
+from lq.workflow.prepare import prepared_forward, unprepared
 
 #: Samples that are run at once: enough to keep a CPU busy, few enough to keep their values in memory.
 CHUNK = 8

@@ -11,10 +11,10 @@ from torch import nn
 
 from lq.analysis.layers import Layer, watch_outputs
 from lq.analysis.measures import energy, error_energy, float_leaves, sqnr_db
-from lq.analysis.result import SQNR_LIMIT_DB
 from lq.analysis.rounding import Rounding, Roundings
 from lq.analysis.simulation import Plan, Simulator, Values
 from lq.graph.analysis import GraphAnalysis
+from lq.results.analysis import SQNR_LIMIT_DB
 
 
 class Study:

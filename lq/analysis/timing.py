@@ -14,18 +14,18 @@ from torch.utils._pytree import tree_map
 
 from lq.analysis.layers import Layer, layers_of
 from lq.analysis.rounding import Roundings
-from lq.calibration.calibrate import batch_size
-from lq.convert import convert
 from lq.graph.analysis import GraphAnalysis
 from lq.graph.interpret import run_node
 from lq.graph.placement import site, source_of
 from lq.graph.qdq import lookup, origin
-from lq.int8 import Int8Module
-from lq.modes import evaluating
-from lq.prepare import prepared_forward, quantizers, unprepared
-from lq.quantizer import WeightQuantizer
-from lq.report import report_rows
-from lq.runtime.cpu import has_onednn_int8
+from lq.int8.module import Int8Module
+from lq.numerics.quantizer import WeightQuantizer
+from lq.util.cpu import has_onednn_int8
+from lq.util.modes import evaluating
+from lq.workflow.calibrate import batch_size
+from lq.workflow.convert import convert
+from lq.workflow.prepare import prepared_forward, quantizers, unprepared
+from lq.workflow.reporting import report_rows
 
 #: Rounds that warm caches up, that are made at least, and at most within so many seconds.
 _WARMUP, _FEWEST, _MOST, _SECONDS = 2, 5, 50, 3.0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lq.callback.stages import StagedUnit
+from lq.callback.steps.stages import StagedUnit
 from lq.callback.support import class_names
-from lq.prepare import activation_quantizers
+from lq.workflow.prepare import activation_quantizers
 
 #: What a checkpoint has in it where its ``state_dict`` is that of an average (``WeightAveraging``).
 AVERAGED = "averaging_state"

@@ -15,45 +15,32 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
-from lq.calibration.calibrate import AUTO
-from lq.calibration.error import CalibrationError
-from lq.calibrators import get_calibrator
-from lq.callback.averages import (
-    averages_at_the_end,
-    averages_buffers,
-    check_averaging,
-    refresh_averaged_ranges,
-)
-from lq.callback.calls import has_weighted_layers
-from lq.callback.checkpoints import attach_hooks
-from lq.callback.conversion import OUTPUTS, default_formats
-from lq.callback.fit_end import quantize_at_fit_end
+from lq.callback.averages import averages_at_the_end, averages_buffers, check_averaging, refresh_averaged_ranges
+from lq.callback.checkpoints.hooks import attach_hooks
+from lq.callback.end.conversion import OUTPUTS, default_formats
+from lq.callback.end.fit_end import quantize_at_fit_end
+from lq.callback.end.rescue import tell_how_to_finish
+from lq.callback.end.weights import Weights, known_checkpoints
 from lq.callback.logging import RangeLog, log_result, make_room
-from lq.callback.looking import check_trained, find_as_called, first_train_batches
-from lq.callback.own_setup import after_own_setup, waits_for_setup
 from lq.callback.preparation import prepare_for_batch, tell_of_a_change
 from lq.callback.rehearsal import look_ahead
-from lq.callback.rescue import tell_how_to_finish
 from lq.callback.result import QuantizationResult
-from lq.callback.stages import StagedUnit, attach, staged_unit
+from lq.callback.steps.calls import has_weighted_layers
+from lq.callback.steps.looking import check_trained, find_as_called, first_train_batches
+from lq.callback.steps.own_setup import after_own_setup, waits_for_setup
+from lq.callback.steps.stages import StagedUnit, attach, staged_unit
 from lq.callback.support import check_alone, check_trainer
 from lq.callback.training import all_reduce_ranges, training_share
-from lq.callback.weights import Weights, known_checkpoints
-from lq.export import FORMATS, Format, check_dependencies
-from lq.file_sets import recover
-from lq.files import ensure_writable_dir
-from lq.overrides import LayerSpec, Overrides
-from lq.prepare import (
-    Mode,
-    NothingToQuantizeError,
-    activation_quantizers,
-    freeze,
-    is_prepared,
-    refresh_weights,
-    set_state,
-)
-from lq.quantizer import QuantizerState
-from lq.targets import AUTO_TARGET, Target, get_target, native_target
+from lq.deployment.export import FORMATS, Format, check_dependencies
+from lq.errors import CalibrationError, NothingToQuantizeError
+from lq.numerics.calibrators import get_calibrator
+from lq.numerics.quantizer import QuantizerState
+from lq.schemes.overrides import LayerSpec, Overrides
+from lq.schemes.targets import AUTO_TARGET, Target, get_target, native_target
+from lq.util.file_sets import recover
+from lq.util.files import ensure_writable_dir
+from lq.workflow.calibrate import AUTO
+from lq.workflow.prepare import Mode, activation_quantizers, freeze, is_prepared, refresh_weights, set_state
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Trainer
 
-from lq.callback.batches import validation_dataloaders
-from lq.distribution import package_version
-from lq.runtime.cpu import cpu_name
+from lq.callback.steps.batches import validation_dataloaders
+from lq.util.cpu import cpu_name
+from lq.util.distribution import package_version
 
 if TYPE_CHECKING:
     from lq.callback.callback import QuantizationCallback

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lq.calibration.error import CalibrationError
-from lq.callback.batches import first_samples
-from lq.callback.running import Step, unit_arguments
-from lq.callback.stages import StagedUnit
-from lq.graph.capture import CaptureError
-from lq.metadata import dtype_name
-from lq.modes import evaluating
-from lq.overrides import Overrides
-from lq.prepare import Mode, prepare
-from lq.targets import Target
+from lq.callback.steps.batches import first_samples
+from lq.callback.steps.running import Step, unit_arguments
+from lq.callback.steps.stages import StagedUnit
+from lq.errors import CalibrationError, CaptureError
+from lq.interface.metadata import dtype_name
+from lq.schemes.overrides import Overrides
+from lq.schemes.targets import Target
+from lq.util.modes import evaluating
+from lq.workflow.prepare import Mode, prepare
 
 _log = logging.getLogger("lq")
 

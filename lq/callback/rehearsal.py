@@ -13,22 +13,22 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lq.calibration.calibrate import AUTO, calibrate_and_compare
-from lq.callback.batches import given_batches
-from lq.callback.conversion import NETWORK, OTHER_FORMATS
 from lq.callback.description import class_names, normalization
-from lq.callback.evaluation import evaluate
-from lq.callback.looking import can_be_read_again, find_as_called, first_train_batches, unnoticed
+from lq.callback.end.conversion import NETWORK, OTHER_FORMATS
 from lq.callback.preparation import check_batch, prepare_for_batch
-from lq.callback.running import run_unit
-from lq.callback.stages import StagedUnit, staged_unit
-from lq.callback.twin import twin_of
-from lq.convert import convert
-from lq.distributed import agreed
-from lq.export import export
-from lq.modes import evaluating
-from lq.prepare import activation_quantizers, is_prepared, simulate
-from lq.quiet import quiet
+from lq.callback.steps.batches import given_batches
+from lq.callback.steps.evaluation import evaluate
+from lq.callback.steps.looking import can_be_read_again, find_as_called, first_train_batches, unnoticed
+from lq.callback.steps.running import run_unit
+from lq.callback.steps.stages import StagedUnit, staged_unit
+from lq.callback.steps.twin import twin_of
+from lq.deployment.export import export
+from lq.util.distributed import agreed
+from lq.util.modes import evaluating
+from lq.util.quiet import quiet
+from lq.workflow.calibrate import AUTO, calibrate_and_compare
+from lq.workflow.convert import convert
+from lq.workflow.prepare import activation_quantizers, is_prepared, simulate
 
 if TYPE_CHECKING:
     from lq.callback.callback import QuantizationCallback

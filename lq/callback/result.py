@@ -9,14 +9,14 @@ from typing import Any
 
 from rich.table import Table
 
-from lq.analysis.result import Analysis
-from lq.callback.engines import Engine, notes, recommendation, recommended
-from lq.callback.engines import scalars as engine_scalars
-from lq.callback.engines import table as engine_table
-from lq.charts.summary import Comparison
-from lq.display import as_text, file_size
-from lq.report import QuantizationReport, slower_text
-from lq.runtime.timing import Timing
+from lq.callback.end.engines import Engine, notes, recommendation, recommended
+from lq.callback.end.engines import scalars as engine_scalars
+from lq.callback.end.engines import table as engine_table
+from lq.charts.summary_chart import Comparison
+from lq.results.analysis import Analysis
+from lq.results.report import QuantizationReport, slower_text
+from lq.timing.measure import Timing
+from lq.util.display import as_text, file_size
 
 
 @dataclass(frozen=True)

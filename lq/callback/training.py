@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from lq.observers import all_reduce_together
-from lq.prepare import activation_quantizers
-from lq.quantizer import QuantizerState
+from lq.numerics.observers import all_reduce_together
+from lq.numerics.quantizer import QuantizerState
+from lq.workflow.prepare import activation_quantizers
 
 
 def training_share(trainer: Any, batch_idx: int) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from lq.analysis.result import Analysis
 from lq.charts.theme import Theme, get_theme, legend, new_figure, nothing_to_show, short_names, style
+from lq.results.analysis import Analysis
 
 #: Height of a layer's pair of bars with its gap, inches.
 _ROW = 0.21

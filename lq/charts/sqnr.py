@@ -6,8 +6,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lq.analysis.result import Analysis, LayerAnalysis
 from lq.charts.theme import Theme, get_theme, legend, new_figure, nothing_to_show, short_names, style
+from lq.results.analysis import Analysis, LayerAnalysis
 
 #: Height of a layer's bar with its gap, inches.
 _ROW = 0.19

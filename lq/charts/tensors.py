@@ -10,10 +10,10 @@ from matplotlib.ticker import NullLocator
 from torch import Tensor
 
 from lq.charts.theme import Theme, get_theme, legend, new_figure, nothing_to_show, style
-from lq.functional import fake_quantize
-from lq.histogram import Histogram
-from lq.observers import HistogramObserver
-from lq.quantizer import Quantizer
+from lq.numerics.functional import fake_quantize
+from lq.numerics.histogram import Histogram
+from lq.numerics.observers import HistogramObserver
+from lq.numerics.quantizer import Quantizer
 
 #: Bars of a histogram.
 _BINS = 160

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lq.archives import checked_members
 from lq.data.image_tree import ImageTree, read_image_tree
 from lq.data.splits import ImageData, LabelledImages
-from lq.files import write_atomically
+from lq.util.archives import checked_members
+from lq.util.files import write_atomically
 
 log = logging.getLogger(__name__)
 

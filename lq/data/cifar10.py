@@ -10,10 +10,10 @@ import torch
 import torchvision
 
 from lq.data.cache import default_cache_dir, read_cached
-from lq.data.errors import DatasetNotFoundError
 from lq.data.image_tree import ImageTree, open_image_tree
 from lq.data.in_memory import InMemoryDataModule
 from lq.data.splits import ImageData, LabelledImages
+from lq.errors import DatasetNotFoundError
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 

@@ -21,11 +21,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lq.data.errors import DatasetNotFoundError
 from lq.data.image_tree import DECODE_ERRORS, FORMATS, SUFFIXES, is_hidden
 from lq.data.in_memory import Batch
 from lq.data.transforms import normalize
-from lq.quiet import quiet
+from lq.errors import DatasetNotFoundError
+from lq.util.quiet import quiet
 
 SPLITS = ("train", "val")
 

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 import torchvision
 
-from lq.data.errors import DatasetNotFoundError
 from lq.data.idx import find_idx, read_idx
 from lq.data.in_memory import InMemoryDataModule
 from lq.data.splits import ImageData, LabelledImages
+from lq.errors import DatasetNotFoundError
 
 _SIDE = 28
 _PREFIXES = ("train", "t10k")

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from lq.graph.capture import CapturedGraph
+from lq.graph.capture.capture import CapturedGraph
+from lq.graph.capture.preserve import preserved
 from lq.graph.interpret import node_values, output_of
 from lq.graph.placement import Placement, place
-from lq.graph.preserve import preserved
-from lq.overrides import Scheme
+from lq.schemes.overrides import Scheme
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from lq.graph.analysis import GraphAnalysis
-from lq.graph.calls import FollowedForward
+from lq.graph.capture.calls import FollowedForward
 from lq.graph.convolution import CONVOLUTIONS
 from lq.graph.folding import BatchNormStatistics, fold, round_bias
 from lq.graph.ops import MOVES, OpKind, WeightedOp, clamp_bounds, classify
 from lq.graph.placement import Chain, Sum, site, source_of
 from lq.graph.qdq import DEQUANTIZE_BUFFER, DEQUANTIZE_WEIGHT, QUANTIZE_BUFFER, mark_origin
-from lq.quantizer import Quantizer
+from lq.numerics.quantizer import Quantizer
 
 aten = torch.ops.aten
 

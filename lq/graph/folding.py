@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lq.functional import SCALE_EPS, quantize
-from lq.quantizer import Quantizer
+from lq.numerics.functional import SCALE_EPS, quantize
+from lq.numerics.quantizer import Quantizer
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lq.graph.calls import UNKNOWN, WHOLE, CallTracker, FollowedForward, Positions, original_forward
+from lq.graph.capture.calls import UNKNOWN, WHOLE, CallTracker, FollowedForward, Positions, original_forward
+from lq.graph.capture.signature import CallSignature, signature_of
 from lq.graph.eager import never_compiled
 from lq.graph.ops import MOVES, classify
 from lq.graph.parts import PartsForward
-from lq.graph.signature import CallSignature, signature_of
-from lq.quantizer import Quantizer, WeightQuantizer
+from lq.numerics.quantizer import Quantizer, WeightQuantizer
 
 #: The one child that a prepared module has and the float module has not.
 QUANTIZERS = "lq_quantizers"

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lq.graph.capture import CapturedGraph
+from lq.graph.capture.capture import CapturedGraph
 from lq.graph.ops import MOVES, OpKind, WeightedOp, classify, weighted_op
-from lq.overrides import Scheme
+from lq.schemes.overrides import Scheme
 
 
 @dataclass

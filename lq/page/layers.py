@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lq.analysis.result import Analysis, LayerAnalysis
-from lq.display import file_size
 from lq.page.document import Cell, Column, Table
 from lq.page.markup import Markup, element, joined
-from lq.report import QuantizationReport
+from lq.results.analysis import Analysis, LayerAnalysis
+from lq.results.report import QuantizationReport
+from lq.util.display import file_size
 
 _LAYER = Column("layer", css="name")
 _REPORT = (Column("operators", "with what is fused into the layer", css="name"), Column("runs in"))

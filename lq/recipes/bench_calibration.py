@@ -26,9 +26,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import lq
-from lq.calibration.calibrate import observing
-from lq.calibrators import CALIBRATORS
-from lq.config import ConfigError, field, main
+from lq.errors import ConfigError
+from lq.numerics.calibrators import CALIBRATORS
+from lq.recipes.blocks.config import field, main
+from lq.workflow.calibrate import observing
 
 #: Batch of images each network is shown.
 BATCHES = {"resnet18": (128, 3, 32, 32), "resnet50": (16, 3, 224, 224)}

@@ -26,10 +26,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import lq
-from lq.config import ConfigError, field, main
 from lq.data import DatasetNotFoundError, ImageNet
+from lq.errors import ConfigError
 from lq.models import RESNETS, build_resnet
-from lq.runtime.cpu import cpu_name
+from lq.recipes.blocks.config import field, main
+from lq.util.cpu import cpu_name
 
 
 @dataclass

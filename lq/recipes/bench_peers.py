@@ -34,10 +34,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import lq
-from lq.config import ConfigError, field, main
-from lq.export.aoti import CompilerError
-from lq.runtime.cpu import cpu_name, has_vnni
-from lq.runtime.race import ContenderError, Measurement, race
+from lq.errors import CompilerError, ConfigError, ContenderError
+from lq.recipes.blocks.config import field, main
+from lq.timing.race import Measurement, race
+from lq.util.cpu import cpu_name, has_vnni
 
 #: Network, image size and batch size of each row.
 ROWS = {

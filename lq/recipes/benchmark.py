@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 import lq
-from lq.config import ConfigError, field, main
-from lq.files import ensure_writable_dir
+from lq.deployment.load import RUNTIMES
+from lq.errors import ConfigError
+from lq.recipes.blocks.config import field, main
 from lq.recipes.blocks.data import DataConfig, image_data
 from lq.recipes.blocks.networks import NETWORKS
 from lq.recipes.blocks.training import load_float_weights
-from lq.runtime.load import RUNTIMES
+from lq.util.files import ensure_writable_dir
 
 
 @dataclass

@@ -17,8 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lq.config import field, main
 from lq.models import build_resnet
+from lq.recipes.blocks.config import field, main
 from lq.recipes.blocks.float_to_int8 import FloatToInt8Config, float_to_int8, plan_of
 
 

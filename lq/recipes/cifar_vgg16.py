@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lq.config import ConfigError, field, main
+from lq.errors import ConfigError
 from lq.models import VGG_CONFIGURATIONS, VGGS, build_vgg
+from lq.recipes.blocks.config import field, main
 from lq.recipes.blocks.float_to_int8 import FloatToInt8Config, float_to_int8, plan_of
 
 

@@ -18,15 +18,15 @@ from lightning.pytorch import seed_everything
 from torch import nn
 
 import lq
-from lq.calibration.calibrate import AUTO, calibrate_and_compare
-from lq.calibrators import CALIBRATORS
-from lq.config import field, main
+from lq.numerics.calibrators import CALIBRATORS
+from lq.recipes.blocks.config import field, main
 from lq.recipes.blocks.data import DataConfig, image_data
 from lq.recipes.blocks.evaluation import top1
 from lq.recipes.blocks.networks import NETWORKS
 from lq.recipes.blocks.trainer import RunConfig, make_trainer
 from lq.recipes.blocks.training import TrainConfig, classifier, epochs, float_checkpoint, load_float_weights
-from lq.targets import TARGET_CHOICES, get_target
+from lq.schemes.targets import TARGET_CHOICES, get_target
+from lq.workflow.calibrate import AUTO, calibrate_and_compare
 
 
 @dataclass

@@ -25,13 +25,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import lq
-from lq.config import ConfigError, field, main
-from lq.files import write_archive, write_atomically
+from lq.errors import ConfigError
+from lq.recipes.blocks.config import field, main
 from lq.recipes.blocks.evaluation import top1
 from lq.recipes.blocks.imagenet import ImageNetConfig, PretrainedConfig, imagenet, pretrained
 from lq.recipes.blocks.results import save_results
 from lq.recipes.blocks.trainer import RunConfig, device_of
-from lq.targets import TARGET_CHOICES, get_target
+from lq.schemes.targets import TARGET_CHOICES, get_target
+from lq.util.files import write_archive, write_atomically
 
 
 @dataclass

@@ -19,16 +19,17 @@ from torch import nn
 
 import lq
 from lq.callback import QuantizationResult
-from lq.config import ConfigError, field, main
 from lq.data import ImageNet
-from lq.export import check_dependencies
+from lq.deployment.export import check_dependencies
+from lq.errors import ConfigError
+from lq.recipes.blocks.config import field, main
 from lq.recipes.blocks.evaluation import top1
 from lq.recipes.blocks.imagenet import ImageNetConfig, PretrainedConfig, imagenet, pretrained
 from lq.recipes.blocks.quantization import QuantConfig, callback, fine_tuner
 from lq.recipes.blocks.results import print_result, save_results
 from lq.recipes.blocks.trainer import RunConfig, device_of, make_trainer
 from lq.recipes.blocks.training import TrainConfig, float_checkpoint
-from lq.targets import get_target
+from lq.schemes.targets import get_target
 
 
 @dataclass

@@ -19,17 +19,18 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 import lq
-from lq.archives import check_torch_archive
-from lq.callback.checkpoint_ranges import SavedQuantizer, saved_quantizers
-from lq.callback.checkpoints import section_of
-from lq.callback.page import result_page, settings_table
+from lq.callback.checkpoints.hooks import section_of
+from lq.callback.checkpoints.ranges import SavedQuantizer, saved_quantizers
+from lq.callback.end.page import result_page, settings_table
 from lq.callback.result import QuantizationResult
-from lq.config import ConfigError, field, main
-from lq.files import ensure_writable_dir, write_text
+from lq.deployment.load import read_metadata
+from lq.errors import ConfigError
 from lq.page import Column, Table, layer_table, page, section
-from lq.report import QuantizationReport
-from lq.runtime.benchmark import Benchmark, BenchmarkRow
-from lq.runtime.load import read_metadata
+from lq.recipes.blocks.config import field, main
+from lq.results.report import QuantizationReport
+from lq.timing.benchmark import Benchmark, BenchmarkRow
+from lq.util.archives import check_torch_archive
+from lq.util.files import ensure_writable_dir, write_text
 
 #: Bytes of an ``int8.json``; of a network with a thousand layers it has a few million.
 _LARGEST_RESULT = 100_000_000

@@ -25,18 +25,18 @@ from lightning.pytorch import seed_everything
 from rich.console import Console
 
 import lq
-from lq.calibrators import CALIBRATORS
-from lq.config import field, main
 from lq.models import build_resnet
+from lq.numerics.calibrators import CALIBRATORS
+from lq.recipes.blocks.config import field, main
 from lq.recipes.blocks.data import DataConfig, image_data
 from lq.recipes.blocks.evaluation import top1
 from lq.recipes.blocks.results import save_results
 from lq.recipes.blocks.sweep import Row, save_chart, table_of
 from lq.recipes.blocks.trainer import RunConfig, make_trainer
 from lq.recipes.blocks.training import TrainConfig, classifier, epochs, float_checkpoint, load_float_weights
-from lq.runtime.cpu import cpu_name
-from lq.runtime.timing import measure
-from lq.targets import TARGET_CHOICES, get_target
+from lq.schemes.targets import TARGET_CHOICES, get_target
+from lq.timing.measure import measure
+from lq.util.cpu import cpu_name
 
 
 @dataclass

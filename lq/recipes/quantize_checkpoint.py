@@ -17,9 +17,10 @@ from typing import Any
 from lightning.pytorch import seed_everything
 
 import lq
-from lq.config import ConfigError, field, main
+from lq.errors import ConfigError
+from lq.recipes.blocks.config import field, main
 from lq.recipes.blocks.results import print_result
-from lq.targets import TARGET_CHOICES
+from lq.schemes.targets import TARGET_CHOICES
 
 
 @dataclass

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lq
-from lq.targets import TARGETS
+from lq.schemes.targets import TARGETS
 
 
 def images(samples: int = 8) -> Tensor:
@@ -174,7 +174,7 @@ def test_what_is_not_asked_for_is_none() -> None:
 def test_times_and_the_table() -> None:
     analysis = analyzed(calibrated(), images(), timing=True)
     assert all(row.float_ms is not None and row.float_ms > 0 for row in analysis.layers)
-    if lq.runtime.cpu.has_onednn_int8():
+    if lq.util.cpu.has_onednn_int8():
         assert all(row.int8_ms is not None and row.int8_ms > 0 for row in analysis.layers)
     lines = str(analysis).splitlines()
     assert f"{analysis.output_sqnr_db:.1f} dB on 8 samples" in lines[0]

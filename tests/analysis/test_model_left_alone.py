@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lq
-from lq.graph import registry
-from lq.quantizer import QuantizerState
+from lq.graph.capture import registry
+from lq.numerics.quantizer import QuantizerState
 
 
 def images(samples: int = 8) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
-from lq.quantizer import QuantizerState
+from lq.numerics.quantizer import QuantizerState
 
 
 def images(samples: int = 4, size: int = 16) -> Tensor:

@@ -9,7 +9,7 @@ from core.networks import randomize_batch_norm
 from torch import Tensor, nn
 
 from lq import quantizers
-from lq.quantizer import Quantizer, WeightQuantizer
+from lq.numerics.quantizer import Quantizer, WeightQuantizer
 
 
 class Block(nn.Module):

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import torch
 
-from lq.observers import HistogramObserver
-from lq.spec import QuantSpec
+from lq.numerics.observers import HistogramObserver
+from lq.numerics.spec import QuantSpec
 
 AFFINE = QuantSpec(torch.uint8, 0, 255, symmetric=False)
 SYMMETRIC = QuantSpec(torch.int8, -127, 127, symmetric=True)

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lq.calibrators import CALIBRATORS, MSE, Percentile
-from lq.observers import HistogramObserver
-from lq.quantizer import Quantizer
-from lq.spec import QuantSpec
+from lq.numerics.calibrators import CALIBRATORS, MSE, Percentile
+from lq.numerics.observers import HistogramObserver
+from lq.numerics.quantizer import Quantizer
+from lq.numerics.spec import QuantSpec
 
 LARGEST = float(np.finfo(np.float32).max)
 

@@ -20,7 +20,7 @@ from calibration.references import (
     squared_error,
 )
 
-from lq.calibrators import (
+from lq.numerics.calibrators import (
     CALIBRATORS,
     MSE,
     Calibrator,
@@ -33,9 +33,9 @@ from lq.calibrators import (
     divergence,
     get_calibrator,
 )
-from lq.observers import MinMaxObserver, MovingAverageObserver, Observer
-from lq.quantizer import Quantizer
-from lq.spec import QuantSpec
+from lq.numerics.observers import MinMaxObserver, MovingAverageObserver, Observer
+from lq.numerics.quantizer import Quantizer
+from lq.numerics.spec import QuantSpec
 
 VALUES = distributions()
 

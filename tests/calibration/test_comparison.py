@@ -13,8 +13,8 @@ from calibration.networks import activations, found_ranges, images, network
 from torch import Tensor, nn
 
 import lq
-from lq.calibrators import CALIBRATORS, MSE
-from lq.quantizer import QuantizerState
+from lq.numerics.calibrators import CALIBRATORS, MSE
+from lq.numerics.quantizer import QuantizerState
 
 BATCHES = images()
 TEST = images(1, samples=16, seed=1)[0]

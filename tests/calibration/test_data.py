@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import lq
-from lq.calibrators import Calibrator
-from lq.observers import Observer
-from lq.quantizer import QuantizerState
+from lq.numerics.calibrators import Calibrator
+from lq.numerics.observers import Observer
+from lq.numerics.quantizer import QuantizerState
 
 BATCHES = images(5)
 LABELS = torch.arange(4)

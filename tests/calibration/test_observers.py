@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lq.calibrators import Percentile
-from lq.observers import HistogramObserver, MinMaxObserver, MovingAverageObserver, Observer
+from lq.numerics.calibrators import Percentile
+from lq.numerics.observers import HistogramObserver, MinMaxObserver, MovingAverageObserver, Observer
 
 values = st.floats(width=32, allow_nan=False, allow_infinity=False)
 #: Batches of which one may be a million times as wide as the one before it.

@@ -12,7 +12,7 @@ import torch
 from calibration import two_processes
 from calibration.two_processes import NUMBERS_OF_AUTO, NUMBERS_OF_BATCHES, OBSERVERS
 
-from lq.calibrators import CALIBRATORS
+from lq.numerics.calibrators import CALIBRATORS
 
 Found = dict[str, Any]
 NAMES = [f"{number} histogram {name}" for number in NUMBERS_OF_BATCHES for name in CALIBRATORS]

@@ -10,7 +10,7 @@ from core.networks import StandardizedConv, sequential
 from torch import nn
 
 import lq
-from lq.calibration.ranges import QuantizerRange
+from lq.workflow.ranges import QuantizerRange
 
 BATCHES = images()
 DATA = torch.stack(BATCHES).numpy()

@@ -10,7 +10,7 @@ from calibration.networks import activations, found_ranges, images, network
 from torch import Tensor, nn
 
 import lq
-from lq.calibrators import MSE, Calibrator, Percentile
+from lq.numerics.calibrators import MSE, Calibrator, Percentile
 
 BATCHES = images()
 CHOICES: list[str | Calibrator] = [

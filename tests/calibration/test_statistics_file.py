@@ -16,7 +16,7 @@ from core.networks import Residual
 from torch import nn
 
 import lq
-from lq.calibrators import CALIBRATORS, MSE, Calibrator, Entropy, MovingAverage, Percentile
+from lq.numerics.calibrators import CALIBRATORS, MSE, Calibrator, Entropy, MovingAverage, Percentile
 
 BATCHES = images()
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 import lq
-from lq.calibrators import CALIBRATORS
+from lq.numerics.calibrators import CALIBRATORS
 
 NUMBERS_OF_BATCHES = (4, 5, 1)  # dealt out evenly, unevenly, and so that the second process has none
 NUMBERS_OF_AUTO = (7, 1)

@@ -142,7 +142,7 @@ def test_arguments_parse_from_a_command_line() -> None:
 
 
 def test_x86_on_a_cpu_without_vnni_says_so(tmp_path: Path) -> None:
-    from lq.runtime.cpu import has_onednn_int8, has_vnni
+    from lq.util.cpu import has_onednn_int8, has_vnni
 
     if has_vnni() or not has_onednn_int8():
         pytest.skip("the CPU has VNNI, or no INT8 kernels")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lq
 from lq import QuantizationCallback
-from lq.calibrators import CALIBRATORS, get_calibrator
+from lq.numerics.calibrators import CALIBRATORS, get_calibrator
 
 
 class Recording(Wrapped):

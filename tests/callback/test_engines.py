@@ -15,9 +15,10 @@ from lightning.pytorch.loggers import CSVLogger
 
 import lq
 from lq import QuantizationCallback
-from lq.callback import QuantizationResult, conversion, engine_runs
-from lq.callback.engines import EAGER, Engine, recommendation, recommended
-from lq.runtime.timing import Timing
+from lq.callback import QuantizationResult
+from lq.callback.end import conversion, engine_runs
+from lq.callback.end.engines import EAGER, Engine, recommendation, recommended
+from lq.timing.measure import Timing
 
 STAGES = {"evaluation", "calibration", "conversion", "export", "verification", "timing", "analysis", "page"}
 

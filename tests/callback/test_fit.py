@@ -270,7 +270,7 @@ def test_an_export_that_fails_comes_after_everything_else(tmp_path: Path, monkey
     def fail(*args: Any, **kwargs: Any) -> None:
         raise lq.ExportMismatchError("the ONNX file differs")
 
-    monkeypatch.setattr(importlib.import_module("lq.export.export"), "to_onnx", fail)
+    monkeypatch.setattr(importlib.import_module("lq.deployment.export"), "to_onnx", fail)
     callback, model = quantization(tmp_path, export=["onnx"], rehearse=False), Wrapped()
     with pytest.raises(lq.ExportMismatchError, match="the ONNX file differs"):
         fit(model, tmp_path, callback)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import lq
 from lq import Int8Module
-from lq.modes import evaluating
+from lq.util.modes import evaluating
 
 
 class NeverTrained(Wrapped):

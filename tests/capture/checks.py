@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import lq
-from lq.runtime.cpu import has_onednn_int8
+from lq.util.cpu import has_onednn_int8
 
 # 7-bit weights: exact on every x86 CPU, with VNNI and without.
 TARGET = "x86_avx2"

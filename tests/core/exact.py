@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lq.graph.qdq import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, Grid, constant_qparams
-from lq.int8 import Int8Module
-from lq.runtime.onednn import lower
+from lq.int8.module import Int8Module
+from lq.int8.onednn import lower
 
 #: Float32 has 24 bits. An integer takes 8 of them, and what a sum of products and its bias cancel the next 6.
 STEP_ERROR = 2.0**-10

@@ -15,10 +15,11 @@ from lifecycle.runs import module, quantization, train_data, trainer, val_data
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lq
-from lq import QuantizationCallback, targets
+from lq import QuantizationCallback
 from lq.callback import QuantizationResult
-from lq.runtime import cpu
-from lq.runtime.load import read_metadata
+from lq.deployment.load import read_metadata
+from lq.schemes import targets
+from lq.util import cpu
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

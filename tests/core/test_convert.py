@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import lq
-from lq.int8 import Int8Module
-from lq.runtime.cpu import has_onednn_int8, has_vnni
+from lq.int8.module import Int8Module
+from lq.util.cpu import has_onednn_int8, has_vnni
 
 # torch's remark on even kernels with padding="same", which one of the networks has.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from lq.runtime.cpu import has_onednn_int8, has_vnni
+from lq.util.cpu import has_onednn_int8, has_vnni
 
 SCRIPT = """
 import torch, lq
 from core.networks import Residual, randomize_batch_norm
-from lq.runtime.cpu import cpu_name, has_vnni
+from lq.util.cpu import cpu_name, has_vnni
 torch.manual_seed(0)
 x = torch.randn(8, 3, 16, 16) + 5  # one sign: nothing cancels in the sums
 model = randomize_batch_norm(Residual()).eval()

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lq.functional import choose_qparams, dequantize, fake_quantize, quantize
-from lq.observers import MinMaxObserver, MovingAverageObserver
-from lq.quantizer import Quantizer, QuantizerState
-from lq.spec import QuantSpec
+from lq.numerics.functional import choose_qparams, dequantize, fake_quantize, quantize
+from lq.numerics.observers import MinMaxObserver, MovingAverageObserver
+from lq.numerics.quantizer import Quantizer, QuantizerState
+from lq.numerics.spec import QuantSpec
 
 AFFINE = QuantSpec(torch.uint8, 0, 255, symmetric=False)
 SYMMETRIC = QuantSpec(torch.int8, -127, 127, symmetric=True)

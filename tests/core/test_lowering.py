@@ -19,11 +19,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import lq
+from lq.graph.capture.signature import CallSignature
 from lq.graph.qdq import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, constant_qparams
-from lq.graph.signature import CallSignature
-from lq.runtime.cpu import has_onednn_int8
-from lq.runtime.onednn import Packed, lower
-from lq.runtime.plans import KEPT, Plans
+from lq.int8.onednn import Packed, lower
+from lq.int8.plans import KEPT, Plans
+from lq.util.cpu import has_onednn_int8
 
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 pytestmark = pytest.mark.skipif(not has_onednn_int8(), reason="no oneDNN INT8 kernels on this machine")
@@ -299,7 +299,7 @@ def test_an_engine_that_cannot_read_a_file(tmp_path: Path, monkeypatch: pytest.M
     assert result.unreadable == {"openvino": "no such operator here"}
     assert [found.runtime for found in result.verifications] == ["onnxruntime"]
     assert "openvino cannot run it: no such operator here" in str(result)
-    module = importlib.import_module("lq.export.export")
+    module = importlib.import_module("lq.deployment.export")
     monkeypatch.setattr(module, "installed_runtimes", lambda format: ("openvino",))
     with (
         pytest.warns(UserWarning, match="openvino cannot run"),

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import lq
 from lq import LayerSpec
-from lq.overrides import Overrides, Scheme
-from lq.preparation import describe_preparation, prepare_like
-from lq.prepare import prepared_forward
-from lq.targets import TARGETS
+from lq.schemes.overrides import Overrides, Scheme
+from lq.schemes.targets import TARGETS
+from lq.workflow.prepare import prepared_forward
+from lq.workflow.saved_preparation import describe_preparation, prepare_like
 
 
 def resnet() -> nn.Module:

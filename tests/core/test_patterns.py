@@ -12,8 +12,8 @@ from core.patterns import Forward, conv, one_convolution_residual, patterns
 from torch import Tensor, nn
 
 import lq
-from lq.int8 import Int8Module
-from lq.runtime.cpu import has_onednn_int8
+from lq.int8.module import Int8Module
+from lq.util.cpu import has_onednn_int8
 
 X = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 kernels = pytest.mark.skipif(not has_onednn_int8(), reason="no oneDNN INT8 kernels on this machine")

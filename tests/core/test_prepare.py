@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import lq
 from lq import QuantizerState
-from lq.quantizer import WeightQuantizer
+from lq.numerics.quantizer import WeightQuantizer
 
 # torch's remark on even kernels with padding="same", which one of the networks has.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")

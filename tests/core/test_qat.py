@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
-from lq.functional import choose_qparams
-from lq.quantizer import WeightQuantizer
+from lq.numerics.functional import choose_qparams
+from lq.numerics.quantizer import WeightQuantizer
 
 ACTIVATION, WEIGHT = lq.TARGETS["x86_avx2"].activation, lq.TARGETS["x86_avx2"].weight
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
-from lq.graph import registry
+from lq.graph.capture import registry
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
-from lq.guards import GuardError, check_guards, compile_guard
+from lq.errors import GuardError
+from lq.interface.guards import check_guards, compile_guard
 
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 RUNTIMES = {"torch": "int8.pt2", "onnxruntime": "int8.onnx", "openvino": "int8.onnx"}

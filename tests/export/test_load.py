@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from onnx import TensorProto, helper
 
 import lq
-from lq.runtime.onnx_file import CHECKSUM
+from lq.formats.onnx.read import CHECKSUM
 
 X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -90,7 +90,7 @@ def hide(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     def find_spec(name: str, *args: Any) -> Any:
         return None if name in packages else real(name, *args)
 
-    monkeypatch.setattr("lq.runtime.load.find_spec", find_spec)
+    monkeypatch.setattr("lq.deployment.load.find_spec", find_spec)
     for package in packages:
         monkeypatch.setitem(sys.modules, package, None)
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
-from lq.runtime.cpu import has_vnni
+from lq.util.cpu import has_vnni
 
-export_module = importlib.import_module("lq.export.export")
+export_module = importlib.import_module("lq.deployment.export")
 
 X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 

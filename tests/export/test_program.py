@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
-from lq.export.verify import OUTPUT_TOLERANCE, allowed_difference, simulated
-from lq.runtime.onednn import lower
+from lq.deployment.verify import OUTPUT_TOLERANCE, allowed_difference, simulated
+from lq.int8.onednn import lower
 
 X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -180,7 +180,7 @@ TAMPERED = ("scale", "one channel's scale", "weight", "bias", "last layer")
 
 @pytest.mark.parametrize("wrong", TAMPERED)
 def test_a_program_that_differs_is_refused(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("lq.export.export")
+    module = importlib.import_module("lq.deployment.export")
     int8 = quantized()
     right, other = module.export_program, tamper(int8, wrong)
     monkeypatch.setattr(module, "export_program", lambda model, **kwargs: right(other, **kwargs))
@@ -192,7 +192,7 @@ def test_a_program_that_differs_is_refused(wrong: str, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("wrong", TAMPERED)
 def test_kernels_that_differ_are_refused(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    verify = importlib.import_module("lq.export.verify")
+    verify = importlib.import_module("lq.deployment.verify")
     int8 = quantized()
     other = tamper(int8, wrong)
     # The kernels' weights are those of another module.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
-from lq.runtime.cpu import has_onednn_int8
+from lq.util.cpu import has_onednn_int8
 
 pytestmark = pytest.mark.skipif(not has_onednn_int8(), reason="no oneDNN INT8 kernels on this machine")
 

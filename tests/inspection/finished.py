@@ -13,8 +13,9 @@ from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 import lq
-from lq.callback import QuantizationResult, fit_end
-from lq.callback.stages import StagedUnit
+from lq.callback import QuantizationResult
+from lq.callback.end import fit_end
+from lq.callback.steps.stages import StagedUnit
 
 #: The layer whose input's range is cut to a tenth.
 BROKEN = "3"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lq.analysis import Analysis, LayerAnalysis
 from lq.charts import Predictions
+from lq.results.analysis import Analysis, LayerAnalysis
 
 
 def analysis_of(count: int, name: str = "layer.{}.conv") -> Analysis:

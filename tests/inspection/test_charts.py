@@ -29,8 +29,8 @@ from lq.charts import (
     weight_histogram,
 )
 from lq.charts.theme import short_names
-from lq.quantizer import Quantizer, activation_quantizer, weight_quantizer
-from lq.targets import get_target
+from lq.numerics.quantizer import Quantizer, activation_quantizer, weight_quantizer
+from lq.schemes.targets import get_target
 
 RESNET50 = 71
 

@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from lq.analysis import Analysis, LayerAnalysis
 from lq.callback.logging.tables import advice_markdown
+from lq.results.analysis import Analysis, LayerAnalysis
 
 
 def events(folder: Path) -> EventAccumulator:

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 import lq
 from lq import QuantizationCallback
-from lq.callback import inspection
+from lq.callback.end import inspection
 
 
 def fails(*args: Any, **kwargs: Any) -> None:
@@ -23,11 +23,11 @@ def fails(*args: Any, **kwargs: Any) -> None:
 
 def test_failures_are_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing = {
-        "inspection._weights": "reading the graph",
-        "inspection.analyze": "analysing the layers",
-        "fit_end.compare_predictions": "comparing predictions",
-        "inspection._activations": "collecting histograms",
-        "conversion.result_page": "writing the page",
+        "end.inspection._weights": "reading the graph",
+        "end.inspection.analyze": "analysing the layers",
+        "end.fit_end.compare_predictions": "comparing predictions",
+        "end.inspection._activations": "collecting histograms",
+        "end.conversion.result_page": "writing the page",
         "logging.result.add_chart": "writing to TensorBoard",
     }
     for name in failing:

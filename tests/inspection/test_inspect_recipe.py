@@ -13,9 +13,9 @@ from inspection.test_page import read
 from lifecycle.runs import every_epoch, module, quantization, train_data, trainer, val_data
 
 import lq
-from lq.config import main
 from lq.recipes import inspect_file
-from lq.runtime.benchmark import Benchmark, BenchmarkRow
+from lq.recipes.blocks.config import main
+from lq.timing.benchmark import Benchmark, BenchmarkRow
 
 
 def inspected(*arguments: object) -> None:

@@ -12,10 +12,10 @@ import pytest
 from inspection.finished import BROKEN, FinishedRun
 from inspection.numbers import analysis_of, predictions_of
 
-from lq.callback.page import result_page
+from lq.callback.end.page import result_page
 from lq.callback.result import QuantizationResult
 from lq.charts import layer_sqnr
-from lq.report import LayerReport, QuantizationReport
+from lq.results.report import LayerReport, QuantizationReport
 
 _VOID = {"meta", "img", "source", "br", "link"}
 

@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lq
 from lq import Int8Module
-from lq.callback.conversion import Conversion
+from lq.callback.end.conversion import Conversion
 
 TWO = {"devices": 2, "strategy": "ddp"}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from lq import QuantizationCallback
-from lq.modes import evaluating
+from lq.util.modes import evaluating
 
 BATCHES = 4
 

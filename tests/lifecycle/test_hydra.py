@@ -13,8 +13,8 @@ from tiny_runs import TINY
 
 import lq
 from lq import Int8Module
-from lq.config import main
 from lq.recipes import cifar_resnet18
+from lq.recipes.blocks.config import main
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("hydra") is None, reason="Hydra is not installed (pip install hydra-core)"

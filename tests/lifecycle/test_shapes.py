@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 import lq
 from lq import Int8Module
-from lq.int8_parts import Int8Part
+from lq.int8.parts import Int8Part
 
 both_modes = pytest.mark.parametrize("mode", ["ptq", "qat"])
 

@@ -38,7 +38,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 import lq
 from lq import Int8Module, QuantizationCallback
-from lq.functional import choose_qparams
+from lq.numerics.functional import choose_qparams
 
 both_modes = pytest.mark.parametrize("mode", ["ptq", "qat"])
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import lq
 from lq.models import VGG_CONFIGURATIONS, VGGS, build_vgg
-from lq.runtime.cpu import has_onednn_int8
+from lq.util.cpu import has_onednn_int8
 
 LETTERS = {"A": "vgg11", "B": "vgg13", "D": "vgg16", "E": "vgg19"}
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lq.callback import conversion
+from lq.callback.end import conversion
 
 
 @pytest.fixture(autouse=True)

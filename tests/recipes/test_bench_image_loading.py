@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lq.config import main
 from lq.recipes import bench_image_loading as recipe
+from lq.recipes.blocks.config import main
 
 
 def test_generated_images(capsys: pytest.CaptureFixture[str]) -> None:

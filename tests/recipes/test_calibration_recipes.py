@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lq.calibrators import CALIBRATORS
-from lq.config import main
+from lq.numerics.calibrators import CALIBRATORS
 from lq.recipes import bench_calibration, compare_calibrators
+from lq.recipes.blocks.config import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 

@@ -11,9 +11,9 @@ import torch
 from tiny_runs import TINY
 
 import lq
-from lq.config import main
 from lq.models import Classifier, build_resnet
 from lq.recipes import cifar_resnet18 as recipe
+from lq.recipes.blocks.config import main
 from lq.recipes.blocks.training import load_float_weights
 
 # Four batches a run, where Lightning would log every ten.

@@ -9,8 +9,8 @@ import torch
 from tiny_runs import TINY
 
 import lq
-from lq.config import main
 from lq.recipes import cifar_vgg16 as recipe
+from lq.recipes.blocks.config import main
 
 # Four batches a run, where Lightning would log every ten.
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")

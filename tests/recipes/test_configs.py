@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lq.config import parse
+from lq.recipes.blocks.config import parse
 
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
 

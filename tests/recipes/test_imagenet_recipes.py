@@ -11,8 +11,8 @@ import onnx
 import pytest
 from PIL import Image
 
-from lq.config import main
 from lq.recipes import imagenet_resnet18, imagenet_resnet50
+from lq.recipes.blocks.config import main
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),

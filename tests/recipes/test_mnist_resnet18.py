@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import lq
-from lq.config import main
 from lq.recipes import mnist_resnet18 as recipe
+from lq.recipes.blocks.config import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 

@@ -12,8 +12,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lq
-from lq.config import main
 from lq.recipes import quantize_checkpoint as recipe
+from lq.recipes.blocks.config import main
 
 SCRIPT = """
 import torch

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lq
-from lq.runtime.cpu import has_onednn_int8
+from lq.util.cpu import has_onednn_int8
 
 from .networks import Network
 

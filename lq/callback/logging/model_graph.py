@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from lq.graph.analysis import GraphAnalysis
 from lq.graph.ops import MOVES, classify
 from lq.graph.placement import site, source_of
-from lq.quantizer import Quantizer
-from lq.report import operator_label
+from lq.numerics.quantizer import Quantizer
+from lq.workflow.reporting import operator_label
 
 
 def model_graph(graph: GraphAnalysis, root: nn.Module, activations: Mapping[str, Quantizer]) -> GraphDef:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lq.prepare import activation_quantizers
+from lq.workflow.prepare import activation_quantizers
 
 #: Points of a range's curve that a run has at most, so that event files stay small.
 POINTS = 64

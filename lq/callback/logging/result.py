@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.image import imread
 
-from lq.callback.inspection import Findings, going_on
+from lq.callback.end.inspection import Findings, going_on
 from lq.callback.logging.hparams import write_hparams
 from lq.callback.logging.layout import layout
 from lq.callback.logging.loggers import takes_images, tensorboard_writer
@@ -16,10 +16,10 @@ from lq.callback.logging.model_graph import model_graph
 from lq.callback.logging.summaries import add_chart, add_graph, add_histogram, add_values
 from lq.callback.logging.tables import advice_markdown, engines_markdown, layers_markdown
 from lq.callback.result import QuantizationResult
-from lq.charts.gallery import gallery
-from lq.functional import fake_quantize
-from lq.histogram import Histogram
-from lq.report import slower_text
+from lq.charts.all_charts import gallery
+from lq.numerics.functional import fake_quantize
+from lq.numerics.histogram import Histogram
+from lq.results.report import slower_text
 
 if TYPE_CHECKING:
     from lq.callback.callback import QuantizationCallback

@@ -11,7 +11,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
 from lq.charts.chart import Chart
-from lq.histogram import Histogram
+from lq.numerics.histogram import Histogram
 
 #: Bars of a histogram.
 BINS = 80

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lq.analysis.result import Analysis
-from lq.callback.engines import Engine, cells, notes, recommendation
+from lq.callback.end.engines import Engine, cells, notes, recommendation
 from lq.page.layers import layer_table, overrides_line
-from lq.report import QuantizationReport
+from lq.results.analysis import Analysis
+from lq.results.report import QuantizationReport
 
 
 def layers_markdown(report: QuantizationReport, analysis: Analysis | None) -> dict[str, str]:

@@ -6,8 +6,9 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from lq.config import ConfigError, field
 from lq.data import CIFAR10, MNIST, DatasetNotFoundError, FashionMNIST, Shapes10
+from lq.errors import ConfigError
+from lq.recipes.blocks.config import field
 
 DataName = Literal["cifar10", "mnist", "fashion_mnist", "shapes10"]
 

@@ -13,13 +13,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 import lq
-from lq.config import field
+from lq.recipes.blocks.config import field
 from lq.recipes.blocks.data import DataConfig, ImageData, image_data
 from lq.recipes.blocks.quantization import QuantConfig, callback, fine_tuner
 from lq.recipes.blocks.results import print_result, save_results
 from lq.recipes.blocks.trainer import RunConfig, make_trainer
 from lq.recipes.blocks.training import TrainConfig, classifier, epochs, float_checkpoint, load_float_weights
-from lq.targets import get_target
+from lq.schemes.targets import get_target
 
 
 @dataclass

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torchvision
 from torch import nn
 
-from lq.config import ConfigError, field
 from lq.data import DatasetNotFoundError, ImageNet
+from lq.errors import ConfigError
 from lq.models import RESNETS, build_resnet
+from lq.recipes.blocks.config import field
 from lq.recipes.blocks.training import load_float_weights
 
 

@@ -9,11 +9,12 @@ from typing import Any, Literal
 from torch import nn
 
 from lq.callback import QuantizationCallback
-from lq.config import ConfigError, field
+from lq.errors import ConfigError
 from lq.models import Classifier
 from lq.models.schedules import ScheduleName
+from lq.recipes.blocks.config import field
 from lq.recipes.blocks.training import TrainConfig
-from lq.targets import TARGET_CHOICES
+from lq.schemes.targets import TARGET_CHOICES
 
 
 @dataclass

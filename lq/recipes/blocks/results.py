@@ -12,8 +12,8 @@ import lightning
 import torch
 
 from lq.callback import QuantizationResult
-from lq.files import write_text
-from lq.runtime.cpu import cpu_name
+from lq.util.cpu import cpu_name
+from lq.util.files import write_text
 
 
 def print_result(result: QuantizationResult, data: str, notes: dict[str, str]) -> None:

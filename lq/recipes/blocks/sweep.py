@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from lq.files import write_atomically
+from lq.util.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lq.archives import check_torch_archive
-from lq.config import ConfigError, field
 from lq.data import Shapes10
+from lq.errors import ConfigError
 from lq.models import Classifier
 from lq.models.schedules import ScheduleName
+from lq.recipes.blocks.config import field
 from lq.recipes.blocks.data import ImageData
 from lq.recipes.blocks.trainer import RunConfig
+from lq.util.archives import check_torch_archive
 
 
 @dataclass

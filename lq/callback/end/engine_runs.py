@@ -1,0 +1,202 @@
+"""Running the network on every engine that is installed: how long a call takes, and the user's own validation."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lq.callback.end.engines import EAGER, FOLDED, Engine
+from lq.callback.steps.batches import repeat_samples
+from lq.callback.steps.stages import StagedUnit
+from lq.deployment.export import ExportResult
+from lq.deployment.load import installed_runtimes, load
+from lq.graph.capture.signature import CallSignature
+from lq.graph.cropping import crop_kernels
+from lq.int8.module import Int8Module
+from lq.timing.measure import Timing, measure
+from lq.util.modes import evaluating
+from lq.workflow.fold import folded_float
+from lq.workflow.prepare import prepared_forward, unprepared
+
+#: The user's validation runs on one engine after another for so long, seconds; those that come later, and would take
+#: longer, are judged by their classes for a few samples alone.
+VALIDATION_SECONDS = 60.0
+
+#: The engine that takes INT8's place in the module.
+IN_PROCESS = "torch"
+
+
+@dataclass
+class Contender:
+    """An engine with the network loaded.
+
+    Args:
+        engine: what is known of it.
+        run: takes the forward's inputs, by name, and none of its settings; None where it could not be loaded.
+    """
+
+    engine: Engine
+    run: Callable[..., Any] | None
+
+
+def contenders(unit: nn.Module, int8: Int8Module, exports: Sequence[ExportResult]) -> list[Contender]:
+    """The float model as it is and folded, INT8 in process, and each file on each engine that is installed for it.
+
+    Args:
+        unit: prepared, on the CPU.
+        int8: what it was converted to.
+        exports: what was written of it.
+    """
+    with unprepared(unit):
+        eager = Engine(EAGER, size_bytes=_state_bytes(unit))
+    # As they are called: by position where the forward allows it, for which the hooks of a user may have been written.
+    called = partial(_called, prepared_forward(unit).signature, int8.settings)
+    found = [Contender(eager, partial(called, unit))]
+    try:
+        folded: nn.Module = crop_kernels(folded_float(unit), int8.example_inputs)
+        engine = Engine(FOLDED, size_bytes=_state_bytes(folded))
+        found.append(Contender(engine, lambda **inputs: folded(*inputs.values())))
+    except Exception as error:
+        found.append(Contender(Engine(FOLDED, note=_reason(error)), None))
+    for written in exports:
+        for runtime in installed_runtimes(written.format):
+            engine = Engine(runtime, file=written.path.name, size_bytes=written.size_bytes)
+            if runtime == IN_PROCESS:
+                found.append(Contender(engine, partial(called, int8)))
+                continue
+            try:
+                # As many threads as the float model has.
+                found.append(Contender(engine, load(written.path, runtime, threads=torch.get_num_threads())))
+            except Exception as error:
+                found.append(Contender(replace(engine, note=_reason(error)), None))
+    return found
+
+
+def _called(signature: CallSignature, settings: Mapping[str, Any], model: nn.Module, **inputs: Any) -> Any:
+    args, kwargs = signature.arguments({**settings, **inputs})
+    return model(*args, **kwargs)
+
+
+def time_engines(unit: nn.Module, int8: Int8Module, found: Sequence[Contender], batch_size: int) -> None:
+    """Time all for one sample and for a batch, taking turns; what fails on one is its note.
+
+    Args:
+        unit: prepared, on the CPU.
+        int8: what it was converted to, for its example inputs.
+        found: the engines.
+        batch_size: samples in the batch.
+    """
+    inputs = int8.example_inputs
+    with unprepared(unit), evaluating(unit):
+        one = _time(found, repeat_samples(inputs, 1), 1)
+        many = _time(found, repeat_samples(inputs, batch_size), batch_size)
+    for contender in found:
+        runtime = contender.engine.runtime
+        contender.engine = replace(contender.engine, latency=one.get(runtime), batch=many.get(runtime))
+
+
+def _time(found: Sequence[Contender], inputs: Mapping[str, Any], batch_size: int) -> dict[str, Timing]:
+    running: dict[str, Callable[..., Any]] = {}
+    for contender in found:
+        if contender.run is None:
+            continue
+        try:
+            with torch.no_grad():
+                contender.run(**inputs)
+            running[contender.engine.runtime] = contender.run
+        except Exception as error:
+            note = f"a call with {batch_size} sample{'s' * (batch_size > 1)} failed: {_reason(error)}"
+            contender.engine = replace(contender.engine, note=contender.engine.note or note)
+    return measure(running, inputs, batch_size)
+
+
+def validate_engines(
+    staged: StagedUnit,
+    int8: Int8Module,
+    found: Sequence[Contender],
+    evaluate: Callable[[], dict[str, float]],
+    float_seconds: float,
+) -> None:
+    """The user's validation with each engine in the unit's place, but for those that have it already.
+
+    Args:
+        staged: the unit, prepared.
+        int8: what it was converted to.
+        found: the engines.
+        evaluate: gives the metrics of the LightningModule as it is.
+        float_seconds: what that took with the float model: the others are expected to take no longer.
+    """
+    begun = time.perf_counter()
+    # Float comes last: its metrics are known but for rounding.
+    for contender in sorted(found, key=lambda each: each.engine.is_float):
+        if contender.engine.runtime in (EAGER, IN_PROCESS) or contender.run is None:
+            continue
+        if staged.parts:
+            note = "not validated: the steps call the network part by part, and the file runs it as a whole"
+            contender.engine = replace(contender.engine, note=contender.engine.note or note)
+            continue
+        if time.perf_counter() - begun + float_seconds > VALIDATION_SECONDS:
+            note = f"not validated: there are {VALIDATION_SECONDS:.0f} s for all engines together"
+            contender.engine = replace(contender.engine, note=contender.engine.note or note)
+            continue
+        try:
+            with _in_place(staged, int8, contender.run):
+                contender.engine = replace(contender.engine, metrics=evaluate())
+        except Exception as error:
+            note = f"the validation failed: {_reason(error)}"
+            contender.engine = replace(contender.engine, note=contender.engine.note or note)
+
+
+class EngineModule(nn.Module):
+    """An engine as a module that takes the float forward's arguments, wherever they are.
+
+    Args:
+        int8: knows the form of a call.
+        run: the engine.
+    """
+
+    def __init__(self, int8: Int8Module, run: Callable[..., Any]) -> None:
+        super().__init__()
+        # In a dict, where no module looks for children: it stays on the CPU.
+        self._called: dict[str, Any] = {"bind": int8.bind, "names": tuple(int8.example_inputs), "run": run}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        device = leaves[0].device if leaves else torch.device("cpu")
+        args, kwargs = _to((args, kwargs), torch.device("cpu"))
+        inputs = dict(zip(self._called["names"], self._called["bind"](args, kwargs), strict=True))
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return _to(self._called["run"](**inputs), device)
+
+
+@contextmanager
+def _in_place(staged: StagedUnit, int8: Int8Module, run: Callable[..., Any]) -> Iterator[None]:
+    staged.put_int8(EngineModule(int8, run))
+    try:
+        yield
+    finally:
+        staged.take_int8_off()
+
+
+def _to(values: Any, device: torch.device) -> Any:
+    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, values)
+
+
+def _state_bytes(module: nn.Module) -> int:
+    """Size of the module's weights on disk."""
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    return buffer.tell()
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

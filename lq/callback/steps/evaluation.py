@@ -1,0 +1,100 @@
+"""The user's own validation, run beside the Trainer without touching its state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torchmetrics import Metric
+
+from lq.callback.steps.batches import validation_dataloaders
+from lq.util.quiet import quiet
+
+#: Lines about GPUs and worker counts, which the user has read when training began.
+_REPEATED = ("lightning.pytorch", "pytorch_lightning", "lightning.fabric")
+
+
+def evaluate(trainer: Any, pl_module: Any, limit_batches: int | float | None = None) -> dict[str, float]:
+    """Metrics of the user's ``validation_step`` over the Trainer's validation data, in this process alone.
+
+    Args:
+        trainer: the Trainer.
+        pl_module: the LightningModule, or a copy of it.
+        limit_batches: how many batches, or what share of them; by default what the Trainer validates with.
+
+    Returns:
+        Metric by name; empty where there is nothing to validate with.
+    """
+    dataloaders = validation_dataloaders(trainer)
+    if dataloaders is None or not is_overridden("validation_step", pl_module):
+        return {}
+    accelerator = type(trainer.accelerator).__name__.removesuffix("Accelerator").lower()
+    limit = trainer.limit_val_batches if limit_batches is None else limit_batches
+    try:
+        return validate(pl_module, dataloaders, accelerator, limit, _trainer_class(trainer))
+    finally:
+        pl_module.trainer = trainer
+
+
+def validate(
+    pl_module: Any,
+    dataloaders: Any,
+    accelerator: str = "cpu",
+    limit_batches: int | float = 1.0,
+    trainer_class: type[Any] = Trainer,
+) -> dict[str, float]:
+    """Metrics of ``validation_step`` over ``dataloaders``.
+
+    A Trainer of its own does it, one device, no loggers, no checkpoints: metrics, callbacks and progress of any other
+    stay as they are.
+    """
+    with quiet(*_REPEATED), _as_it_is(pl_module), torch.compiler.set_stance("force_eager"):
+        judge = trainer_class(
+            accelerator=accelerator,
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=limit_batches,
+        )
+        results = judge.validate(pl_module, dataloaders=dataloaders, verbose=False)
+    return {name: float(value) for result in results for name, value in result.items()}
+
+
+@contextmanager
+def _as_it_is(pl_module: Any) -> Iterator[None]:
+    """Inside, the module is neither set up nor torn down anew, and its metrics wait for no other process."""
+    metrics = {m: m.distributed_available_fn for m in pl_module.modules() if isinstance(m, Metric)}
+    hooks = {name: pl_module.__dict__.get(name) for name in ("setup", "teardown", "configure_callbacks")}
+    try:
+        for metric in metrics:
+            metric.distributed_available_fn = lambda: False
+        # A `setup` that builds the layers would build them anew, without what they have learnt.
+        pl_module.setup = pl_module.teardown = lambda stage: None
+        pl_module.configure_callbacks = list
+        yield
+    finally:
+        for metric, is_distributed in metrics.items():
+            metric.distributed_available_fn = is_distributed
+        for name, hook in hooks.items():
+            del pl_module.__dict__[name]
+            if hook is not None:
+                setattr(pl_module, name, hook)
+
+
+def _trainer_class(trainer: Any) -> type[Any]:
+    """The plain Trainer of the distribution in use (``lightning`` or ``pytorch_lightning``)."""
+    for cls in reversed(type(trainer).__mro__):
+        if cls.__name__ == "Trainer":
+            return cls
+    return type(trainer)
+
+
+def is_overridden(name: str, pl_module: Any) -> bool:
+    """Whether the user's LightningModule has a method of its own of that name."""
+    base = next(cls for cls in type(pl_module).__mro__ if cls.__name__ == "LightningModule")
+    return getattr(type(pl_module), name, None) is not getattr(base, name, None)

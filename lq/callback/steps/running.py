@@ -1,0 +1,136 @@
+"""Running a step of the user's until it has called what is quantized."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from lq.callback.steps.calls import watched
+from lq.callback.steps.idle import run_idle, same_attributes
+
+if TYPE_CHECKING:
+    from lq.callback.steps.stages import StagedUnit
+
+#: The user's own steps that a batch is for.
+Step = Literal["training_step", "validation_step"]
+
+
+class _AllCalledError(BaseException):
+    """Leaves a step as soon as it has called all; not an Exception, so that no step swallows it."""
+
+
+class _Calls:
+    """Keeps arguments and outputs of the calls in a step, until there are so many.
+
+    Args:
+        stop_before: the number of the call that is not run; 0 for none.
+        stop_after: the number of calls after which the step is left.
+    """
+
+    def __init__(self, *, stop_before: int = 0, stop_after: int = 0) -> None:
+        self.arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.outputs: list[Any] = []
+        self._begun = self._depth = 0
+        self._stop_before = stop_before
+        self._stop_after = stop_after
+
+    def begin(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._begun += 1
+        self._depth += 1
+        self.arguments.setdefault(path, (args, kwargs))
+        if self._begun == self._stop_before:
+            raise _AllCalledError
+
+    def end(self, path: str, output: Any) -> None:
+        self._depth -= 1
+        self.outputs.append(output)
+        if self._begun >= self._stop_after and not self._depth:
+            raise _AllCalledError
+
+
+def call_step(pl_module: Any, step: Step, batch: Any) -> Any:
+    """Call a step as a loop does for its first batch, with those of its arguments that it has."""
+    function = getattr(pl_module, step)
+    names = list(inspect.signature(function).parameters)
+    if len(names) < 2:
+        return function(batch)
+    return function(batch, 0, **({"dataloader_idx": 0} if "dataloader_idx" in names else {}))
+
+
+def unit_arguments(
+    staged: StagedUnit, batch: Any, step: Step = "training_step"
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``(args, kwargs)`` that the user's own step calls the unit with, the first time.
+
+    Whatever the step does before (unpacking a dict, normalising, calling another method) is done as in training, so a
+    batch of any form reaches the unit as it does there. A unit that is called once does not run.
+
+    Args:
+        staged: the unit.
+        batch: a batch of the dataloader, on the module's device.
+        step: which step the batch is for.
+
+    Raises:
+        ValueError: where the step never calls the unit.
+    """
+    with same_attributes(staged.pl_module):  # looking is no step of the training
+        calls = _Calls(stop_before=0 if staged.parts else 1, stop_after=_number(staged, step))
+        _run(staged, batch, step, calls)
+    if staged.parts:
+        return (), {"parts": {path: [list(args), kwargs] for path, (args, kwargs) in calls.arguments.items()}}
+    return calls.arguments[staged.path]
+
+
+def run_unit(staged: StagedUnit, batch: Any, step: Step = "training_step") -> Any:
+    """Run a step up to the end of its last call of the unit, and return what that returned: a list, where it is called
+    several times.
+
+    Nothing after that runs: no loss, no logging. See :func:`unit_arguments`.
+    """
+    calls = _Calls(stop_after=_number(staged, step))
+    _run(staged, batch, step, calls)
+    return calls.outputs[0] if len(calls.outputs) == 1 else calls.outputs
+
+
+def call_unit(staged: StagedUnit, batch: Any, step: Step = "training_step") -> Any:
+    """Call the unit with what a step calls it with the first time, hooks and all, and return what it returns."""
+    args, kwargs = unit_arguments(staged, batch, step)
+    return staged.unit(*args, **kwargs)
+
+
+def _number(staged: StagedUnit, step: Step) -> int:
+    """How many calls to wait for."""
+    return max(1, staged.calls.get(step, 1))
+
+
+def _run(staged: StagedUnit, batch: Any, step: Step, calls: _Calls) -> None:
+    pl_module = staged.pl_module
+    modules: Mapping[str, nn.Module] = {path: pl_module.get_submodule(path) for path in staged.parts or (staged.path,)}
+    name = type(staged.unit).__name__
+    try:
+        with watched(modules, calls):
+            run_idle(pl_module, lambda: call_step(pl_module, step, batch))
+    except _AllCalledError:
+        return
+    except Exception as error:
+        add_note(error, name, step)
+        raise
+    missing = [path for path in modules if path not in calls.arguments]
+    if missing:
+        raise ValueError(
+            f"{step} never called the {type(modules[missing[0]]).__name__} that is to be quantized; name the submodule "
+            f"that it does call with QuantizationCallback(module='...')"
+        )
+
+
+def add_note(error: Exception, unit: str, step: Step) -> None:
+    """Tell with ``error`` what the step was called for."""
+    if hasattr(error, "add_note"):  # from Python 3.11 on
+        error.add_note(
+            f"lq called {step} on one batch, without gradients, to see what it gives the {unit} that is quantized. Up "
+            f"to there it has to do without a loop around it: self.manual_backward(loss) then does nothing, and "
+            f"loss.backward() fails"
+        )

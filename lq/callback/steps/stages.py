@@ -1,0 +1,225 @@
+"""The unit of a LightningModule in its three stages, and how it goes from one to another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from torch import nn
+
+from lq.callback.steps.calls import COMPILED, has_weighted_layers
+from lq.callback.steps.running import Step
+from lq.callback.steps.unit import Unit, find_unit
+from lq.graph.parts import PartsForward
+from lq.int8.module import Int8Module
+from lq.int8.parts import split
+from lq.workflow.prepare import Mode, PreparedForward, is_prepared, prepared_forward, unprepare
+
+Stage = Literal["float", "prepared", "int8"]
+
+#: Where the LightningModule keeps its :class:`StagedUnit`.
+_ATTRIBUTE = "_lq_unit"
+
+#: The child that a LightningModule with layers of its own gets while INT8 computes its forward.
+_INT8 = "int8"
+
+
+class StagedUnit:
+    """The part of a LightningModule that is quantized: in float, prepared with quantizers, or with INT8 in its place.
+
+    While INT8 stands in its place the prepared module is kept, with its weights in float and its ranges: checkpoints
+    are written from it, and training can go on with it.
+
+    Args:
+        pl_module: the LightningModule.
+        name: path of the unit in it, or None to have it found once the layers are built.
+
+    Where the steps call several parts on their own, the unit is the LightningModule, and a call of it one of each part
+    (see :class:`~lq.graph.parts.PartsForward`).
+
+    Attributes:
+        fit_mode: what the ``fit`` that is under way, or was the last one, makes of the unit.
+        takes_any_target: whether that ``fit`` goes on with whatever target a checkpoint was trained for.
+    """
+
+    def __init__(self, pl_module: nn.Module, name: str | None) -> None:
+        self.pl_module = pl_module
+        self.name = name
+        self.fit_mode: Mode | None = None
+        self.takes_any_target = False
+        self._path: str | None = None
+        self._unit: Unit | None = None
+        self._kept: Any = None  # the submodule, or the forward of the LightningModule, that INT8 replaces
+        self._kept_parts: dict[str, nn.Module] = {}
+
+    @property
+    def is_built(self) -> bool:
+        """Whether there are layers yet: some are built in ``LightningModule.setup`` or ``configure_model``."""
+        return self._kept is not None or has_weighted_layers(self.pl_module)
+
+    @property
+    def path(self) -> str:
+        """Path of the unit in the LightningModule, ``""`` for the LightningModule itself."""
+        if self._path is None:
+            self._path = find_unit(self.pl_module, self.name)
+        return self._path
+
+    @property
+    def is_found(self) -> bool:
+        """Whether the steps have been looked at."""
+        return self._unit is not None
+
+    def use(self, unit: Unit) -> None:
+        """Take what the steps call for the unit, which is in float."""
+        self._unit = unit
+        self._path = unit.paths[0] if len(unit.paths) == 1 else ""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Paths of the parts that the steps call on their own; none where the unit is called as a whole."""
+        return self._unit.paths if self._unit is not None and len(self._unit.paths) > 1 else ()
+
+    @property
+    def calls(self) -> Mapping[Step, int]:
+        """How often the steps call the unit, as far as is known."""
+        return {} if self._unit is None else self._unit.calls
+
+    @property
+    def calibrated_with(self) -> Step:
+        """The step that calls all of the unit."""
+        return "training_step" if self._unit is None else self._unit.calibrated_with
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the validation step's metrics are those of the unit."""
+        return self._unit is None or self._unit.is_judged
+
+    @property
+    def stage(self) -> Stage:
+        if self._kept is not None:
+            return "int8"
+        return "prepared" if is_prepared(self.unit) else "float"
+
+    @property
+    def unit(self) -> nn.Module:
+        """The float or prepared module, also while INT8 stands in its place."""
+        if not self.path:
+            return self.pl_module
+        if self._kept is None:
+            return self.pl_module.get_submodule(self.path)
+        kept: nn.Module = self._kept
+        return kept.get_submodule(COMPILED) if self._is_compiled else kept
+
+    @property
+    def prepared_forward(self) -> PreparedForward:
+        """What is known of the unit's preparation, also while INT8 stands in its place.
+
+        Raises:
+            ValueError: where the unit is in float.
+        """
+        if isinstance(self._kept, PreparedForward):
+            return self._kept
+        return prepared_forward(self.unit)
+
+    @property
+    def prefix(self) -> str:
+        """What the keys of the unit start with in the state dict of the LightningModule."""
+        return f"{self.path}." if self.path else ""
+
+    def float_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state dict of the LightningModule with INT8 in place, with what INT8 replaces instead of INT8."""
+        kept = self._kept_parts or ({self._place: self._kept} if self.path else {_INT8: nn.Module()})
+        prefixes = tuple(f"{path}." for path in kept)
+        found = {key: value for key, value in state.items() if not key.startswith(prefixes)}
+        for path, module in kept.items():
+            module.state_dict(destination=found, prefix=f"{path}.")
+        return found
+
+    def prepare_with(self, prepare: Callable[[nn.Module], Any]) -> None:
+        """Have the unit prepared by ``prepare``, as the steps call it."""
+        forward = PartsForward(self.pl_module, self.parts) if self.parts else None
+        if forward is not None:
+            forward.install()
+        try:
+            prepare(self.unit)
+        except BaseException:
+            if forward is not None:
+                forward.remove()
+            raise
+
+    def put_int8(self, int8: nn.Module) -> None:
+        """Let ``int8`` compute what the unit did; the LightningModule's steps stay as they are."""
+        if self.parts:
+            self._kept = self.pl_module.forward
+            self._kept.own.remove()
+            assert isinstance(int8, Int8Module)
+            for path, part in split(int8).items():
+                self._kept_parts[path] = self.pl_module.get_submodule(path)
+                self._set(path, part)
+        elif self.path:
+            self._kept = self.pl_module.get_submodule(self._place)
+            self._set(self._place, int8)
+        else:
+            self._kept = self.pl_module.forward
+            self.pl_module.add_module(_INT8, int8)
+            self.pl_module.forward = int8.__call__
+
+    def take_int8_off(self) -> None:
+        """Put the prepared unit back where INT8 stands in its place; else nothing is done."""
+        if self._kept is None:
+            return
+        kept, self._kept = self._kept, None
+        if self._kept_parts:
+            for path, part in self._kept_parts.items():
+                self._set(path, part)
+            self._kept_parts = {}
+            self.pl_module.forward = kept
+        elif self.path:
+            self._set(self._place, kept)
+        else:
+            del self.pl_module._modules[_INT8]
+            self.pl_module.forward = kept
+        like = next(self.pl_module.parameters(), None)
+        if like is not None:
+            self.unit.to(like.device)
+
+    def to_float(self) -> None:
+        """Take off what INT8 and preparation put on; the weights stay those of the unit."""
+        self.take_int8_off()
+        if is_prepared(self.unit):
+            unprepare(self.unit)
+        forward = self.pl_module.__dict__.get("forward")
+        if isinstance(forward, PartsForward):
+            forward.remove()
+
+    @property
+    def _is_compiled(self) -> bool:
+        return self.path.rpartition(".")[2] == COMPILED
+
+    @property
+    def _place(self) -> str:
+        """Path of what INT8 replaces: INT8 kernels gain nothing from ``torch.compile``, so its wrapper goes as well."""
+        if not self.path:
+            return _INT8
+        return self.path.rpartition(".")[0] if self._is_compiled else self.path
+
+    def _set(self, path: str, module: nn.Module) -> None:
+        owner, _, name = path.rpartition(".")
+        setattr(self.pl_module.get_submodule(owner), name, module)
+
+
+def staged_unit(pl_module: nn.Module) -> StagedUnit:
+    """The staged unit that was attached to ``pl_module``."""
+    staged: StagedUnit = pl_module.__dict__[_ATTRIBUTE]
+    return staged
+
+
+def attach(pl_module: nn.Module, name: str | None) -> StagedUnit:
+    """The staged unit of ``pl_module``: the one it has, or a new one where it has none or one of another name."""
+    staged: StagedUnit | None = pl_module.__dict__.get(_ATTRIBUTE)
+    if staged is not None and (name is None or name in (staged.name, staged._path)):
+        return staged
+    if staged is not None:
+        staged.take_int8_off()
+    pl_module.__dict__[_ATTRIBUTE] = StagedUnit(pl_module, name)
+    return staged_unit(pl_module)

@@ -1,0 +1,399 @@
+"""Export: choose the network that an engine wants, write it in its format, and check what was written."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lq.deployment.load import RUNTIMES, installed_runtimes, load
+from lq.deployment.verify import (
+    OUTPUT_TOLERANCE,
+    UnreadableError,
+    Verification,
+    allowed_difference,
+    check_kernels,
+    check_onnx,
+    check_program,
+    compare,
+    simulated,
+)
+from lq.engines.onnxruntime import import_onnxruntime
+from lq.errors import ExportMismatchError
+from lq.formats.aoti.write import (
+    check_compiler,
+    for_this_cpu,
+    linear_for_single_positions,
+    overflows_here,
+    write_package,
+)
+from lq.formats.onnx.write import OPSET, import_onnx, to_onnx, write_onnx
+from lq.formats.pt2.write import Program, examples, export_program, write_program
+from lq.graph.cropping import crop_kernels
+from lq.graph.qdq import QUANTIZE, QUANTIZE_BUFFER
+from lq.int8.module import Int8Module
+from lq.interface.guards import input_name
+from lq.interface.metadata import Metadata, TensorSpec, dtype_name
+from lq.schemes.targets import Target, get_target
+from lq.util.cpu import has_onednn_int8
+from lq.util.distribution import package_version
+from lq.util.files import ensure_writable_dir, write_atomically
+from lq.util.modes import evaluating
+from lq.workflow.convert import convert
+from lq.workflow.prepare import example_arguments, is_prepared, prepared_forward
+
+Format = Literal["pt2", "aoti", "onnx"]
+
+#: Formats of exported files, with the ending of their names.
+FORMATS: dict[str, str] = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written.
+
+    Args:
+        path: the file.
+        format: ``"pt2"``, ``"aoti"`` or ``"onnx"``.
+        target: the target whose placement the file has.
+        size_bytes: the file's size.
+        verifications: for each engine that ran the file, how far its outputs are from the simulation's.
+        unreadable: why an engine that is installed cannot run the file, by its name.
+        seconds: what writing it took, verification not included.
+        verification_seconds: what verifying it took.
+    """
+
+    path: Path
+    format: Format
+    target: str
+    size_bytes: int
+    verifications: tuple[Verification, ...] = ()
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = field(default=0.0, compare=False)
+    verification_seconds: float = field(default=0.0, compare=False)
+
+    def __str__(self) -> str:
+        unreadable = (f"{runtime} cannot run it: {reason}" for runtime, reason in self.unreadable.items())
+        lines = [f"{self.path} ({self.format} for {self.target}, {self.size_bytes / 1e6:.2f} MB)"]
+        return "\n".join([*lines, *(f"  {line}" for line in (*self.verifications, *unreadable))])
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    format: Format | None = None,
+    target: str | Target | None = None,
+    labels: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    samples: Any = None,
+    opset: int = OPSET,
+    verify: bool = True,
+) -> ExportResult:
+    """Write an INT8 network to a file that runs without its training code.
+
+    * ``"pt2"``: a ``torch.export`` program. ``lq.load`` runs it on INT8 kernels; ``torch.export.load`` reads it too.
+    * ``"aoti"``: an AOTInductor package, compiled for this machine's CPU (which takes a C++ compiler and some ten
+      seconds); it runs without Python model code.
+    * ``"onnx"``: an ONNX file for ONNX Runtime, OpenVINO and TensorRT, its batch size free.
+
+    A ``"pt2"`` file takes images of any size that the network takes. The other two are for the size of the example
+    inputs, and hold no weights that meet nothing but padding there: a ResNet-18 with the ImageNet stem for 32x32
+    images has 4.2 million weights there rather than 11.2 million, and computes the same.
+
+    A residual add is computed by a kernel of its own on ONNX Runtime and by the convolution's kernel elsewhere, so an
+    ONNX file has quantizers on both operands (OpenVINO runs that as fast) unless ``target`` says otherwise or is
+    ``"tensorrt"``. All scales are those of ``model``.
+
+    The file is written beside its final name and renamed once it was verified: whatever goes wrong, nothing
+    half-written and nothing wrong stands under that name.
+
+    Args:
+        model: prepared by :func:`lq.prepare` and calibrated or trained; or from :func:`lq.convert`, which has the
+            placement of its own target and no other.
+        path: the file, ending in ``.pt2`` or ``.onnx``.
+        format: ``"pt2"``, ``"aoti"`` or ``"onnx"``; by default what the path ends in, ``"pt2"`` for ``.pt2``.
+        target: whose placement and grids the file has; by default the model's own, but for the residual adds.
+        labels: names of the classes, for the file's metadata.
+        preprocessing: what has to be done to an image before the network sees it, for the file's metadata: a mapping
+            of JSON values, such as ``{"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}``.
+        samples: inputs to verify the file with, in the form of ``example_inputs`` of :func:`lq.prepare`; by default
+            those example inputs.
+        opset: version of the ONNX operator set.
+        verify: whether to run the file on the engines that are installed, and to compare.
+
+    Raises:
+        ValueError: where an argument is none of its choices, the model is not converted or calibrated, or the network
+            cannot be expressed in the format.
+        OSError: where the path cannot be written.
+        MissingRuntimeError: where a package that the format needs is not installed; the message names the extra.
+        CompilerError: where the format is ``"aoti"`` and there is no C++ compiler, or the network cannot be compiled.
+        ExportMismatchError: where the file does not compute what the network does; with the first layer that differs.
+    """
+    begun = time.perf_counter()
+    path = Path(path)
+    chosen = _format(path, format)
+    check_dependencies(chosen, verify=verify)
+    if preprocessing is not None:
+        _check_json(preprocessing)
+    int8 = _network(model, chosen, target)
+    ensure_writable_dir(path.parent, "path")
+    inputs = _samples(int8, samples)
+    with torch.no_grad():
+        written = int8 if chosen == "pt2" else crop_kernels(int8, examples(int8))
+        if chosen == "aoti":
+            written, int8 = linear_for_single_positions(for_this_cpu(written)), for_this_cpu(int8)
+        simulation = simulated(int8, inputs)
+        program = export_program(written, free_sizes=chosen == "pt2")
+        metadata = _metadata(int8, program, simulation[0], labels, preprocessing)
+        result = _write(written, program, path, chosen, metadata, inputs, simulation, opset, verify)
+    return replace(result, seconds=time.perf_counter() - begun - result.verification_seconds)
+
+
+def check_dependencies(format: Format, *, verify: bool = True) -> None:
+    """Check that what an export needs is installed, before hours of training rather than after.
+
+    Raises:
+        MissingRuntimeError: where it is not; the message names the extra.
+        CompilerError: where the format is ``"aoti"`` and there is no C++ compiler.
+    """
+    if format == "aoti":
+        check_compiler()
+    if format == "onnx":
+        import_onnx()
+        if verify:
+            import_onnxruntime()
+
+
+def _format(path: Path, format: Format | None) -> Format:
+    if format is None:
+        suffixes: dict[str, Format] = {".pt2": "pt2", ".onnx": "onnx"}
+        if path.suffix not in suffixes:
+            raise ValueError(f"path={str(path)!r} must end in .pt2 or .onnx")
+        return suffixes[path.suffix]
+    if format not in get_args(Format):
+        raise ValueError(f"format={format!r} is unknown; choose one of {', '.join(map(repr, get_args(Format)))}")
+    if path.suffix != FORMATS[format]:
+        raise ValueError(f"path={str(path)!r} must end in {FORMATS[format]} for format={format!r}")
+    return format
+
+
+def _network(model: nn.Module, format: Format, target: str | Target | None) -> Int8Module:
+    """The network for the file: as its target wants it."""
+    resolved = None if target is None else get_target(target)
+    if isinstance(model, Int8Module):
+        own = "" if model.report is None else model.report.target
+        if resolved is not None and resolved.name != own:
+            raise ValueError(
+                f"target={resolved.name!r}: this INT8 module was converted for {own!r} and holds no other ranges; "
+                f"export the prepared model, from before lq.convert, instead"
+            )
+        return model
+    if not is_prepared(model):
+        raise ValueError(
+            f"model is a {type(model).__name__}, neither converted nor prepared; call lq.prepare(model, ...) and "
+            f"lq.calibrate(model, ...) first"
+        )
+    if resolved is None:
+        resolved = prepared_forward(model).target
+        if format == "onnx" and not resolved.activation.symmetric:
+            resolved = replace(resolved, residual="operands")
+    with evaluating(model):
+        return convert(model, resolved)
+
+
+def _samples(int8: Int8Module, samples: Any) -> dict[str, Any]:
+    """Inputs by name, on the CPU, to verify with."""
+    if samples is not None:
+        args, kwargs = example_arguments(samples)
+        names = list(int8.example_inputs)
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if list(inputs) != names:
+            raise ValueError(f"samples must be inputs of the network, {', '.join(names)}; got {', '.join(inputs)}")
+    else:
+        inputs = int8.example_inputs
+    generator = torch.Generator().manual_seed(0)
+
+    def prepare(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach().cpu()
+        if not value.is_floating_point():
+            return value
+        if not value.any():  # a network that was loaded from a file has no samples
+            return torch.randn(value.shape, generator=generator)
+        return value.float()
+
+    return {name: pytree.tree_map(prepare, value) for name, value in inputs.items()}
+
+
+def _metadata(
+    int8: Int8Module,
+    program: Program,
+    outputs: Any,
+    labels: Sequence[str] | None,
+    preprocessing: Mapping[str, Any] | None,
+) -> Metadata:
+    inputs = examples(int8)
+    paths, _ = pytree.tree_flatten_with_path(inputs)
+    _, in_spec = pytree.tree_flatten(tuple(inputs.values()))
+    tensors = tuple(
+        TensorSpec(input_name(path), shape, dtype_name(value.dtype))
+        for (path, value), shape in zip(paths, program.shapes, strict=True)
+    )
+    guards, notes = tuple(dict.fromkeys((*int8.guards, *program.guards))), program.notes
+    _, out_spec = pytree.tree_flatten(outputs)
+    if int8.metadata is not None:  # it comes from a file, which says what the caller does not
+        labels = int8.metadata.labels if labels is None else labels
+        preprocessing = int8.metadata.preprocessing if preprocessing is None else preprocessing
+        # Its program was made for some sizes, and goes on to be for no others.
+        tensors = tuple(
+            replace(new, shape=tuple(b if a is None else a for a, b in zip(new.shape, old.shape, strict=True)))
+            for new, old in zip(tensors, int8.metadata.tensors, strict=True)
+        )
+        guards = tuple(dict.fromkeys((*guards, *int8.metadata.guards)))
+        notes = tuple(dict.fromkeys((*notes, *int8.metadata.notes)))
+    return Metadata(
+        lq=package_version(),
+        target="" if int8.report is None else int8.report.target,
+        inputs=tuple(inputs),
+        tensors=tensors,
+        in_spec=pytree.treespec_dumps(in_spec),
+        out_spec=pytree.treespec_dumps(out_spec),
+        labels=None if labels is None else tuple(labels),
+        preprocessing=preprocessing,
+        report=None if int8.report is None else int8.report.to_dict(),
+        guards=guards,
+        notes=notes,
+    )
+
+
+def _check_json(preprocessing: Mapping[str, Any]) -> None:
+    try:
+        json.dumps(dict(preprocessing))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"preprocessing={preprocessing!r} must be a mapping of JSON values: {error}") from error
+
+
+def _write(
+    int8: Int8Module,
+    program: Program,
+    path: Path,
+    format: Format,
+    metadata: Metadata,
+    inputs: dict[str, Any],
+    simulation: tuple[Any, list[Tensor]],
+    opset: int,
+    verify: bool,
+) -> ExportResult:
+    verifications: list[Verification] = []
+    unreadable: dict[str, str] = {}
+    expected, integers = simulation
+    exported = program.exported
+    verifying = 0.0
+
+    def write(beside: Path) -> None:
+        nonlocal verifying
+        if format == "pt2":
+            write_program(exported, metadata, beside)
+        elif format == "aoti":
+            write_package(exported, metadata, beside)
+        else:
+            sites = _sites(int8)
+            # TensorRT refuses to dequantize 32-bit integers, and quantizes the biases itself.
+            model = to_onnx(exported, sites, metadata, opset=opset, int32_bias=metadata.target != "tensorrt")
+            if verify:
+                begun = time.perf_counter()
+                with suppress(UnreadableError):  # the engines are asked once more, and each is told apart
+                    check_onnx(model, sites, integers, expected, metadata.flatten((), inputs))
+                verifying += time.perf_counter() - begun
+            write_onnx(model, beside)
+        if verify:
+            begun = time.perf_counter()
+            for runtime in installed_runtimes(format):
+                try:
+                    verifications.append(_verify(beside, runtime, int8, inputs, simulation))
+                except UnreadableError as error:
+                    unreadable[runtime] = error.reason
+                    warnings.warn(f"lq: {error}", stacklevel=2)
+            if not verifications:
+                raise ValueError(
+                    "none of the engines that are installed can run the file, so it cannot be verified; verify=False "
+                    "writes it all the same: "
+                    + "; ".join(f"{runtime} says: {reason}" for runtime, reason in unreadable.items())
+                )
+            verifying += time.perf_counter() - begun
+
+    write_atomically(path, write)
+    size = path.stat().st_size
+    return ExportResult(
+        path, format, metadata.target, size, tuple(verifications), unreadable, verification_seconds=verifying
+    )
+
+
+def _verify(
+    file: Path, runtime: str, int8: Int8Module, inputs: dict[str, Any], simulation: tuple[Any, list[Tensor]]
+) -> Verification:
+    """Judge what an engine makes of a file: layer by layer where its layers can be had, by its outputs elsewhere."""
+    expected, integers = simulation
+    try:
+        loaded = load(file, runtime)
+        outputs = loaded(**inputs)
+    except Exception as error:
+        if runtime not in RUNTIMES["onnx"]:  # the others were written for one engine alone
+            raise
+        raise UnreadableError(runtime, error) from error
+    found = compare(runtime, outputs, expected)
+    wrong = None
+    if isinstance(loaded, Int8Module):
+        sites = _sites(int8)
+        check_program(loaded, sites, integers, expected, inputs)
+        if not has_onednn_int8():
+            return found
+        try:
+            check_kernels(loaded, sites, integers, expected, inputs)
+        except ExportMismatchError as error:
+            wrong = str(error)
+    elif found.relative_difference > OUTPUT_TOLERANCE:
+        found = replace(found, allowed=allowed_difference(int8, inputs, expected))
+        if found.relative_difference > found.allowed:
+            wrong = f"the exported file does not compute what the INT8 network does: {found}"
+    if wrong is None:
+        return found
+    # The process's own kernels are not given the convolutions that others are not right with.
+    is_known = overflows_here(int8) if loaded.runtime == "torch" else for_this_cpu(int8) is not int8
+    if loaded.runtime != "aoti" and is_known:
+        # The file as it is written was checked already: what differs are the kernels of this CPU.
+        warnings.warn(
+            f"lq: {found}. The file is right, but INT8 kernels of this CPU are not with it: without VNNI they sum in "
+            f"16 bits, which 8-bit weights overflow, or they take a strided 1x1 convolution with a number of input "
+            f"channels that is no multiple of 16. Against the first, calibrate or train for target='x86_avx2'",
+            stacklevel=2,
+        )
+        return found
+    raise ExportMismatchError(wrong)
+
+
+def _sites(int8: Int8Module) -> list[str]:
+    """A name for the output of each quantize node: of the tensor, once for each time it is quantized."""
+    names: list[str] = []
+    for node in int8.graph.nodes:
+        if node.op != "call_function" or node.target not in (QUANTIZE, QUANTIZE_BUFFER):
+            continue
+        name = f"tensor_{len(names)}"  # a network that was loaded from a file has its scales as numbers
+        if node.target is QUANTIZE_BUFFER:
+            name = str(node.args[1].target).removesuffix(".scale").removesuffix("_quantizer")
+        made_by = node.args[0]
+        if name in names:
+            name = f"{name}.{made_by.name}"
+        names.append(name)
+    return names

@@ -1,0 +1,296 @@
+"""Verification: an exported file against the network it was exported from, before anybody deploys it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from lq.engines.onnxruntime import import_onnxruntime
+from lq.errors import ExportMismatchError
+from lq.graph.qdq import QUANTIZE, constant_qparams
+from lq.int8.module import Int8Module
+from lq.int8.onednn import lower
+
+#: Largest difference of the outputs, root mean square, as a share of the outputs', in a network that makes no more of
+#: a rounding: two engines round ties to neighbouring integers here and there, and that spreads through the layers.
+OUTPUT_TOLERANCE = 0.1
+
+#: Largest mean difference of a layer's integers, in steps of its grid, where it reads the same integers: those that
+#: lie next to the middle between two may round to either.
+LAYER_TOLERANCE = 0.05
+
+#: The same within one channel, where one integer among few weighs more.
+CHANNEL_TOLERANCE = 0.5
+
+#: Integers of a channel below which their mean says nothing.
+_CHANNEL_SIZE = 16
+
+#: Largest difference of the outputs, root mean square, as a share of the outputs', where the same operators compute
+#: them from the same inputs.
+FLOAT_TOLERANCE = 1e-3
+
+#: How often the network's own spread is drawn, and how much more than the largest draw is allowed.
+_DRAWS = 3
+_MARGIN = 2.0
+
+
+class UnreadableError(RuntimeError):
+    """An engine cannot run a file, which says nothing of whether the file is right."""
+
+    def __init__(self, runtime: str, error: Exception) -> None:
+        self.runtime = runtime
+        # Where an engine was asked to load it, its own words come first.
+        self.reason = " ".join(str(error.__cause__ or error).split())
+        super().__init__(f"{runtime} cannot run the file: {self.reason}")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far an engine's outputs are from the simulation of the INT8 network.
+
+    Args:
+        runtime: the engine.
+        samples: on so many samples.
+        max_difference: largest absolute difference of an output.
+        relative_difference: root mean square of the differences over that of the outputs.
+        top1_agreement: share of the samples with the same largest output, in [0, 1]; None where the outputs are not
+            one matrix of scores.
+        allowed: the largest ``relative_difference`` that is put down to roundings, see :func:`allowed_difference`.
+    """
+
+    runtime: str
+    samples: int
+    max_difference: float
+    relative_difference: float
+    top1_agreement: float | None
+    allowed: float = OUTPUT_TOLERANCE
+
+    def __str__(self) -> str:
+        text = f"{self.runtime}: largest difference {self.max_difference:.3g}, RMS {self.relative_difference:.2%}"
+        if self.top1_agreement is not None:
+            text += f", top-1 agreement {self.top1_agreement:.1%}"
+        if self.allowed > OUTPUT_TOLERANCE:
+            text += f", where roundings alone make up to {self.allowed:.0%} of the outputs"
+        return f"{text} ({self.samples} samples)"
+
+
+def compare(runtime: str, outputs: Any, expected: Any) -> Verification:
+    """Outputs of an engine against those of the simulation, in any nesting."""
+    pairs = [
+        (actual.double(), wanted.double())
+        for actual, wanted in zip(tree_leaves(outputs), tree_leaves(expected), strict=True)
+        if isinstance(wanted, Tensor)
+    ]
+    for actual, wanted in pairs:
+        if actual.shape != wanted.shape:
+            raise ExportMismatchError(
+                f"{runtime} returns an output of shape {tuple(actual.shape)} instead of {tuple(wanted.shape)}"
+            )
+    error = torch.cat([(actual - wanted).reshape(-1) for actual, wanted in pairs])
+    size = torch.cat([wanted.reshape(-1) for _, wanted in pairs])
+    scores = pairs[0][1]
+    agreement = None
+    if len(pairs) == 1 and scores.dim() == 2 and scores.shape[1] > 1:
+        agreement = float((pairs[0][0].argmax(1) == scores.argmax(1)).double().mean())
+    relative = float(error.square().mean().sqrt() / size.square().mean().sqrt().clamp(min=1e-12))
+    samples = len(scores) if scores.dim() else 1
+    return Verification(runtime, samples, float(error.abs().max()), relative, agreement)
+
+
+class _Simulation(fx.Interpreter):
+    """Runs a quantize/dequantize graph with a say in every quantize node."""
+
+    def __init__(self, model: Int8Module, quantize: Callable[[fx.Node, tuple[Any, ...]], Tensor]) -> None:
+        super().__init__(model, graph=constant_qparams(model.graph, model))
+        self._quantize = quantize
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_function" and n.target is QUANTIZE:
+            return self._quantize(n, self.fetch_args_kwargs_from_env(n)[0])
+        return super().run_node(n)
+
+    @torch.no_grad()
+    def outputs(self, inputs: Mapping[str, Any]) -> Any:
+        return self.run(*inputs.values())
+
+
+def simulated(model: Int8Module, inputs: Mapping[str, Any]) -> tuple[Any, list[Tensor]]:
+    """The outputs of the simulation, and the integers of each quantize node in the order of the graph."""
+    integers: list[Tensor] = []
+
+    def quantize(node: fx.Node, args: tuple[Any, ...]) -> Tensor:
+        integers.append(QUANTIZE(*args))
+        return integers[-1]
+
+    return _Simulation(model, quantize).outputs(inputs), integers
+
+
+def allowed_difference(model: Int8Module, inputs: Mapping[str, Any], outputs: Any) -> float:
+    """The relative difference of the outputs that an engine may have whose layers are all right.
+
+    A deep network makes a lot of a single rounding: with random weights 2 to 40 % of its outputs, as much as it makes
+    of many. So what it makes of them is measured: the simulation runs again with noise in front of each quantizer, of
+    a size that moves a layer's integers by as much as :data:`LAYER_TOLERANCE` allows in the mean.
+
+    Args:
+        model: the INT8 network.
+        inputs: by name.
+        outputs: the simulation's.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def quantize(node: fx.Node, args: tuple[Any, ...]) -> Tensor:
+        x, scale, *rest = args
+        # Uniform within a of either side it moves a/2 of the integers.
+        noise = torch.rand(x.shape, generator=generator).mul_(2).sub_(1).mul_(2 * LAYER_TOLERANCE * scale)
+        found: Tensor = QUANTIZE(x + noise, scale, *rest)
+        return found
+
+    spread = [
+        compare("noise", _Simulation(model, quantize).outputs(inputs), outputs).relative_difference
+        for _ in range(_DRAWS)
+    ]
+    return max(OUTPUT_TOLERANCE, _MARGIN * max(spread))
+
+
+def _check_layers(what: str, pairs: Iterable[tuple[str, Tensor, Tensor]]) -> None:
+    """Compare the integers that layers made of given integers with those that the simulation made of them.
+
+    Raises:
+        ExportMismatchError: where they differ; it names the first layer that does.
+    """
+    for name, actual, wanted in pairs:
+        if actual.shape != wanted.shape:
+            raise ExportMismatchError(
+                f"{what} differs from the INT8 network in the layer that ends in {name!r}: it gives the shape "
+                f"{tuple(actual.shape)} instead of {tuple(wanted.shape)}"
+            )
+        steps = (actual.int() - wanted.int()).abs().float()
+        if not steps.numel():
+            continue
+        channels = steps.transpose(0, 1).flatten(1).mean(1) if steps.dim() > 1 else steps.mean().reshape(1)
+        is_off = steps.numel() >= _CHANNEL_SIZE * len(channels) and channels.max() > CHANNEL_TOLERANCE
+        if steps.mean() > LAYER_TOLERANCE or is_off:
+            raise ExportMismatchError(
+                f"{what} differs from the INT8 network in the layer that ends in {name!r}: its integers are "
+                f"{steps.mean():.2f} steps apart in the mean, {channels.max():.2f} in one channel, {steps.max():.0f} "
+                f"at most"
+            )
+
+
+def check_program(
+    loaded: Int8Module, names: list[str], expected: list[Tensor], outputs: Any, inputs: Mapping[str, Any]
+) -> None:
+    """Compare what a ``.pt2`` program computes as it is written, which takes no kernels, with what the simulation does.
+
+    Each layer is given the simulation's integers to read, as in :func:`check_onnx`.
+
+    Args:
+        loaded: the network in the file.
+        names: of the tensors that are quantized.
+        expected: the simulation's integers under these names.
+        outputs: the simulation's outputs.
+        inputs: by name.
+
+    Raises:
+        ExportMismatchError: where they differ; it names the first layer that does.
+    """
+    given = iter(expected)
+    computed: list[Tensor] = []
+
+    def quantize(node: fx.Node, args: tuple[Any, ...]) -> Tensor:
+        computed.append(QUANTIZE(*args))
+        return next(given, computed[-1])
+
+    found = _Simulation(loaded, quantize).outputs(inputs)
+    if len(computed) != len(expected):
+        raise ExportMismatchError(f"the .pt2 file quantizes {len(computed)} tensors, the INT8 network {len(expected)}")
+    _check_layers("the .pt2 file", zip(names, computed, expected, strict=True))
+    _check_last_layer("the .pt2 file", found, outputs)
+
+
+def check_kernels(
+    loaded: Int8Module, names: list[str], expected: list[Tensor], outputs: Any, inputs: Mapping[str, Any]
+) -> None:
+    """Compare what this CPU's kernels make of a network with what the simulation does, as :func:`check_program`.
+
+    Raises:
+        ExportMismatchError: where they differ; it names the first layer that does.
+    """
+    graph = constant_qparams(loaded.graph, loaded)
+    indices = {node: index for index, node in enumerate(node for node in graph.nodes if node.target is QUANTIZE)}
+    # The kernels' integers are unsigned.
+    wanted = [(value.int() + 128).to(torch.uint8) if value.dtype is torch.int8 else value for value in expected]
+    computed: dict[int, Tensor] = {}
+
+    def watch(node: fx.Node, integers: Tensor) -> Tensor:
+        index = indices[node]
+        computed[index] = integers.clone()
+        given = wanted[index].clone()  # a kernel may write over it
+        return given.contiguous(memory_format=torch.channels_last) if given.dim() == 4 else given
+
+    found = lower(graph, loaded, list(inputs.values()), watch).outputs
+    pairs = ((names[index], value, wanted[index]) for index, value in sorted(computed.items()))
+    _check_layers("what this CPU's INT8 kernels make of it", pairs)
+    _check_last_layer("what this CPU's INT8 kernels make of it", found, outputs)
+
+
+def _check_last_layer(what: str, found: Any, outputs: Any) -> None:
+    compared = compare(what, found, outputs)
+    if compared.relative_difference > FLOAT_TOLERANCE:
+        raise ExportMismatchError(f"{what} differs from the INT8 network in its last layer: {compared}")
+
+
+def check_onnx(model: Any, names: list[str], expected: list[Tensor], outputs: Any, inputs: list[Tensor]) -> None:
+    """Compare what an ONNX model computes in each layer with what the simulation does.
+
+    ONNX Runtime fuses nothing here, and each layer is given the simulation's integers to read: a rounding that went
+    the other way further up cannot hide behind, or be taken for, a layer that is wrong.
+
+    Args:
+        model: the ``onnx.ModelProto``.
+        names: names of the integers in it, see :func:`lq.formats.onnx.write.to_onnx`.
+        expected: the simulation's integers under these names.
+        outputs: the simulation's outputs.
+        inputs: the flat inputs.
+
+    Raises:
+        ExportMismatchError: where they differ; it names the first layer that does.
+        UnreadableError: where ONNX Runtime cannot run it.
+    """
+    import onnx
+
+    ort = import_onnxruntime()
+    apart = onnx.ModelProto()
+    apart.CopyFrom(model)
+    wanted = {f"{name}.quantized": value for name, value in zip(names, expected, strict=True)}
+    feeds = {value.name: tensor.numpy(force=True) for value, tensor in zip(model.graph.input, inputs, strict=True)}
+    computed = {}
+    for node in apart.graph.node:
+        name = node.output[0]
+        if node.op_type == "QuantizeLinear" and name in wanted:
+            dtype = onnx.TensorProto.UINT8 if wanted[name].dtype is torch.uint8 else onnx.TensorProto.INT8
+            node.output[0] = computed[name] = f"{name}.computed"
+            apart.graph.output.append(onnx.helper.make_tensor_value_info(computed[name], dtype, None))
+            apart.graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, wanted[name].shape))
+            feeds[name] = wanted[name].contiguous().numpy()
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(apart.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise UnreadableError("onnxruntime", error) from error
+    results = dict(zip((value.name for value in apart.graph.output), session.run(None, feeds), strict=True))
+    pairs = (
+        (name.removesuffix(".quantized"), torch.from_numpy(results[output]), wanted[name])
+        for name, output in computed.items()
+    )
+    _check_layers("the ONNX file", pairs)
+    found = [torch.from_numpy(results[value.name]) for value in model.graph.output]
+    _check_last_layer("the ONNX file", found, outputs)

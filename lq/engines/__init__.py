@@ -1,0 +1,1 @@
+"""What runs a file: one class for each engine, all called alike."""

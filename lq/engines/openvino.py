@@ -1,0 +1,80 @@
+"""Running an ONNX file with OpenVINO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lq.engines.base import InferenceModel, import_optional
+from lq.formats.onnx.read import metadata_of, unreadable
+
+_ONNX_TYPES = {"f32": "tensor(float)", "i64": "tensor(int64)", "i32": "tensor(int32)", "boolean": "tensor(bool)"}
+
+#: Batch sizes whose compiled networks are kept: a compiled network holds its own copy of the weights.
+_KEPT = 4
+
+
+def import_openvino() -> Any:
+    """The package.
+
+    Raises:
+        MissingRuntimeError: where it is not installed.
+    """
+    return import_optional("openvino", "OpenVINO", "openvino")
+
+
+class OpenVinoModel(InferenceModel):
+    """A network in an ONNX file on OpenVINO's CPU plugin.
+
+    It is compiled anew for each shape it meets: kernels for a shape that is known are the faster ones.
+    """
+
+    runtime = "openvino"
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        ov = import_openvino()
+        self._core = ov.Core()
+        try:
+            self._model = self._core.read_model(str(path))
+        except Exception as error:
+            raise unreadable(path, "OpenVINO", error) from error
+        inputs = [
+            (port.any_name, _ONNX_TYPES.get(port.element_type.get_type_name(), "?"), _sizes(port.partial_shape))
+            for port in self._model.inputs
+        ]
+        metadata = metadata_of(path, _properties(self._model), inputs)
+        self._settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        if threads is not None:
+            self._settings["INFERENCE_NUM_THREADS"] = threads
+        self._requests: dict[tuple[torch.Size, ...], Any] = {}
+        super().__init__(metadata, threads)
+
+    def _run(self, inputs: list[Tensor]) -> Sequence[Tensor]:
+        request = self._request(tuple(value.shape for value in inputs))
+        # The request's output buffers are written over by its next call.
+        results = request.infer([value.numpy(force=True) for value in inputs], share_inputs=True, share_outputs=False)
+        return [torch.from_numpy(output) for output in results.to_tuple()]
+
+    def _request(self, shapes: tuple[torch.Size, ...]) -> Any:
+        if shapes not in self._requests:
+            self._model.reshape({index: list(shape) for index, shape in enumerate(shapes)})
+            compiled = self._core.compile_model(self._model, "CPU", self._settings)
+            while len(self._requests) >= _KEPT:
+                del self._requests[next(iter(self._requests))]
+            self._requests[shapes] = compiled.create_infer_request()
+        return self._requests[shapes]
+
+
+def _sizes(shape: Any) -> list[int | None]:
+    return [None if axis.is_dynamic else axis.get_length() for axis in shape]
+
+
+def _properties(model: Any) -> dict[str, str]:
+    """The ONNX file's metadata properties, which OpenVINO keeps under ``framework``."""
+    if not model.has_rt_info(["framework"]):
+        return {}
+    return {str(key): str(value) for key, value in model.get_rt_info(["framework"]).value.items()}

@@ -1,0 +1,1 @@
+"""File formats: each writes and reads one."""

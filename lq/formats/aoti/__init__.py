@@ -1,0 +1,1 @@
+"""A package that AOTInductor compiles for this machine's CPU."""

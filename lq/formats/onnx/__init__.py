@@ -1,0 +1,1 @@
+"""ONNX with quantize and dequantize nodes."""

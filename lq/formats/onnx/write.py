@@ -1,0 +1,205 @@
+"""An INT8 network as an ONNX file with QuantizeLinear/DequantizeLinear pairs."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.export import ExportedProgram
+
+from lq.errors import MissingRuntimeError
+from lq.formats.onnx.read import CHECKSUM
+from lq.interface.metadata import KEY, Metadata
+from lq.util.distribution import install
+
+#: ONNX Runtime, OpenVINO and TensorRT 10 all read it.
+OPSET = 18
+
+#: Share of the int32 range that a bias may take; the rest is for the sum it is added to.
+_LARGEST_BIAS = 2**30
+
+
+def import_onnx() -> Any:
+    """The package, with onnxscript, which torch's exporter needs, at hand.
+
+    Raises:
+        MissingRuntimeError: where one of them is not installed.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingRuntimeError(
+            f"the ONNX export needs onnx and onnxscript ({error}); install them with: {install('onnx')}"
+        ) from error
+    return onnx
+
+
+def to_onnx(
+    program: ExportedProgram, sites: list[str], metadata: Metadata, *, opset: int = OPSET, int32_bias: bool = True
+) -> Any:
+    """The ``onnx.ModelProto`` of a quantize/dequantize program.
+
+    Weights are INT8 initializers behind a DequantizeLinear. Biases are INT32 initializers with the scale
+    ``s_x * s_w`` behind one, which is what makes INT8 kernels of a convolution and its bias (TensorRT wants them in
+    float instead). The batch size is free.
+
+    Args:
+        program: from :func:`lq.formats.pt2.write.export_program`.
+        sites: names for the outputs of its quantize nodes, in the order of the graph.
+        metadata: goes into the file's metadata properties.
+        opset: version of the ONNX operator set.
+        int32_bias: whether biases are INT32.
+
+    Raises:
+        ValueError: where torch's exporter cannot express the network, or does not know that opset.
+    """
+    onnx = import_onnx()
+    names = [spec.name for spec in metadata.tensors]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about torch's own code
+            exported = torch.onnx.export(
+                program, (), dynamo=True, opset_version=opset, input_names=names, verbose=False, optimize=True
+            )
+    except Exception as error:
+        raise ValueError(f"the network cannot be exported to ONNX opset {opset}: {error}") from error
+    assert exported is not None
+    model = exported.model_proto
+    written = next(entry.version for entry in model.opset_import if entry.domain == "")
+    if written != opset:
+        raise ValueError(f"opset={opset} is none that torch's exporter writes here; it made opset {written} of it")
+    _drop_debugging_information(model)
+    _name_free_sizes(model)
+    _rename_quantized(model, sites)
+    if int32_bias:
+        _quantize_biases(onnx, model)
+    model.producer_name = "lq"
+    model.producer_version = metadata.lq
+    checksum = hashlib.sha256(model.graph.SerializeToString()).hexdigest()
+    onnx.helper.set_model_props(model, {KEY: metadata.to_json(), CHECKSUM: checksum, **_readable(metadata)})
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _readable(metadata: Metadata) -> dict[str, str]:
+    """What a person looks for in a model viewer, beside the JSON that lq reads."""
+    properties = {"lq.version": metadata.lq, "lq.target": metadata.target}
+    if metadata.labels is not None:
+        properties["labels"] = "\n".join(metadata.labels)
+    if metadata.preprocessing is not None:
+        properties["preprocessing"] = repr(dict(metadata.preprocessing))
+    return properties
+
+
+def _drop_debugging_information(model: Any) -> None:
+    """Stack traces of the exporting machine, file paths included."""
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]
+    model.graph.doc_string = ""
+    for part in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    for initializer in model.graph.initializer:
+        del initializer.metadata_props[:]
+        initializer.doc_string = ""
+
+
+def _name_free_sizes(model: Any) -> None:
+    symbols: dict[str, str] = {}
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.HasField("dim_param") and re.fullmatch(r"s\d+", axis.dim_param):
+                axis.dim_param = symbols.setdefault(axis.dim_param, f"batch_{len(symbols)}" if symbols else "batch")
+
+
+def _rename_quantized(model: Any, sites: list[str]) -> None:
+    """Name integers after the tensor of the float model that they are, and nodes after their weight's layer."""
+    renamed: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear":
+            found = re.fullmatch(r"quantize_per_tensor(?:_(\d+))?", node.output[0])
+            if found is not None:
+                renamed[node.output[0]] = f"{sites[int(found.group(1) or 0)]}.quantized"
+    taken = {name for node in model.graph.node for name in node.output} - set(renamed)
+    renamed = {old: new for old, new in renamed.items() if new not in taken}
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    calls: dict[str, int] = {}
+    for node in model.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+        dequantize = made_by.get(node.input[1]) if node.op_type in ("Conv", "Gemm") else None
+        if dequantize is not None and dequantize.input[0].endswith(".weight"):
+            layer = dequantize.input[0].removesuffix(".weight")
+            calls[layer] = calls.get(layer, 0) + 1
+            node.name = layer if calls[layer] == 1 else f"{layer}:{calls[layer]}"  # a layer that is called again
+    for value in model.graph.value_info:
+        value.name = renamed.get(value.name, value.name)
+
+
+def _quantize_biases(onnx: Any, model: Any) -> None:
+    graph = model.graph
+    initializers = {value.name: value for value in graph.initializer}
+    made_by = {name: node for node in graph.node for name in node.output}
+    readers: dict[str, int] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers[name] = readers.get(name, 0) + 1
+    dequantizes = []
+    for node in graph.node:
+        if node.op_type not in ("Conv", "Gemm") or len(node.input) < 3 or node.input[2] not in initializers:
+            continue
+        x, weight = (made_by.get(name) for name in node.input[:2])
+        if x is None or weight is None or {x.op_type, weight.op_type} != {"DequantizeLinear"}:
+            continue
+        if weight.input[0] not in initializers or readers[node.input[1]] > 1 or readers[node.input[2]] > 1:
+            continue
+        x_scale = onnx.numpy_helper.to_array(initializers[x.input[1]]).astype(np.float64)
+        stored = initializers[weight.input[0]], initializers[weight.input[1]]
+        integers, scale = (onnx.numpy_helper.to_array(value) for value in stored)
+        bias = onnx.numpy_helper.to_array(initializers[node.input[2]]).astype(np.float64)
+        # A channel whose weights are next to nothing has a scale that its bias does not fit in 32 bits with.
+        least = np.abs(bias) / (_LARGEST_BIAS * x_scale)
+        if (least > scale).any():
+            ratio = np.maximum(least / scale, 1.0)
+            integers = np.rint(integers / ratio.reshape(-1, *[1] * (integers.ndim - 1))).astype(integers.dtype)
+            scale = np.maximum(scale, least).astype(np.float32)
+            names = [f"{node.name or node.output[0]}.{part}" for part in ("weight_rescaled", "weight_scale_rescaled")]
+            for index, value in enumerate((integers, scale)):
+                graph.initializer.append(onnx.numpy_helper.from_array(value, names[index]))
+                weight.input[index] = names[index]
+        bias_scale = (x_scale * scale.astype(np.float64)).astype(np.float32)
+        quantized = np.rint(bias / bias_scale.astype(np.float64)).astype(np.int32)
+        name = node.input[2]
+        graph.initializer.append(onnx.numpy_helper.from_array(quantized, f"{name}.quantized"))
+        graph.initializer.append(onnx.numpy_helper.from_array(bias_scale, f"{name}.scale"))
+        dequantizes.append(
+            onnx.helper.make_node(
+                "DequantizeLinear",
+                [f"{name}.quantized", f"{name}.scale"],
+                [f"{name}.dequantized"],
+                name=f"{name}.dequantize",
+                axis=0,
+            )
+        )
+        node.input[2] = f"{name}.dequantized"
+    for node in reversed(dequantizes):
+        graph.node.insert(0, node)  # they read initializers alone
+    _drop_unread_initializers(graph)
+
+
+def _drop_unread_initializers(graph: Any) -> None:
+    read = {name for node in graph.node for name in node.input}
+    kept = [value for value in graph.initializer if value.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def write_onnx(model: Any, path: Path) -> None:
+    """Write a model to one file."""
+    import_onnx().save(model, str(path))

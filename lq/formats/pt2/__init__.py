@@ -1,0 +1,1 @@
+"""The program: an archive of torch.export that PyTorch reads."""

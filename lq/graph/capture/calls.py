@@ -1,0 +1,288 @@
+"""Following a forward as it runs: which module and which torch function is called, and from where in the user's code.
+
+A position names a call in a way that holds from run to run, also where a run leaves parts of the forward out (a layer
+dropped at random, a branch that only training takes): by the calls around it and by the place in the source that it is
+made from, not by how many calls came before it.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType, MethodType
+from typing import Any
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from lq.graph.capture.registry import registered_forward
+
+#: The position of the whole forward, and that of a call which no earlier run has made.
+WHOLE, UNKNOWN = 0, -1
+
+#: A place in the source: file, first line of the function, and the instruction within.
+_Place = tuple[str, int, int]
+
+#: Position of the call around it, what is called, from which place, after which submodule, and how many such calls
+#: came before.
+_Key = tuple[int, str, "_Place | None", str, int]
+
+_following = threading.local()
+
+#: Where calls of modules come through that are followed.
+_FOLLOWERS = ("lq.graph.",)
+
+
+class Positions:
+    """The positions of a forward's calls, and the paths of the modules they are made in."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[_Key, int] = {}
+        self._modules: dict[tuple[int, str, int], int] = {}
+        self.paths: list[str] = [""]  # by position: of a module call the module's own, of a function call the caller's
+
+    def find(self, key: _Key) -> int:
+        return self._numbers.get(key, UNKNOWN)
+
+    def find_or_add(self, key: _Key, path: str) -> int:
+        number = self._numbers.setdefault(key, len(self.paths))
+        if number == len(self.paths):
+            self.paths.append(path)
+        return number
+
+    def find_module(self, key: _Key, count: int, *, adds: bool) -> int:
+        """The call of a module, wherever in the source it is made from: as training does, and evaluation elsewhere.
+
+        Args:
+            key: of the call.
+            count: how many calls of the module came before it, within the call around it.
+            adds: whether it is a new position where there is none.
+        """
+        anywhere = (key[0], key[1], count)
+        number = self._numbers.get(key, self._modules.get(anywhere, UNKNOWN))
+        if number == UNKNOWN and adds:
+            number = self.find_or_add(key, key[1].removesuffix("()"))
+            self._modules[anywhere] = number
+        return number
+
+    def name(self, position: int) -> str:
+        """What is called there: a function's name, or a module's path with parentheses."""
+        return next(name for (_, name, *_), number in self._numbers.items() if number == position)
+
+    def of_module(self, path: str) -> int:
+        """The first call of a module, for one that is called on its own."""
+        return next((number for (_, name, *_), number in self._numbers.items() if name == f"{path}()"), UNKNOWN)
+
+
+@dataclass
+class _Activation:
+    """A module's forward that is running."""
+
+    position: int
+    path: str
+    after: str = ""
+    counts: dict[tuple[Any, ...], int] = field(default_factory=dict)
+
+
+class CallTracker(TorchFunctionMode):
+    """Knows the position of each call that is made while it is active, in the thread that it is active in.
+
+    What is done with a call is for subclasses to say. Entered once.
+
+    Args:
+        root: the module whose forward is followed; its submodules' forwards are :class:`FollowedForward`.
+        positions: of earlier runs.
+        adds: whether positions that no earlier run has are added, or are all :data:`UNKNOWN`.
+        start: position and path of the call that is running when the tracker is entered.
+    """
+
+    def __init__(self, root: nn.Module, positions: Positions, *, adds: bool, start: tuple[int, str]) -> None:
+        super().__init__()
+        self.root = root
+        self.positions = positions
+        self._adds = adds
+        self._stack = [_Activation(*start)]
+
+    def __enter__(self) -> CallTracker:
+        self._outer = getattr(_following, "tracker", None)
+        _following.tracker = self
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _following.tracker = self._outer
+        super().__exit__(*error)
+
+    @property
+    def path(self) -> str:
+        """Path of the module whose forward is running."""
+        return self._stack[-1].path
+
+    @property
+    def module_position(self) -> int:
+        """Position of the call of that module."""
+        return self._stack[-1].position
+
+    def on_module(self, followed: FollowedForward, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs a module's forward; for subclasses."""
+        return followed.run(*args, **kwargs)
+
+    def on_function(
+        self, function: Callable[..., Any], position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Runs a torch function; for subclasses."""
+        return function(*args, **kwargs)
+
+    def watches(self, name: str) -> bool:
+        """Whether a function of that name is of interest; the others run without being looked at."""
+        return name != "__get__"
+
+    def call_module(self, followed: FollowedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        caller = self._stack[-1]
+        # What calls the whole are hooks on it and code around it: none of its own calls.
+        name = f"{followed.path}()"
+        position = self._module_position(name, sys._getframe(2)) if followed.path else WHOLE
+        self._stack.append(_Activation(position, followed.path))
+        try:
+            return self.on_module(followed, position, args, kwargs)
+        finally:
+            self._stack.pop()
+            caller.after = followed.path
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if not self.watches(name):
+            return func(*args, **(kwargs or {}))
+        position = self._position(name, self.path, sys._getframe(1))
+        return self.on_function(func, position, args, kwargs or {})
+
+    def _module_position(self, name: str, frame: FrameType) -> int:
+        caller = self._stack[-1]
+        if caller.position == UNKNOWN:
+            return UNKNOWN
+        everywhere = (name, None, "")
+        before = caller.counts.get(everywhere, 0)
+        caller.counts[everywhere] = before + 1
+        local = (name, _place(frame), caller.after)
+        count = caller.counts.get(local, 0)
+        caller.counts[local] = count + 1
+        key = (caller.position, *local, count)
+        return self.positions.find_module(key, before, adds=self._adds)
+
+    def _position(self, name: str, path: str, frame: FrameType) -> int:
+        caller = self._stack[-1]
+        if caller.position == UNKNOWN:
+            return UNKNOWN
+        local = (name, _place(frame), caller.after)
+        count = caller.counts.get(local, 0)
+        caller.counts[local] = count + 1
+        key = (caller.position, *local, count)
+        return self.positions.find_or_add(key, path) if self._adds else self.positions.find(key)
+
+
+def _place(frame: FrameType | None) -> _Place | None:
+    """The place in the user's source that a call comes from, or None where a layer of torch makes it."""
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if name.startswith(_FOLLOWERS):
+            return None
+        if name != "torch" and not name.startswith("torch."):
+            return frame.f_code.co_filename, frame.f_code.co_firstlineno, frame.f_lasti
+        frame = frame.f_back
+    return None
+
+
+class FollowedForward:
+    """Stands in for a submodule's forward: the same, and the tracker that follows the whole knows of the call.
+
+    Args:
+        root: the module whose forward is followed.
+        module: the submodule.
+        path: its path in ``root``.
+    """
+
+    def __init__(self, root: nn.Module, module: nn.Module, path: str) -> None:
+        self.root = root
+        self.module = module
+        self.path = path
+        #: A forward that the user put on the object, which runs in the place of the class's.
+        self.own: Callable[..., Any] | None = module.__dict__.get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tracker: CallTracker | None = getattr(_following, "tracker", None)
+        if tracker is not None and tracker.root is self.root:
+            return tracker.call_module(self, args, kwargs)
+        # Called on its own: by the user, or by `torch.utils.checkpoint` in the backward.
+        whole = self.root.__dict__.get("forward")
+        run_part = getattr(whole, "run_part", None)
+        return self.run(*args, **kwargs) if run_part is None else run_part(self, args, kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward itself, or the function that was registered for the layer."""
+        return original_forward(self.module, self.own)(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        module = memo.get(id(self.module))
+        if id(self.root) not in memo:  # a copy of this submodule alone is the plain layer
+            return MethodType(type(self.module).forward, module) if self.own is None else copy.deepcopy(self.own, memo)
+        twin = object.__new__(FollowedForward)
+        memo[id(self)] = twin
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return twin
+
+
+def original_forward(module: nn.Module, own: Callable[..., Any] | None) -> Callable[..., Any]:
+    """What a module computes: the function registered for its class, the user's own on the object, or the class's."""
+    registered = registered_forward(module)
+    if registered is not None:
+        return lambda *args, **kwargs: registered(module, *args, **kwargs)
+    return own if own is not None else MethodType(type(module).forward, module)
+
+
+def follow(root: nn.Module) -> None:
+    """Put a :class:`FollowedForward` on each submodule of ``root`` that has none yet."""
+    for path, module in root.named_modules():
+        followed = module.__dict__.get("forward")
+        if not path or not _can_be_followed(module):
+            continue
+        if isinstance(followed, FollowedForward) and followed.root is root:
+            continue
+        module.forward = FollowedForward(root, module, path)
+
+
+def _can_be_followed(module: nn.Module) -> bool:
+    # Compiled TorchScript takes no attributes, and what has no forward is only held, not called.
+    if type(module).__module__.startswith("torch.jit"):
+        return False
+    return type(module).forward is not nn.Module.forward or "forward" in module.__dict__
+
+
+def unfollow(root: nn.Module) -> dict[nn.Module, FollowedForward]:
+    """Take off what :func:`follow` put on, and return it."""
+    removed = {}
+    for module in root.modules():
+        followed = module.__dict__.get("forward")
+        if isinstance(followed, FollowedForward) and followed.root is root:
+            removed[module] = followed
+            del module.forward
+            if followed.own is not None:
+                module.forward = followed.own
+    return removed
+
+
+@contextmanager
+def followed(root: nn.Module) -> Iterator[None]:
+    """Inside, the calls of ``root``'s submodules are known to a :class:`CallTracker`."""
+    already = any(isinstance(m.__dict__.get("forward"), FollowedForward) for m in root.modules() if m is not root)
+    follow(root)
+    try:
+        yield
+    finally:
+        if not already:
+            unfollow(root)

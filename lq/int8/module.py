@@ -1,0 +1,260 @@
+"""The INT8 network: what conversion makes of a prepared module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from functools import partial
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
+
+from lq.graph.capture.signature import CallSignature
+from lq.graph.codegen import compile_graph
+from lq.graph.eager import never_compiled
+from lq.graph.qdq import constant_qparams
+from lq.int8.graph_state import graph_from_state, graph_state
+from lq.int8.onednn import LoweredGraph, Packed, lower
+from lq.int8.plans import Plans, sizes
+from lq.interface.guards import check_guards, input_name
+from lq.interface.metadata import Metadata, TensorSpec, dtype_name
+from lq.results.report import QuantizationReport
+from lq.util.cpu import has_onednn_int8, torch_threads
+
+Execution = Literal["auto", "kernels", "simulation"]
+
+
+#: Attributes of an Int8Module: a submodule of the same name gets another one.
+_ATTRIBUTES = ("graph", "guards", "report", "example_inputs", "settings", "metadata", "threads")
+
+#: How many sizes of inputs are remembered as checked.
+_MOST_FITTING = 64
+
+
+def _as_tensor(value: Any) -> Any:
+    """numpy arrays as tensors, every floating-point value in float32."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _renamed(graph: fx.Graph, name: str, taken: Container[str]) -> str:
+    """A name for a submodule that has one of Int8Module's own; ``graph`` reads it under that from here on."""
+    new = f"{name}_"
+    while new in taken:
+        new += "_"
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module") and str(node.target).partition(".")[0] == name:
+            node.target = new + str(node.target)[len(name) :]
+    return new
+
+
+class Int8Module(nn.Module):
+    """An INT8 network as a module for inference.
+
+    Its state dict holds the integer weights, their scales, the biases, and the scale and zero point of each quantized
+    activation, under the float model's names. On an x86 CPU the forward runs INT8 kernels; on any other device, or with
+    ``execution="simulation"``, the same network in float arithmetic on the same grids.
+
+    Made by :func:`lq.convert` and :func:`lq.load`, not by hand.
+
+    Args:
+        root: the module that the graph reads from.
+        graph: the quantize/dequantize graph.
+        execution: ``"auto"``, ``"kernels"`` (an error where there are none) or ``"simulation"``.
+
+    Attributes:
+        report: what runs in INT8, and what does not and why.
+        example_inputs: inputs by name, as :func:`lq.prepare` was given them; zeros where it was loaded from a file.
+        metadata: of the file it was loaded from, else None.
+        threads: how many CPU threads the forward uses, or None for torch's setting.
+        runtime: ``"torch"``, as opposed to the engines that :func:`lq.load` knows.
+    """
+
+    runtime = "torch"
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, execution: Execution = "auto") -> None:
+        super().__init__()
+        for name, child in root.named_children():
+            if hasattr(type(self), name) or name in _ATTRIBUTES:
+                name = _renamed(graph, name, taken=root._modules)
+            self.add_module(name, child)
+        for name, buffer in root.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+        for name, parameter in root.named_parameters(recurse=False):
+            self.register_parameter(name, nn.Parameter(parameter.detach(), requires_grad=False))
+        for name, value in root.__dict__.items():
+            if isinstance(value, Tensor):  # a constant that the float model kept as a plain attribute
+                setattr(self, name, value)
+        self.graph = graph
+        self.report: QuantizationReport | None = None
+        self.metadata: Metadata | None = None
+        self.threads: int | None = None
+        self.example_inputs: dict[str, Any] = {}
+        self._input_names = tuple(str(node.target) for node in graph.nodes if node.op == "placeholder")
+        self._signature: CallSignature | None = None
+        self.settings: dict[str, Any] = {}
+        #: What the sizes of the inputs have to fulfil, see :mod:`lq.interface.guards`.
+        self.guards: tuple[str, ...] = ()
+        self._compiled: dict[str, Callable[..., Any]] = {}
+        self._fitting: set[tuple[Any, ...]] = set()
+        self.execution = execution
+        self.eval()
+
+    @property
+    def execution(self) -> Execution:
+        """Where the forward computes; see the class."""
+        return self._execution
+
+    @execution.setter
+    def execution(self, value: Execution) -> None:
+        if value not in get_args(Execution):
+            raise ValueError(
+                f"execution={value!r} is unknown; choose one of {', '.join(map(repr, get_args(Execution)))}"
+            )
+        if value == "kernels" and not has_onednn_int8():
+            raise ValueError(
+                "execution='kernels': this machine has no oneDNN INT8 kernels (an x86 CPU and a torch build with "
+                "oneDNN are needed); choose 'auto' or 'simulation'"
+            )
+        self._execution: Execution = value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if "forward" not in self._compiled:
+            self._compiled["forward"] = never_compiled(self._forward)
+        return self._compiled["forward"](*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = self.bind(args, kwargs)
+        # Autocast would take float convolutions of the simulation to 16 bits, below the steps of the INT8 grids.
+        device = next((leaf.device.type for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), "cpu")
+        with torch.no_grad(), torch.autocast(device, enabled=False), torch_threads(self.threads):
+            try:
+                return self._function(inputs)(*inputs)
+            except (RuntimeError, IndexError):
+                self._check_shapes(inputs)  # says it in terms of the network's inputs, where it is that
+                raise
+
+    def _check_shapes(self, inputs: list[Any]) -> None:
+        for name, value, example in zip(self._input_names, inputs, self.example_inputs.values(), strict=False):
+            if isinstance(value, Tensor) and isinstance(example, Tensor):
+                shape = tuple(size if axis == 1 else None for axis, size in enumerate(example.shape))
+                TensorSpec(name, shape, dtype_name(value.dtype)).check(value)
+
+    def _check_dtypes(self, inputs: list[Any]) -> None:
+        # An image of bytes would go through, scaled by 255 from what the ranges are for.
+        for name, value, example in zip(self._input_names, inputs, self.example_inputs.values(), strict=False):
+            both = isinstance(value, Tensor) and isinstance(example, Tensor)
+            if both and example.is_floating_point() and not value.is_floating_point():
+                raise TypeError(f"input {name!r} must be float32, got {dtype_name(value.dtype)}")
+
+    def fix_call(self, signature: CallSignature, settings: dict[str, Any]) -> None:
+        """Take calls in the form of the float model's forward, whose ``settings`` were fixed at conversion."""
+        self._signature = signature
+        self.settings = dict(settings)
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The inputs of a call of the float model's forward, in order, checked.
+
+        Raises:
+            TypeError: where they are not those that this network was made for.
+            ValueError: where a size is not.
+        """
+        names = self._input_names
+        args, kwargs = tree_map(_as_tensor, (args, dict(kwargs)))  # arrays would be taken for settings
+        if self._signature is not None:
+            inputs, settings = self._signature.bind(args, kwargs)
+            other = {name: value for name, value in settings.items() if value != self.settings.get(name)}
+            for name in other:
+                if name in names:
+                    raise TypeError(f"input {name!r} must be a tensor or an array, got {type(other[name]).__name__}")
+            if other or tuple(inputs) != names:
+                fixed = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+                raise TypeError(
+                    f"this INT8 module was converted for the inputs {', '.join(names)}"
+                    f"{' with ' + fixed if fixed else ''}; got {', '.join(inputs)}"
+                    f"{' with ' + ', '.join(f'{name}={value!r}' for name, value in other.items()) if other else ''}"
+                )
+            values = list(inputs.values())
+        elif len(args) + len(kwargs) != len(names) or set(kwargs) != set(names[len(args) :]):
+            raise TypeError(
+                f"this INT8 module takes the inputs {', '.join(names)}; got {len(args)} positional arguments"
+                f"{' and ' + ', '.join(kwargs) if kwargs else ''}"
+            )
+        else:
+            values = [*args, *(kwargs[name] for name in names[len(args) :])]
+        self._check_dtypes(values)
+        self._check_sizes(values)
+        return values
+
+    def _check_sizes(self, inputs: list[Any]) -> None:
+        """The graph is the forward's for some sizes alone."""
+        key = sizes(tuple(inputs))
+        if key in self._fitting:
+            return
+        paths, _ = tree_flatten_with_path(dict(zip(self._input_names, inputs, strict=True)))
+        tensors = {input_name(path): leaf for path, leaf in paths if isinstance(leaf, Tensor)}
+        check_guards(self.guards, {name: tensor.shape for name, tensor in tensors.items()})
+        if self.metadata is not None and len(tensors) == len(self.metadata.tensors):
+            self.metadata.check(list(tensors.values()))
+        if len(self._fitting) < _MOST_FITTING:
+            self._fitting.add(key)
+
+    def _function(self, inputs: list[Any]) -> Callable[..., Any]:
+        on_cpu = all(leaf.device.type == "cpu" for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+        kernels = self.execution == "kernels" or (self.execution == "auto" and on_cpu and has_onednn_int8())
+        key = "kernels" if kernels else "simulation"
+        if key not in self._compiled:
+            # Threads that come here at once take the same one.
+            self._compiled.setdefault(key, Plans(partial(self._plan, Packed())) if kernels else self._simulation())
+        return self._compiled[key]
+
+    def _plan(self, packed: Packed, inputs: tuple[Any, ...]) -> tuple[Callable[..., Any], Any]:
+        lowered = lower(constant_qparams(self.graph, self), self, inputs, packed=packed)
+        if self.report is not None and lowered.unfused:
+            self.report = self.report.as_it_ran(lowered.unfused)
+        return lowered.compile(self), lowered.outputs
+
+    def _simulation(self) -> Callable[..., Any]:
+        forward = compile_graph(constant_qparams(self.graph, self), "INT8 simulation")
+        return lambda *inputs: forward(self, *inputs)
+
+    def kernels(self, *inputs: Any) -> LoweredGraph:
+        """The graph that runs on the CPU, with its oneDNN operators, to be looked at.
+
+        Args:
+            *inputs: for inputs of whose sizes; by default the example inputs.
+        """
+        values = inputs or tuple(self.example_inputs.values())
+        if not values:
+            raise ValueError("this INT8 module has no example inputs: give kernels(...) the inputs of a call")
+        return lower(constant_qparams(self.graph, self), self, [tree_map(_as_tensor, value) for value in values])
+
+    def train(self, mode: bool = True) -> Int8Module:
+        """Nothing here trains: the modules that stayed float keep computing as in evaluation."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Module:
+        self._compiled.clear()
+        super()._apply(fn, recurse)
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._compiled.clear()
+        return super().load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Also reached when a parent module loads; packed weights made from the old tensors must go.
+        self._compiled.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": {}, "graph": graph_state(self.graph)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "graph": graph_from_state(state["graph"])})
+
+    def extra_repr(self) -> str:
+        return f"inputs=({', '.join(self._input_names)}), execution={self.execution!r}"

@@ -1,0 +1,597 @@
+"""Lowering of a quantize/dequantize graph to torch's oneDNN INT8 kernels, in process, without a compiler.
+
+``torchao.quantization.pt2e.lowering.lower_pt2e_quantized_to_x86`` does the same through Inductor's private pattern
+passes and in seconds; this graph is our own, and each pattern is known where it is made.
+
+A lowered graph is a plan for one set of input sizes: oneDNN lays weights out for the sizes that a kernel meets, and
+re-orders them at every call where they were laid out for others. So it is made by running it: each kernel is written
+when its operands are there, with all their sizes and strides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+from lq.graph.codegen import compile_graph
+from lq.graph.convolution import conv_settings
+from lq.graph.qdq import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, Grid, lookup, mark_origin, origin
+from lq.int8.integers import (
+    POOLS,
+    asks_for_sizes,
+    border,
+    dequantize_activation,
+    has_dtype,
+    moves,
+    pad,
+    pool_call,
+    pool_of,
+    quantize_activation,
+    subsample,
+)
+from lq.util.cpu import has_vnni
+
+aten = torch.ops.aten
+onednn = torch.ops.onednn
+
+_KERNELS = {
+    aten.conv1d.default: "qconv1d_pointwise",
+    aten.conv2d.default: "qconv2d_pointwise",
+    aten.conv3d.default: "qconv3d_pointwise",
+    aten.linear.default: "qlinear_pointwise",
+}
+
+#: The unary operations that a kernel does on its way out.
+_UNARY = {
+    aten.conv1d.default: ("relu",),
+    aten.conv2d.default: ("relu", "hardtanh"),
+    aten.conv3d.default: (),
+    aten.linear.default: ("relu",),
+}
+
+#: What is done with the integers of each quantize node of the source graph when they are first computed.
+Watch = Callable[[fx.Node, Tensor], Tensor]
+
+#: Packed weights that are in use, by layer, settings and sizes.
+Packed = WeakValueDictionary[tuple[Any, ...], Tensor]
+
+
+def weight_for_this_cpu(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight as the kernels of this CPU can take it without overflow: as it is, or rounded to 7 bits."""
+    if has_vnni() or weight.abs().max() <= 64:
+        return weight, scale
+    return torch.round(weight.float() / 2).to(torch.int8), scale * 2
+
+
+@dataclass
+class _Chain:
+    """The nodes of one kernel: weighted op, add, clamp, quantize; all but the first optional."""
+
+    # fx's own type of an argument is a union of everything that one can be; a pattern knows what it looks at.
+    op: Any
+    add: Any = None
+    residual: Any = None  # the dequantize node of the other operand
+    clamp: Any = None
+    quantize: Any = None
+
+    @property
+    def end(self) -> Any:
+        return self.quantize or self.clamp or self.add or self.op
+
+
+@dataclass
+class LoweredGraph:
+    """A graph whose INT8 operators are kernels, and the packed weights it reads.
+
+    Args:
+        graph: reads ``self.module`` (the module it was lowered from) and the constants.
+        constants: packed weights, scales and biases by attribute name.
+        float_ops: names of the conv and linear operators that found no kernel and compute in float.
+        unfused: why a sum or a clamp between integers is computed in float all the same, by the name of its tensor in
+            the float graph (see :func:`lq.graph.qdq.origin`), or of its node where there is none.
+        outputs: for the inputs that it was lowered with.
+    """
+
+    graph: fx.Graph
+    constants: dict[str, Any]
+    float_ops: list[str] = field(default_factory=list)
+    unfused: dict[str, str] = field(default_factory=dict)
+    outputs: Any = field(default=None, repr=False)
+
+    def compile(self, module: nn.Module) -> Callable[..., Any]:
+        forward = compile_graph(self.graph, "lowered INT8 graph")
+        state = SimpleNamespace(module=module, **self.constants)
+        return lambda *inputs: forward(state, *inputs)
+
+
+def _mapped(arguments: Any, value_of: Callable[[fx.Node], Any]) -> Any:
+    """The arguments with what ``value_of`` gives for each node in them."""
+    mapped: Any = map_arg(arguments, value_of)
+    return dict(mapped) if isinstance(mapped, dict) else mapped  # fx's own mapping is immutable
+
+
+def _contiguous(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else value
+
+
+def _grid(node: fx.Node) -> Grid:
+    """The grid that the kernels, which take uint8 alone, compute a quantize or dequantize node on."""
+    return Grid.of(node).unsigned()
+
+
+def _only_user(node: fx.Node) -> Any:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is(node: Any, *targets: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def clamp_bounds(node: Any) -> tuple[float, float] | None:
+    """Lowest and highest value that a clamp lets through; None for any other node."""
+    if _is(node, aten.relu.default):
+        return 0.0, float("inf")
+    if _is(node, aten.relu6.default):
+        return 0.0, 6.0
+    if _is(node, aten.hardtanh.default):
+        defaults: tuple[float, ...] = (-1.0, 1.0)
+        given: tuple[Any, ...] = tuple(node.args[1:])
+        low, high = given + defaults[len(given) :]
+        return float(low), float(high)
+    return None
+
+
+def _integer(value: float, grid: Grid) -> int:
+    """What the grid has for ``value``, as the quantize operator rounds it."""
+    if value in (float("inf"), -float("inf")):
+        return grid.quant_max if value > 0 else grid.quant_min
+    return int(quantize_activation(torch.tensor(value), grid.scale, grid.zero_point, grid.quant_min, grid.quant_max))
+
+
+class _Lowering:
+    """Writes the lowered graph and runs each node of it as it is written.
+
+    ``values`` has the node of the lowered graph for each of the source's, ``results`` what it gave.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, root: nn.Module, inputs: Sequence[Any], watch: Watch | None, packed: Packed | None
+    ) -> None:
+        self.source = graph
+        self.root = root
+        self.inputs = iter(inputs)
+        self.watch = watch
+        self.packed: Packed = WeakValueDictionary() if packed is None else packed
+        self.lowered = LoweredGraph(fx.Graph(), {})
+        self.graph = self.lowered.graph
+        self.values: dict[fx.Node, fx.Node] = {}
+        self.results: dict[fx.Node, Any] = {}
+        self.order = {node: index for index, node in enumerate(graph.nodes)}
+        self.chains = {chain.end: chain for node in graph.nodes if (chain := self._match(node)) is not None}
+        self.moved = {node: found for node in graph.nodes if (found := self._moved(node)) is not None}
+        self.kernels = {chain.op for chain in self.chains.values()}
+        self.inner = {
+            node
+            for chain in self.chains.values()
+            for node in (chain.op, chain.add, chain.clamp)
+            if node is not None and node is not chain.end
+        }
+        self.read_at = self._reading_positions()
+        self.last_read: dict[int, list[fx.Node]] = {}
+        for node in graph.nodes:
+            at = max((self.read_at[user] for user in node.users), default=self.order[node])
+            self.last_read.setdefault(at, []).append(node)
+        self.temporary: list[fx.Node] = []
+
+    def run(self) -> LoweredGraph:
+        for node in self.source.nodes:
+            if not self._is_skipped(node):
+                written = self._emit_node(node)
+                if written is not None:
+                    self.values[node] = written
+                mark_origin(self.graph, origin(node))
+                self._forget(node, written)
+        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        self.graph.lint()
+        return self.lowered
+
+    def _is_skipped(self, node: fx.Node) -> bool:
+        if node in self.inner or _is(node, DEQUANTIZE):
+            return True  # a dequantize is written where something reads it in float
+        if _is(node, DEQUANTIZE_WEIGHT) and all(user in self.kernels for user in node.users):
+            return True  # kernels read the integers
+        # What only moves integers is written at their end.
+        return bool(node.users) and all(self._reads_moved(user, node) for user in node.users)
+
+    def _reads_moved(self, user: fx.Node, node: fx.Node) -> bool:
+        if user in self.moved:
+            return node in self.moved[user]
+        return pool_of(user) is node and bool(user.users) and all(node in self.moved.get(u, ()) for u in user.users)
+
+    def _emit_node(self, node: fx.Node) -> fx.Node | None:
+        if node.op == "output":
+            output = self._copy(node, self._read)
+            self.lowered.outputs = map_arg(output.args[0], self.results.__getitem__)
+            return output
+        if node in self.chains:
+            written = self._emit_chain(self.chains[node])
+            is_quantized = self.chains[node].quantize is not None
+        elif _is(node, QUANTIZE):
+            written = self._emit_moved(node) if node in self.moved else self._emit_quantize(node)
+            is_quantized = True
+        else:
+            self._note_float(node)
+            written = self._copy(node, self._reader(node))
+            is_quantized = False
+        if is_quantized and self.watch is not None:
+            self.results[written] = self.watch(node, self.results[written])
+        return written
+
+    # Running
+
+    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+        return self._ran(self.graph.call_function(target, args, kwargs))
+
+    def _ran(self, node: fx.Node) -> fx.Node:
+        args = _mapped(node.args, self.results.__getitem__)
+        kwargs = _mapped(dict(node.kwargs), self.results.__getitem__)
+        target: Any = node.target
+        if node.op == "placeholder":
+            self.results[node] = next(self.inputs)
+        elif node.op == "call_function":
+            self.results[node] = target(*args, **kwargs)
+        elif node.op == "call_method":
+            self.results[node] = getattr(args[0], target)(*args[1:], **kwargs)
+        elif node.op == "call_module":
+            self.results[node] = self.root.get_submodule(target.removeprefix("module."))(*args, **kwargs)
+        elif node.op == "get_attr":
+            constants = self.lowered.constants
+            value = constants[target] if target in constants else lookup(self.root, target.removeprefix("module."))
+            self.results[node] = value
+        self.temporary.append(node)
+        return node
+
+    def _reading_positions(self) -> dict[fx.Node, int]:
+        """For each node of the source, at which one's place it is written, and with that what it reads is read."""
+        positions: dict[fx.Node, int] = {}
+        # A pool whose places are read, too, is computed where it stands, and once more on the integers.
+        again = {between: self.order[node] for node, found in self.moved.items() for between in found}
+        for node in reversed(self.source.nodes):
+            positions[node] = max(self.order[node], again.get(node, 0))
+            if self._is_skipped(node):
+                positions[node] = max((positions[user] for user in node.users), default=positions[node])
+        return positions
+
+    def _forget(self, node: fx.Node, written: fx.Node | None) -> None:
+        """Drop what nothing reads any more: a large batch has many activations."""
+        for value in self.temporary:
+            if value is not written:
+                self.results.pop(value, None)
+        self.temporary.clear()
+        for read in self.last_read.get(self.order[node], ()):
+            if read in self.values:
+                self.results.pop(self.values[read], None)
+
+    # Matching
+
+    def _match(self, node: Any) -> _Chain | None:
+        if not _is(node, *_KERNELS):
+            return None
+        x, weight = node.args[0], node.args[1]
+        bias = node.args[2] if len(node.args) > 2 else None
+        if not (_is(x, DEQUANTIZE) and _is(weight, DEQUANTIZE_WEIGHT)) or (bias is not None and bias.op != "get_attr"):
+            return None
+        chain = _Chain(node)
+        user = _only_user(chain.end)
+        if _is(user, aten.add.Tensor) and self._adds(node, user):
+            chain.add = user
+            chain.residual = user.args[1] if user.args[0] is node else user.args[0]
+            user = _only_user(chain.end)
+        if clamp_bounds(user) is not None and (_is(_only_user(user), QUANTIZE) or self._unary(node, user) is not None):
+            chain.clamp = user
+            user = _only_user(chain.end)
+        if _is(user, QUANTIZE):
+            chain.quantize = user
+        return chain
+
+    def _adds(self, op: fx.Node, add: Any) -> bool:
+        """Whether the kernel of ``op`` can do the sum on its way out, as far as the graph tells."""
+        other = add.args[1] if add.args[0] is op else add.args[0]
+        if not _is(other, DEQUANTIZE):
+            return False
+        user = _only_user(add)
+        quantize = _only_user(user) if clamp_bounds(user) is not None else user
+        reason = None
+        if op.target is not aten.conv2d.default:
+            reason = "oneDNN adds onto the sums of 2-d convolutions alone"
+        elif add.kwargs.get("alpha", 1) != 1:
+            reason = f"the sum has alpha={add.kwargs['alpha']}"
+        elif not _is(quantize, QUANTIZE):
+            reason = "oneDNN adds integers where the sum is integers too, and it is not quantized"
+        if reason is not None:
+            self._unfused(add, reason)
+        return reason is None
+
+    def _unfused(self, node: fx.Node, reason: str) -> None:
+        self.lowered.unfused[origin(node) or node.name] = f"added in float: {reason}"
+
+    def _note_float(self, node: Any) -> None:
+        if _is(node, *_KERNELS):
+            self.lowered.float_ops.append(node.name)
+        if _is(node, aten.add.Tensor) and all(_is(value, DEQUANTIZE) for value in node.args):
+            self._unfused(node, "oneDNN has no INT8 kernel for a sum of its own")
+
+    def _unary(self, op: Any, clamp: Any) -> tuple[str, list[float]] | None:
+        """The clamp as the kernel of ``op`` does it on its way out; None where it does not."""
+        low, high = clamp_bounds(clamp) or (0.0, 0.0)
+        if (low, high) == (0.0, float("inf")):
+            return ("relu", []) if "relu" in _UNARY[op.target] else None
+        return ("hardtanh", [low, high]) if "hardtanh" in _UNARY[op.target] else None
+
+    def _moved(self, node: Any) -> tuple[fx.Node, ...] | None:
+        """For dequantize → move or select → quantize on the same grid, the operators in between."""
+        if not _is(node, QUANTIZE) or not isinstance(node.args[0], fx.Node):
+            return None
+        operator: Any = node.args[0]
+        pool = pool_of(operator)
+        if pool is None and not moves(operator, self.root) and border(operator) is None:
+            return None
+        between = (operator,) if pool in (None, operator) else (operator, pool)
+        last = between[-1]
+        read: Any = last.args[0] if last.args else last.kwargs["input"]
+        tensors = read if isinstance(read, (list, tuple)) else [read]
+        if not all(_is(tensor, DEQUANTIZE) and _grid(tensor) == _grid(node) for tensor in tensors):
+            return None
+        return between
+
+    # Writing
+
+    def _copy(self, node: fx.Node, read: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        copied = self.graph.node_copy(node, read)
+        copied.meta = {}
+        if node.op in ("get_attr", "call_module"):
+            copied.target = f"module.{node.target}"
+        # The kernels' channels lie last, so what was a view of a contiguous tensor may have to be a copy.
+        elif node.op == "call_method" and node.target == "view" and not has_dtype(node):
+            copied.target = "reshape"
+        elif _is(node, aten.view.default):
+            copied.target = aten.reshape.default
+        return copied if node.op == "output" else self._ran(copied)
+
+    def _read(self, node: Any) -> fx.Node:
+        if _is(node, DEQUANTIZE):
+            grid = _grid(node)
+            return self._call(dequantize_activation, (self.values[node.args[0]], grid.scale, grid.zero_point))
+        return self.values[node]
+
+    def _read_integers(self, node: Any) -> fx.Node:
+        return self.values[node.args[0]] if _is(node, DEQUANTIZE) else self.values[node]
+
+    def _reader(self, node: fx.Node) -> Callable[[fx.Node], fx.Node]:
+        """How what ``node`` reads is written."""
+        if asks_for_sizes(node):
+            return self._read_integers
+        module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        is_foreign = module is not None and not type(module).__module__.startswith("torch.nn.")
+        return self._read_contiguous if is_foreign else self._read
+
+    def _read_contiguous(self, node: Any) -> fx.Node:
+        # Code that is called as it is may take views of what was contiguous in the float model.
+        return self._call(_contiguous, (self._read(node),))
+
+    def _emit_quantize(self, node: Any) -> fx.Node:
+        return self._quantize(self._read(node.args[0]), node)
+
+    def _quantize(self, x: fx.Node, node: Any) -> fx.Node:
+        grid = _grid(node)
+        args = (x, grid.scale, grid.zero_point, grid.quant_min, grid.quant_max)
+        return self._call(quantize_activation, args)
+
+    def _emit_moved(self, node: Any) -> fx.Node:
+        """The operator itself, on the integers."""
+        operator = self.moved[node][-1]
+        if operator.target in POOLS:
+            function, args, kwargs = pool_call(operator)
+            args, kwargs = _mapped(args, self._read_integers), _mapped(kwargs, self._read_integers)
+            return self._call(function, args, kwargs)
+        args = _mapped(operator.args, self._read_integers)
+        sides = border(operator)
+        if sides is not None:
+            return self._call(aten.constant_pad_nd.default, (args[0], list(sides), _grid(node).zero_point))
+        return self._copy(operator, self._read_integers)
+
+    def _constant(self, name: str, value: Any) -> fx.Node:
+        self.lowered.constants[name] = value
+        return self._ran(self.graph.get_attr(name))
+
+    def _emit_chain(self, chain: _Chain) -> fx.Node:
+        if chain.residual is not None and not self._fits(chain):
+            return self._emit_apart(chain)
+        return self._emit_kernel(chain)
+
+    def _fits(self, chain: _Chain) -> bool:
+        """Whether the sum has the convolution's own shape, into which the kernel writes it."""
+        ours, other = self._output_shape(chain.op), self._shape(chain.residual)
+        padded = (1,) * (len(ours) - len(other)) + other
+        fits = len(padded) == len(ours) and all(b in (1, a) for a, b in zip(ours, padded, strict=True))
+        if not fits:
+            self._unfused(chain.add, f"the convolution gives the shape {ours}, the other operand has {other}")
+        return fits
+
+    def _shape(self, dequantize: Any) -> tuple[int, ...]:
+        return tuple(self.results[self.values[dequantize.args[0]]].shape)
+
+    def _output_shape(self, op: Any) -> tuple[int, ...]:
+        batch, _, *sizes = self._shape(op.args[0])
+        weight = lookup(self.root, op.args[1].args[0].target)
+        settings = zip(sizes, weight.shape[2:], *conv_settings(op)[:3], strict=True)
+        return batch, len(weight), *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in settings)
+
+    def _emit_apart(self, chain: _Chain) -> fx.Node:
+        """The convolution by its kernel, everything after it in float."""
+        node = self._emit_kernel(_Chain(chain.op))
+        operands = (node if value is chain.op else self._read(value) for value in chain.add.args)
+        node = self._call(aten.add.Tensor, tuple(operands))
+        if chain.clamp is not None:
+            node = self._call(chain.clamp.target, (node, *chain.clamp.args[1:]))
+        return self._quantize(node, chain.quantize)
+
+    def _emit_kernel(self, chain: _Chain) -> fx.Node:
+        op = chain.op
+        grid = _grid(op.args[0])
+        x = self.values[op.args[0].args[0]]
+        name = f"op{len(self.lowered.constants)}"
+        weight, scale = weight_for_this_cpu(*(lookup(self.root, attr.target) for attr in op.args[1].args[:2]))
+        bias = None
+        if len(op.args) > 2 and op.args[2] is not None:
+            bias = lookup(self.root, op.args[2].target).detach()
+        is_linear = op.target is aten.linear.default
+        stride, padding, dilation, groups = ([], [], [], 1) if is_linear else conv_settings(op)
+        zero_point = grid.zero_point
+        # For an input with a zero point the kernel sums its weights at every call. Their sum is a constant, which the
+        # bias takes in, where what is padded has the zero point as well; the few weights of a depthwise convolution
+        # are summed in less time than its input is padded in.
+        if zero_point != 0 and not is_linear and (weight.shape[1] > 1 or not any(padding)):
+            bias = _without_zero_point(weight, scale, bias, grid)
+            if any(padding):
+                x, padding = self._call(pad, (x, padding, zero_point)), [0] * len(padding)
+            zero_point = 0
+        if op.target is aten.conv2d.default and is_racy(weight, stride, padding):
+            x, stride = self._call(subsample, (x, stride)), [1, 1]
+        geometry = () if is_linear else (stride, padding, dilation, groups)
+        packed = self._pack(str(op.args[1].args[0].target), weight, scale, (grid.scale, zero_point, *geometry), x)
+        inputs = (
+            x,
+            grid.scale,
+            zero_point,
+            self._constant(f"{name}_weight", packed),
+            self._constant(f"{name}_scale", scale.contiguous()),
+            self._constant(f"{name}_zero_point", torch.zeros(len(scale), dtype=torch.int32)),
+        )
+        bias_node = None if bias is None else self._constant(f"{name}_bias", bias)
+        output = (1.0, 0, torch.float32)
+        if chain.quantize is not None:
+            out = _grid(chain.quantize)
+            output = (out.scale, out.zero_point, torch.uint8)
+        unary = None if chain.clamp is None else self._unary(op, chain.clamp)
+        if chain.residual is not None:
+            unary = unary if unary is not None and unary[0] == "relu" else None
+            other = _grid(chain.residual)
+            added = (other.scale, other.zero_point, "sum", 1.0, *(unary or (None, [])), "")
+            accumulator = self._accumulator(chain)
+            args = (*inputs, accumulator, bias_node, *geometry, *output, *added)
+            node = self._call(onednn.qconv2d_pointwise.binary, args)
+        else:
+            kernel = getattr(onednn, _KERNELS[op.target]).default
+            node = self._call(kernel, (*inputs, bias_node, *geometry, *output, *(unary or ("none", [])), ""))
+        return node if chain.quantize is None else self._clamp(node, chain, unary)
+
+    def _pack(self, name: str, weight: Tensor, scale: Tensor, settings: tuple[Any, ...], x: fx.Node) -> Tensor:
+        """The weight as the kernel wants it for inputs like ``x``."""
+        *leading, last = self.results[x].shape
+        is_linear = len(settings) == 2
+        shape = [math.prod(leading), last] if is_linear else [*leading, last]
+        # oneDNN knows a layout of its own for a batch of one; any other batch has the same.
+        key = (name, repr(settings), torch.get_num_threads(), min(shape[0], 2), *shape[1:])
+        packed = self.packed.get(key)
+        if packed is None:
+            sizes = None if 0 in shape else shape  # an empty batch is of no size to lay weights out for
+            if is_linear:
+                packed = onednn.qlinear_prepack(weight.contiguous(), sizes)
+            else:
+                packed = onednn.qconv_prepack(weight, scale, *settings, sizes)
+            self.packed[key] = packed
+        return packed
+
+    def _clamp(self, node: fx.Node, chain: _Chain, unary: Any) -> fx.Node:
+        """Integers between the clamp's bounds and on the quantizer's grid, where the kernel does not see to that."""
+        grid = _grid(chain.quantize)
+        low, high = grid.quant_min, grid.quant_max
+        bounds = clamp_bounds(chain.clamp)
+        if bounds is not None and unary is None:
+            # Rounding keeps the order: to clamp and then to round is to round and then to clamp.
+            low, high = (_integer(bound, grid) for bound in bounds)
+        # The kernel's own integers reach from 0 to 255.
+        return node if (low, high) == (0, 255) else self._call(aten.clamp_.default, (node, low, high))
+
+    def _accumulator(self, chain: _Chain) -> fx.Node:
+        """What the kernel adds to, and writes its sum over: the integers, or a copy where they are read again."""
+        node = self.values[chain.residual.args[0]]
+        value = self.results[node]
+        shape = self._output_shape(chain.op)
+        is_own = value.shape == shape and value.is_contiguous(memory_format=torch.channels_last)
+        if is_own and not self._is_still_read(chain.residual.args[0], chain):
+            return node
+        if value.shape != shape:
+            node = self._call(aten.expand.default, (node, list(shape)))
+        return self._call(torch.clone, (node,), {"memory_format": torch.channels_last})
+
+    def _is_still_read(self, quantize: Any, chain: _Chain) -> bool:
+        """Whether the kernel itself, as its input, or anything executed after it reads the integers or a view."""
+        if self._may_be_view(quantize):
+            return True
+        position = self.order[chain.end]
+        pending, seen = [quantize], set()
+        while pending:
+            node = pending.pop()
+            for user in node.users:
+                if user is chain.residual or user in seen:
+                    continue
+                seen.add(user)
+                if user.op == "output":
+                    return True
+                if self.read_at[user] >= position:
+                    return True
+                pending.extend(view for reader in user.users for view in self._views(reader))
+        return False
+
+    def _may_be_view(self, quantize: Any) -> bool:
+        return quantize in self.moved and self.moved[quantize][-1].target not in POOLS
+
+    def _views(self, reader: fx.Node) -> list[fx.Node]:
+        """The quantize nodes whose integers may be a view of those that ``reader`` moves."""
+        return [user for user in reader.users if user in self.moved and self._may_be_view(user)]
+
+
+def _without_zero_point(weight: Tensor, scale: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:
+    """The bias for an input whose zero point is not subtracted: ``b - s_x * s_w * z * sum(w)``."""
+    sums = weight.flatten(1).sum(1, dtype=torch.int64).double()
+    folded = -grid.scale * grid.zero_point * scale.double() * sums
+    return (folded if bias is None else folded + bias.double()).float()
+
+
+def is_racy(weight: Tensor, stride: list[int], padding: list[int]) -> bool:
+    """Whether oneDNN's strided 1x1 kernel is not to be trusted with this convolution.
+
+    Its AVX2 form gives different, wrong sums from call to call where several threads run it and the input channels are
+    no multiple of 16 (seen with oneDNN of torch 2.15; right with one thread, with 16 channels, or without a stride).
+    """
+    return tuple(weight.shape[2:]) == (1, 1) and max(stride) > 1 and not any(padding) and weight.shape[1] % 16 != 0
+
+
+@torch.no_grad()
+def lower(
+    graph: fx.Graph,
+    root: nn.Module,
+    inputs: Sequence[Any],
+    watch: Watch | None = None,
+    packed: Packed | None = None,
+) -> LoweredGraph:
+    """Lower a quantize/dequantize graph with constant scales to oneDNN's INT8 kernels, and run it once.
+
+    Args:
+        graph: the graph, as :func:`lq.graph.qdq.constant_qparams` or ``torch.export`` gives it.
+        root: the module it reads; its tensors must be on the CPU.
+        inputs: the values of its placeholders; the lowered graph is for inputs of their sizes.
+        watch: is given each quantize node with its integers (uint8), and gives the integers to go on with.
+        packed: weights that other lowered graphs of the same module hold, to be shared with them.
+    """
+    return _Lowering(graph, root, inputs, watch, packed).run()

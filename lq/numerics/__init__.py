@@ -1,0 +1,1 @@
+"""One tensor, no graph: grids, statistics, ranges, the quantizer."""

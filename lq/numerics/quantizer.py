@@ -1,0 +1,179 @@
+"""The quantizer: the one module that is put on a tensor of the graph."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+from torch import Tensor, nn
+
+from lq.numerics.calibrators import Calibrator, default_calibrator, get_calibrator
+from lq.numerics.functional import choose_qparams, fake_quantize
+from lq.numerics.observers import HistogramObserver, MinMaxObserver, MovingAverageObserver, Observer
+from lq.numerics.spec import QuantSpec
+
+
+class QuantizerState(enum.IntFlag):
+    """What a quantizer does to the tensor that passes through it."""
+
+    OFF = 0
+    OBSERVE = 1
+    FAKE_QUANTIZE = 2
+
+
+class Quantizer(nn.Module):
+    """Watches a tensor and, once it has a range, rounds it to the grid of ``spec``.
+
+    It holds buffers only, no parameters, so that optimizers and gradient synchronisation do not see it. What it is
+    doing (its :class:`QuantizerState`, whether it has a range, and from which calibrator) travels in the state dict as
+    a small tensor.
+
+    Args:
+        spec: the integer grid.
+        observer: collects the statistics the range is computed from.
+        calibrator: computes the range from them; by default the one that goes with the observer.
+        rounds: False for a tensor that only other targets than the model's own quantize: it is watched, so that the
+            model can be converted for them too, and never rounded.
+        own_calibrator: one that it takes whatever the others are calibrated with.
+
+    Raises:
+        ValueError: where the observer does not collect what ``own_calibrator`` needs.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        observer: Observer,
+        calibrator: Calibrator | None = None,
+        rounds: bool = True,
+        own_calibrator: Calibrator | None = None,
+    ) -> None:
+        super().__init__()
+        if own_calibrator is not None:
+            own_calibrator.check(observer)
+        self.spec = spec
+        self.rounds = rounds
+        self.observer = observer
+        self.own_calibrator = own_calibrator
+        self.calibrator = own_calibrator or calibrator or default_calibrator(observer)
+        self.state = QuantizerState.OFF
+        self.calibrated = False
+        low, _ = observer.range()
+        # 0, which no range gives, until there is one: averages of models (EMA) carry buffers and no flags.
+        self.register_buffer("scale", torch.zeros_like(low))
+        self.register_buffer("zero_point", torch.zeros_like(low, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._observes(x):
+            self.observer(x)
+            if self.state & QuantizerState.FAKE_QUANTIZE and self.rounds:
+                self.update_qparams()
+        return self.round(x)
+
+    def round(self, x: Tensor) -> Tensor:
+        """``x`` on the grid, where this quantizer rounds at all now; its range stays."""
+        if self.state & QuantizerState.FAKE_QUANTIZE and self.calibrated and self.rounds:
+            return fake_quantize(x, self.scale, self.zero_point, self.spec)
+        return x
+
+    def _observes(self, x: Tensor) -> bool:
+        # While it rounds, it learns from training batches alone: validation data must not move the ranges.
+        if not self.state & QuantizerState.OBSERVE or x.numel() == 0:
+            return False
+        return self.training or not self.state & QuantizerState.FAKE_QUANTIZE
+
+    @torch.no_grad()
+    def update_qparams(self) -> None:
+        """Compute scale and zero point anew from the observer's statistics.
+
+        Raises:
+            ValueError: where the observer does not hold what the calibrator needs.
+        """
+        self.set_range(*self.calibrator(self.observer, self.spec))
+
+    @torch.no_grad()
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Let the grid cover ``[low, high]``, each of shape ``()`` or ``(C,)``."""
+        scale, zero_point = choose_qparams(low, high, self.spec)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self.calibrated = True
+
+    def quantized_range(self) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest real value on the grid, each of shape ``()`` or ``(C,)``."""
+        low = (self.spec.quant_min - self.zero_point) * self.scale
+        high = (self.spec.quant_max - self.zero_point) * self.scale
+        return low, high
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        # A model in 16 bits (``.half()``, "true" half precision) has ranges in float32 all the same.
+        def without_cast(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(without_cast, recurse)
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([int(self.state), int(self.calibrated), *str(self.calibrator).encode()], dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        flags, calibrated, *name = state.tolist()
+        self.state = QuantizerState(flags)
+        self.calibrated = bool(calibrated) or bool((self.scale > 0).any())
+        if bytes(name).decode() != str(self.calibrator):  # else it may have parameters that its name does not tell
+            with suppress(ValueError):  # one of the user's own has no name to find it by: the one that is here stays
+                self.calibrator = get_calibrator(bytes(name).decode())
+
+    def extra_repr(self) -> str:
+        watched = "" if self.rounds else ", watched for other targets"
+        return f"{self.spec}, calibrator={self.calibrator}, state={self.state.name}{watched}"
+
+
+class WeightQuantizer(Quantizer):
+    """A quantizer whose tensor is always at hand: it takes the range anew from the weight each time it sees it.
+
+    An optimizer step or a loaded checkpoint moves the weight, so a range kept from before would be stale; only a
+    frozen one (state without ``OBSERVE``) is kept.
+    """
+
+    def _observes(self, x: Tensor) -> bool:
+        return bool(self.state & QuantizerState.OBSERVE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._observes(x):
+            self.observer.reset()
+        return super().forward(x)
+
+    @torch.no_grad()
+    def refresh(self, weight: Tensor) -> None:
+        """Bring scale and zero point up to date with ``weight``, unless they are frozen."""
+        if self._observes(weight) or not self.calibrated:
+            self.observer.reset()
+            self.observer(weight)
+            self.update_qparams()
+
+
+def activation_quantizer(
+    spec: QuantSpec, observer: str, rounds: bool = True, own_calibrator: Calibrator | None = None
+) -> Quantizer:
+    """A per-tensor quantizer with the observer called ``observer``, one of :data:`ACTIVATION_OBSERVERS`."""
+    return Quantizer(spec, ACTIVATION_OBSERVERS[observer](), rounds=rounds, own_calibrator=own_calibrator)
+
+
+def weight_quantizer(spec: QuantSpec, weight: Tensor) -> WeightQuantizer:
+    """A min/max quantizer for ``weight``, on the weight's device."""
+    channels = 1 if spec.ch_axis is None else weight.shape[spec.ch_axis]
+    return WeightQuantizer(spec, MinMaxObserver(spec.ch_axis, channels)).to(weight.device)
+
+
+ACTIVATION_OBSERVERS: dict[str, Callable[[], Observer]] = {
+    "minmax": MinMaxObserver,
+    "moving_average": MovingAverageObserver,
+    "histogram": HistogramObserver,
+}

@@ -1,0 +1,1 @@
+"""What was measured and decided, as plain values: the report of layers, the analysis."""

@@ -1,0 +1,173 @@
+"""Layers that are quantized in another way than the rest of the model, or not at all."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from lq.numerics.calibrators import Calibrator, get_calibrator
+from lq.numerics.spec import QuantSpec
+from lq.schemes.targets import Residual, Target
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """How the layers of a module differ from what the target says; None is as the target says.
+
+    Args:
+        weight_bits: bits of the weights, 2 to 8; stored as int8 all the same, so every engine runs them.
+        activation_bits: bits of the tensors that the module makes, 2 to 8.
+        calibrator: of the tensors that the module makes, see :func:`lq.calibrate`; whatever the others take.
+
+    Raises:
+        ValueError: where an argument is none of its choices.
+    """
+
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    calibrator: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits"):
+            bits = getattr(self, name)
+            if bits is not None and not (isinstance(bits, int) and 2 <= bits <= 8):
+                raise ValueError(f"{name}={bits!r} must be a whole number from 2 to 8, or None for the target's own")
+        if self.calibrator is not None:
+            get_calibrator(self.calibrator)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is set, as plain values."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+#: What the user gives: by name a spec, the same as a mapping (from YAML), or None for a module that stays in float.
+OverridesLike = Mapping[str, "LayerSpec | Mapping[str, Any] | None"]
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """Specs by the names of modules; the most specific name decides.
+
+    A name is a path (``"layer4.0.conv1"``), which stands for everything inside that module, and each of its parts may
+    be a glob (``"layer*.*.conv1"``). Of several that match, the one with more parts decides, then the one with fewer
+    globs, then the longer one.
+
+    Args:
+        specs: pairs of a name and its spec; None keeps the module in float.
+    """
+
+    specs: tuple[tuple[str, LayerSpec | None], ...] = ()
+
+    @classmethod
+    def of(cls, overrides: OverridesLike | Overrides | None) -> Overrides:
+        """What the user gave, checked.
+
+        Raises:
+            ValueError: where a spec has an unknown key, or a value that is none of its choices.
+            TypeError: where a spec is neither a LayerSpec, a mapping nor None.
+        """
+        if isinstance(overrides, Overrides):
+            return overrides
+        return cls(tuple((name, _spec(name, value)) for name, value in (overrides or {}).items()))
+
+    def find(self, *names: str) -> LayerSpec | None:
+        """The spec of what goes by all of ``names``; the default one where nothing matches."""
+        found: list[tuple[tuple[int, int, int, str], LayerSpec | None]] = []
+        for pattern, spec in self.specs:
+            if any(_matches(pattern, name) for name in names):
+                parts = pattern.split(".")
+                literal = sum(not any(c in part for c in "*?[") for part in parts)
+                found.append(((len(parts), literal, len(pattern), pattern), spec))
+        return max(found, key=lambda item: item[0])[1] if found else LayerSpec()
+
+    @property
+    def calibrators(self) -> set[str]:
+        """Those that any spec names."""
+        return {spec.calibrator for _, spec in self.specs if spec is not None and spec.calibrator is not None}
+
+    def in_float(self, name: str) -> bool:
+        return self.find(name) is None
+
+    def check(self, names: Iterable[str]) -> None:
+        """Refuse what matches none of the model's ``names``.
+
+        Raises:
+            ValueError: with names that are near.
+        """
+        known = list(dict.fromkeys(names))
+        for pattern, _ in self.specs:
+            if not any(_matches(pattern, name) for name in known):
+                near = difflib.get_close_matches(pattern, known, n=4, cutoff=0.4) or known[:4]
+                raise ValueError(
+                    f"overrides: {pattern!r} matches nothing in the model; near are {', '.join(map(repr, near))}"
+                )
+
+    def as_dict(self) -> dict[str, dict[str, Any] | None]:
+        """The overrides as plain values, as :meth:`of` takes them."""
+        return {name: None if spec is None else spec.as_dict() for name, spec in self.specs}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What each tensor of a model is rounded to: as the target says, but for the overrides.
+
+    Args:
+        target: the engine family.
+        overrides: what differs.
+    """
+
+    target: Target
+    overrides: Overrides = Overrides()
+
+    @property
+    def residual(self) -> Residual:
+        return self.target.residual
+
+    def weight(self, layer: str) -> QuantSpec:
+        """The grid of a layer's weight."""
+        spec = self.overrides.find(layer) or LayerSpec()
+        return _with_bits(self.target.weight, spec.weight_bits)
+
+    def activation(self, *names: str) -> QuantSpec:
+        """The grid of a tensor, by its quantizer's name and that of the layer which makes it."""
+        spec = self.overrides.find(*names) or LayerSpec()
+        return _with_bits(self.target.activation, spec.activation_bits)
+
+    def calibrator(self, *names: str) -> Calibrator | None:
+        """The calibrator that a tensor has, whatever the others take; None for theirs."""
+        spec = self.overrides.find(*names) or LayerSpec()
+        return None if spec.calibrator is None else get_calibrator(spec.calibrator)
+
+
+def _spec(name: str, value: Any) -> LayerSpec | None:
+    if value is None or isinstance(value, LayerSpec):
+        return value
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"overrides: {name!r} has {value!r}; give a LayerSpec, a mapping of its arguments, or None for float"
+        )
+    known = [f.name for f in fields(LayerSpec)]
+    for key in value:
+        if key not in known:
+            raise ValueError(f"overrides: {name!r} has an unknown key {key!r}; choose of {', '.join(map(repr, known))}")
+    return LayerSpec(**value)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Whether ``name`` is the module that ``pattern`` names, or lies inside it."""
+    wanted, parts = pattern.split("."), name.split(".")
+    return len(wanted) <= len(parts) and all(map(fnmatchcase, parts, wanted))
+
+
+def _with_bits(spec: QuantSpec, bits: int | None) -> QuantSpec:
+    """``spec`` with no more than so many bits; one that is narrower already stays as it is."""
+    if bits is None:
+        return spec
+    if not spec.symmetric:
+        return replace(spec, quant_max=min(spec.quant_max, spec.quant_min + 2**bits - 1))
+    most = min(spec.quant_max, 2 ** (bits - 1) - 1)
+    is_narrow = spec.quant_min == -spec.quant_max
+    return replace(spec, quant_max=most, quant_min=-most if is_narrow else max(spec.quant_min, -most - 1))

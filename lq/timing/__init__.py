@@ -1,0 +1,1 @@
+"""Timing: contenders that take turns."""

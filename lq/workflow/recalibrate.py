@@ -1,0 +1,62 @@
+"""Recalibrate: other ranges from the statistics a model already holds."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import TypeVar
+
+from torch import nn
+
+from lq.numerics.calibrators import Calibrator, get_calibrator
+from lq.numerics.quantizer import Quantizer
+from lq.workflow.prepare import activation_quantizers
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def recalibrate(model: M, calibrator: str | Calibrator, layers: Iterable[str] | None = None) -> M:
+    """Take ranges anew, with another calibrator, from the statistics the model already holds.
+
+    Args:
+        model: a calibrated module.
+        calibrator: as in :func:`calibrate`, without ``"auto"``, which needs data.
+        layers: names of quantizers (see :func:`~lq.quantizers`), or of modules for all quantizers inside them; by
+            default every activation's, but for those that have a calibrator of their own (see ``overrides`` of
+            :func:`~lq.prepare`). A weight's range always is its own, per channel, and nothing is clipped.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: where ``model`` is not prepared or has no statistics, a name matches nothing, or the statistics are
+            not those that the calibrator needs. No range has then been changed.
+    """
+    chosen = get_calibrator(calibrator)
+    found = activation_quantizers(model)
+    if layers is not None:
+        found = _named(found, [layers] if isinstance(layers, str) else list(layers))
+    for name, quantizer in found.items():
+        low, high = quantizer.observer.range()
+        if low > high:
+            raise ValueError(f"{name!r} holds no statistics; call lq.calibrate(model, batches) first")
+    takes = {name: (q.own_calibrator if layers is None else None) or chosen for name, q in found.items()}
+    ranges = {name: takes[name](quantizer.observer, quantizer.spec) for name, quantizer in found.items()}
+    for name, quantizer in found.items():
+        quantizer.calibrator = takes[name]
+        quantizer.set_range(*ranges[name])
+    return model
+
+
+def _named(found: dict[str, Quantizer], names: list[str]) -> dict[str, Quantizer]:
+    chosen: dict[str, Quantizer] = {}
+    for name in names:
+        matches = {key: q for key, q in found.items() if key == name or key.startswith(f"{name}.")}
+        if not matches:
+            near = difflib.get_close_matches(name, found, n=5, cutoff=0.4) or list(found)[:5]
+            raise ValueError(
+                f"layers: no activation's quantizer is called {name!r} or lies in a module of that name; near are "
+                f"{', '.join(map(repr, near))}"
+            )
+        chosen |= matches
+    return chosen
