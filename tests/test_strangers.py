@@ -30,7 +30,7 @@ from PIL import Image
 
 import lq
 from lq.data.image_folder import decode_rgb
-from lq.deployment.load import read_metadata
+from lq.deployment.formats import read_metadata
 from lq.recipes import inspect_file
 from lq.recipes.blocks.config import main
 from lq.util.archives import check_torch_archive, checked_members, read_members

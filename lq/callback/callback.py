@@ -31,7 +31,7 @@ from lq.callback.steps.own_setup import after_own_setup, waits_for_setup
 from lq.callback.steps.stages import StagedUnit, attach, staged_unit
 from lq.callback.support import check_alone, check_trainer
 from lq.callback.training import all_reduce_ranges, training_share
-from lq.deployment.export import FORMATS, Format, check_dependencies
+from lq.deployment.formats import FORMATS, FormatName
 from lq.errors import CalibrationError, NothingToQuantizeError
 from lq.numerics.calibrators import get_calibrator
 from lq.numerics.quantizer import QuantizerState
@@ -139,7 +139,7 @@ class QuantizationCallback(Callback):
         weights: Weights | None = None,
         evaluate: bool = True,
         analyze: bool | float = True,
-        export: Sequence[Format] | None = None,
+        export: Sequence[FormatName] | None = None,
         output_dir: str | None = None,
         rehearse: bool = True,
     ) -> None:
@@ -185,8 +185,8 @@ class QuantizationCallback(Callback):
         self.weights: Weights | None = weights
         self.evaluate = evaluate
         self.analyze = analyze
-        self.export: tuple[Format, ...] = default_formats() if export is None else tuple(export)
-        self.optional_formats: tuple[Format, ...] = self.export if export is None else ()
+        self.export: tuple[FormatName, ...] = default_formats() if export is None else tuple(export)
+        self.optional_formats: tuple[FormatName, ...] = self.export if export is None else ()
         self.output_dir = output_dir
         self.rehearse = rehearse
         self.result: QuantizationResult | None = None
@@ -221,7 +221,7 @@ class QuantizationCallback(Callback):
                 recover(self._int8_dir, OUTPUTS)
                 ensure_writable_dir(self._int8_dir, "output_dir")
             for format in set(self.export) - set(self.optional_formats):
-                check_dependencies(format)
+                FORMATS[format].check_dependencies(True)
             make_room(trainer)
         if self.mode == "qat" and waits_for_setup(trainer, pl_module):
             after_own_setup(pl_module, partial(self._begin_fit_late, trainer, staged))

@@ -18,7 +18,7 @@ from lq.callback.result import QuantizationResult
 from lq.callback.steps.calls import COMPILED
 from lq.callback.steps.stages import attach
 from lq.callback.support import lightning_package
-from lq.deployment.export import Format, check_dependencies
+from lq.deployment.formats import FORMATS, FormatName
 from lq.schemes.overrides import LayerSpec
 from lq.schemes.targets import AUTO_TARGET, get_target
 from lq.util.archives import check_torch_archive
@@ -39,7 +39,7 @@ def quantize_checkpoint(
     overrides: dict[str, LayerSpec | dict[str, Any] | None] | None = None,
     evaluate: bool = True,
     analyze: bool | float = True,
-    export: Sequence[Format] | None = None,
+    export: Sequence[FormatName] | None = None,
     output_dir: str | Path | None = None,
     accelerator: str = "auto",
     weights_only: bool | None = None,
@@ -110,7 +110,7 @@ def quantize_checkpoint(
     recover(output, OUTPUTS)
     ensure_writable_dir(output, "output_dir")
     for format in set(callback.export) - set(callback.optional_formats):
-        check_dependencies(format)
+        FORMATS[format].check_dependencies(True)
     pl_module: Any = getattr(model, COMPILED, model)  # what torch.compile wraps
     if isinstance(model, type):
         pl_module = model.load_from_checkpoint(path, map_location="cpu", weights_only=weights_only is not False)

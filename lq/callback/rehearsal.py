@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lq.callback.description import class_names, normalization
-from lq.callback.end.conversion import NETWORK, OTHER_FORMATS
+from lq.callback.end.conversion import NETWORK
 from lq.callback.preparation import check_batch, prepare_for_batch
 from lq.callback.steps.batches import given_batches
 from lq.callback.steps.evaluation import evaluate
@@ -23,6 +23,7 @@ from lq.callback.steps.running import run_unit
 from lq.callback.steps.stages import StagedUnit, staged_unit
 from lq.callback.steps.twin import twin_of
 from lq.deployment.export import export
+from lq.deployment.formats import FORMATS
 from lq.util.distributed import agreed
 from lq.util.modes import evaluating
 from lq.util.quiet import quiet
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 
 #: Batches that are calibrated with.
 BATCHES = 2
-
-#: Formats whose file takes a compiler a minute or more to make; that there is one is known without.
-_SLOW = ("aoti",)
 
 _log = logging.getLogger("lq")
 
@@ -153,11 +151,12 @@ def _convert(callback: QuantizationCallback, trainer: Any, staged: StagedUnit) -
     int8 = convert(unit, callback.target)
     about: dict[str, Any] = {"labels": class_names(trainer), "preprocessing": normalization(trainer)}
     with tempfile.TemporaryDirectory() as folder:
-        export(int8, Path(folder) / NETWORK, **about)
-        for format, name in OTHER_FORMATS.items():
+        for name in dict.fromkeys((NETWORK, *callback.export)):
+            format = FORMATS[name]
             # What nobody asked for is left out at the end where it fails.
-            if format in callback.export and format not in (*_SLOW, *callback.optional_formats):
-                export(unit, Path(folder) / name, format=format, **about)
+            if not format.takes_long and name not in callback.optional_formats:
+                network = int8 if format.own_ranges else unit
+                export(network, Path(folder) / format.file, format=name, **about)
     staged.put_int8(int8)
     if callback.evaluate:
         evaluate(trainer, pl_module, limit_batches=1)

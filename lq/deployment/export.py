@@ -9,36 +9,28 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lq.deployment.load import RUNTIMES, installed_runtimes, load
+from lq.deployment.formats import FORMATS, Draft, Format, FormatName
+from lq.deployment.load import load
 from lq.deployment.verify import (
     OUTPUT_TOLERANCE,
     UnreadableError,
     Verification,
     allowed_difference,
     check_kernels,
-    check_onnx,
     check_program,
     compare,
     simulated,
 )
-from lq.engines.onnxruntime import import_onnxruntime
 from lq.errors import ExportMismatchError
-from lq.formats.aoti.write import (
-    check_compiler,
-    for_this_cpu,
-    linear_for_single_positions,
-    overflows_here,
-    write_package,
-)
-from lq.formats.onnx.write import OPSET, import_onnx, to_onnx, write_onnx
-from lq.formats.pt2.write import Program, examples, export_program, write_program
-from lq.graph.cropping import crop_kernels
+from lq.formats.aoti.write import for_this_cpu, overflows_here
+from lq.formats.onnx.write import OPSET
+from lq.formats.pt2.write import Program, examples, export_program
 from lq.graph.qdq import QUANTIZE, QUANTIZE_BUFFER
 from lq.int8.module import Int8Module
 from lq.interface.guards import input_name
@@ -50,11 +42,6 @@ from lq.util.files import ensure_writable_dir, write_atomically
 from lq.util.modes import evaluating
 from lq.workflow.convert import convert
 from lq.workflow.prepare import example_arguments, is_prepared, prepared_forward
-
-Format = Literal["pt2", "aoti", "onnx"]
-
-#: Formats of exported files, with the ending of their names.
-FORMATS: dict[str, str] = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +60,7 @@ class ExportResult:
     """
 
     path: Path
-    format: Format
+    format: FormatName
     target: str
     size_bytes: int
     verifications: tuple[Verification, ...] = ()
@@ -91,7 +78,7 @@ def export(
     model: nn.Module,
     path: str | Path,
     *,
-    format: Format | None = None,
+    format: FormatName | None = None,
     target: str | Target | None = None,
     labels: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
@@ -142,48 +129,33 @@ def export(
     begun = time.perf_counter()
     path = Path(path)
     chosen = _format(path, format)
-    check_dependencies(chosen, verify=verify)
+    chosen.check_dependencies(verify)
     if preprocessing is not None:
         _check_json(preprocessing)
     int8 = _network(model, chosen, target)
     ensure_writable_dir(path.parent, "path")
     inputs = _samples(int8, samples)
     with torch.no_grad():
-        written = int8 if chosen == "pt2" else crop_kernels(int8, examples(int8))
-        if chosen == "aoti":
-            written, int8 = linear_for_single_positions(for_this_cpu(written)), for_this_cpu(int8)
+        written, int8 = chosen.layout(int8), chosen.adapt(int8)
         simulation = simulated(int8, inputs)
-        program = export_program(written, free_sizes=chosen == "pt2")
+        program = export_program(written, free_sizes=chosen.free_sizes)
         metadata = _metadata(int8, program, simulation[0], labels, preprocessing)
-        result = _write(written, program, path, chosen, metadata, inputs, simulation, opset, verify)
+        draft = Draft(program.exported, metadata, _tensors(written), opset)
+        result = _write(written, draft, path, chosen, inputs, simulation, verify)
     return replace(result, seconds=time.perf_counter() - begun - result.verification_seconds)
 
 
-def check_dependencies(format: Format, *, verify: bool = True) -> None:
-    """Check that what an export needs is installed, before hours of training rather than after.
-
-    Raises:
-        MissingRuntimeError: where it is not; the message names the extra.
-        CompilerError: where the format is ``"aoti"`` and there is no C++ compiler.
-    """
-    if format == "aoti":
-        check_compiler()
-    if format == "onnx":
-        import_onnx()
-        if verify:
-            import_onnxruntime()
-
-
-def _format(path: Path, format: Format | None) -> Format:
-    if format is None:
-        suffixes: dict[str, Format] = {".pt2": "pt2", ".onnx": "onnx"}
+def _format(path: Path, name: FormatName | None) -> Format:
+    suffixes = list(dict.fromkeys(format.suffix for format in FORMATS.values()))
+    if name is None:
         if path.suffix not in suffixes:
-            raise ValueError(f"path={str(path)!r} must end in .pt2 or .onnx")
-        return suffixes[path.suffix]
-    if format not in get_args(Format):
-        raise ValueError(f"format={format!r} is unknown; choose one of {', '.join(map(repr, get_args(Format)))}")
-    if path.suffix != FORMATS[format]:
-        raise ValueError(f"path={str(path)!r} must end in {FORMATS[format]} for format={format!r}")
+            raise ValueError(f"path={str(path)!r} must end in {' or '.join(suffixes)}")
+        return next(format for format in FORMATS.values() if format.suffix == path.suffix)
+    if name not in FORMATS:
+        raise ValueError(f"format={name!r} is unknown; choose one of {', '.join(map(repr, FORMATS))}")
+    format = FORMATS[name]
+    if path.suffix != format.suffix:
+        raise ValueError(f"path={str(path)!r} must end in {format.suffix} for format={name!r}")
     return format
 
 
@@ -205,8 +177,8 @@ def _network(model: nn.Module, format: Format, target: str | Target | None) -> I
         )
     if resolved is None:
         resolved = prepared_forward(model).target
-        if format == "onnx" and not resolved.activation.symmetric:
-            resolved = replace(resolved, residual="operands")
+        if format.residual is not None and not resolved.activation.symmetric:
+            resolved = replace(resolved, residual=format.residual)
     with evaluating(model):
         return convert(model, resolved)
 
@@ -286,57 +258,48 @@ def _check_json(preprocessing: Mapping[str, Any]) -> None:
 
 def _write(
     int8: Int8Module,
-    program: Program,
+    draft: Draft,
     path: Path,
     format: Format,
-    metadata: Metadata,
     inputs: dict[str, Any],
     simulation: tuple[Any, list[Tensor]],
-    opset: int,
     verify: bool,
 ) -> ExportResult:
     verifications: list[Verification] = []
     unreadable: dict[str, str] = {}
-    expected, integers = simulation
-    exported = program.exported
+    outputs, integers = simulation
     verifying = 0.0
 
     def write(beside: Path) -> None:
         nonlocal verifying
-        if format == "pt2":
-            write_program(exported, metadata, beside)
-        elif format == "aoti":
-            write_package(exported, metadata, beside)
-        else:
-            sites = _sites(int8)
-            # TensorRT refuses to dequantize 32-bit integers, and quantizes the biases itself.
-            model = to_onnx(exported, sites, metadata, opset=opset, int32_bias=metadata.target != "tensorrt")
-            if verify:
-                begun = time.perf_counter()
-                with suppress(UnreadableError):  # the engines are asked once more, and each is told apart
-                    check_onnx(model, sites, integers, expected, metadata.flatten((), inputs))
-                verifying += time.perf_counter() - begun
-            write_onnx(model, beside)
-        if verify:
-            begun = time.perf_counter()
-            for runtime in installed_runtimes(format):
-                try:
-                    verifications.append(_verify(beside, runtime, int8, inputs, simulation))
-                except UnreadableError as error:
-                    unreadable[runtime] = error.reason
-                    warnings.warn(f"lq: {error}", stacklevel=2)
-            if not verifications:
-                raise ValueError(
-                    "none of the engines that are installed can run the file, so it cannot be verified; verify=False "
-                    "writes it all the same: "
-                    + "; ".join(f"{runtime} says: {reason}" for runtime, reason in unreadable.items())
-                )
-            verifying += time.perf_counter() - begun
+        format.write(draft, beside)
+        if not verify:
+            return
+        begun = time.perf_counter()
+        if format.check_layers is not None:
+            with suppress(UnreadableError):  # the engines are asked once more, and each is told apart
+                format.check_layers(beside, draft, integers, outputs, draft.metadata.flatten((), inputs))
+        for runtime in format.installed_runtimes():
+            try:
+                verifications.append(_verify(beside, runtime, int8, inputs, simulation))
+            except UnreadableError as error:
+                if len(format.runtimes) == 1:  # it was written for this engine alone
+                    raise error.__cause__ or error from None
+                unreadable[runtime] = error.reason
+                warnings.warn(f"lq: {error}", stacklevel=2)
+        if not verifications:
+            raise ValueError(
+                "none of the engines that are installed can run the file, so it cannot be verified; verify=False "
+                "writes it all the same: "
+                + "; ".join(f"{runtime} says: {reason}" for runtime, reason in unreadable.items())
+            )
+        verifying = time.perf_counter() - begun
 
     write_atomically(path, write)
     size = path.stat().st_size
+    target = draft.metadata.target
     return ExportResult(
-        path, format, metadata.target, size, tuple(verifications), unreadable, verification_seconds=verifying
+        path, format.name, target, size, tuple(verifications), unreadable, verification_seconds=verifying
     )
 
 
@@ -349,18 +312,16 @@ def _verify(
         loaded = load(file, runtime)
         outputs = loaded(**inputs)
     except Exception as error:
-        if runtime not in RUNTIMES["onnx"]:  # the others were written for one engine alone
-            raise
         raise UnreadableError(runtime, error) from error
     found = compare(runtime, outputs, expected)
     wrong = None
     if isinstance(loaded, Int8Module):
-        sites = _sites(int8)
-        check_program(loaded, sites, integers, expected, inputs)
+        tensors = _tensors(int8)
+        check_program(loaded, tensors, integers, expected, inputs)
         if not has_onednn_int8():
             return found
         try:
-            check_kernels(loaded, sites, integers, expected, inputs)
+            check_kernels(loaded, tensors, integers, expected, inputs)
         except ExportMismatchError as error:
             wrong = str(error)
     elif found.relative_difference > OUTPUT_TOLERANCE:
@@ -383,7 +344,7 @@ def _verify(
     raise ExportMismatchError(wrong)
 
 
-def _sites(int8: Int8Module) -> list[str]:
+def _tensors(int8: Int8Module) -> list[str]:
     """A name for the output of each quantize node: of the tensor, once for each time it is quantized."""
     names: list[str] = []
     for node in int8.graph.nodes:

@@ -34,6 +34,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import lq
+from lq.deployment.formats import FORMATS, RUNTIMES
 from lq.errors import CompilerError, ConfigError, ContenderError
 from lq.recipes.blocks.config import field, main
 from lq.timing.race import Measurement, race
@@ -270,14 +271,13 @@ def _ours(name: str, size: int, threads: int, folder: Path) -> dict[str, Callabl
     x = images(size, 8)
     lq.prepare(network, x[:2], target="auto")
     lq.calibrate(network, [x])
-    files = {"torch": "int8.pt2", "aoti": "aoti.pt2", "onnxruntime": "int8.onnx", "openvino": "int8.onnx"}
-    formats: dict[str, Any] = {"torch": "pt2", "aoti": "aoti", "onnxruntime": "onnx", "openvino": "onnx"}
     contenders: dict[str, Callable[[], Model]] = {}
-    for runtime, file in files.items():
-        path = folder / f"{name}_{size}_{file}"
+    for runtime in RUNTIMES:
+        format = next(format for format in FORMATS.values() if format.runtime(runtime) is not None)
+        path = folder / f"{name}_{size}_{format.file}"
         try:
             if not path.exists():
-                lq.export(network, path, format=formats[runtime], verify=False)
+                lq.export(network, path, format=format.name, verify=False)
             lq.load(path, runtime)
         except (lq.MissingRuntimeError, CompilerError) as error:
             print(f"lq, {runtime} is left out: {error}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import lq
-from lq.deployment.load import RUNTIMES
+from lq.deployment.formats import RUNTIMES
 from lq.errors import ConfigError
 from lq.recipes.blocks.config import field, main
 from lq.recipes.blocks.data import DataConfig, image_data
@@ -36,7 +36,7 @@ class Config:
     folded: bool = field(True, help="time the float network folded as the files are, too: that gain is not INT8's")
     batch_sizes: list[int] = field([1, 32], help="samples in one call")
     threads: list[int] = field([], help="numbers of CPU threads; by default torch's own")
-    runtimes: list[str] = field([], help=f"of {', '.join(n for r in RUNTIMES.values() for n in r)}; by default all")
+    runtimes: list[str] = field([], help=f"of {', '.join(RUNTIMES)}; by default all")
     seconds: float = field(2.0, help="about how long to time each contender")
     num_samples: int = field(512, help="test images whose classes are compared with those of the float network")
     output_dir: str = field("runs/benchmark", help="folder for benchmark.csv and benchmark.png")

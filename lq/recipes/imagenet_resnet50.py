@@ -20,7 +20,7 @@ from torch import nn
 import lq
 from lq.callback import QuantizationResult
 from lq.data import ImageNet
-from lq.deployment.export import check_dependencies
+from lq.deployment.formats import FORMATS
 from lq.errors import ConfigError
 from lq.recipes.blocks.config import field, main
 from lq.recipes.blocks.evaluation import top1
@@ -61,7 +61,7 @@ def compare_and_export(config: Config, network: nn.Module, data: ImageNet) -> No
     """Every calibrator from one pass over the calibration images; the best one's network goes to ONNX."""
     output = Path(config.output_dir)
     try:
-        check_dependencies("onnx")
+        FORMATS["onnx"].check_dependencies(True)
     except lq.MissingRuntimeError as error:
         raise ConfigError(str(error)) from error
     device = device_of(config)

@@ -23,7 +23,7 @@ from lq.callback.checkpoints.hooks import section_of
 from lq.callback.checkpoints.ranges import SavedQuantizer, saved_quantizers
 from lq.callback.end.page import result_page, settings_table
 from lq.callback.result import QuantizationResult
-from lq.deployment.load import read_metadata
+from lq.deployment.formats import read_metadata
 from lq.errors import ConfigError
 from lq.page import Column, Table, layer_table, page, section
 from lq.recipes.blocks.config import field, main

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor, nn
 
-from lq.deployment.load import RUNTIMES, file_format, installed_runtimes, load
+from lq.deployment.formats import RUNTIMES, format_of
+from lq.deployment.load import load
 from lq.errors import ContenderError
 from lq.graph.cropping import crop_kernels
 from lq.timing.race import Measurement, race
@@ -168,10 +169,9 @@ def benchmark(
         FileNotFoundError: where a file does not exist.
         ValueError: where an argument is none of its choices, or ``float_model`` does not pickle.
     """
-    known = [name for names in RUNTIMES.values() for name in names]
     for name in runtimes or ():
-        if name not in known:
-            raise ValueError(f"runtimes has {name!r}, which is unknown; choose from {', '.join(map(repr, known))}")
+        if name not in RUNTIMES:
+            raise ValueError(f"runtimes has {name!r}, which is unknown; choose from {', '.join(map(repr, RUNTIMES))}")
     for argument, values in (("batch_sizes", batch_sizes), ("threads", threads)):
         if any(value < 1 for value in values):
             raise ValueError(f"{argument}={list(values)} must be at least 1 each")
@@ -179,7 +179,7 @@ def benchmark(
     pairs = [
         (path, runtime)
         for path in paths
-        for runtime in installed_runtimes(file_format(path))
+        for runtime in format_of(path).installed_runtimes()
         if runtimes is None or runtime in runtimes
     ]
     if not pairs:

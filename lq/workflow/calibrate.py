@@ -56,9 +56,10 @@ def calibrate(
             arguments, and labels or more behind them, which are left out) or a dict (its keyword arguments; other keys
             are left out). They are moved to the model's device.
         calibrator: how ranges follow from the statistics: ``"minmax"``, ``"moving_average"``, ``"percentile"`` (or
-            ``"percentile:99.9"``), ``"mse"``, ``"entropy"`` or a :class:`~lq.numerics.calibrators.Calibrator`; ``"auto"`` holds
-            a few batches out and takes the one whose INT8 outputs are nearest to float on them. By default the one
-            that goes with the observer: ``"mse"`` with histograms.
+            ``"percentile:99.9"``), ``"mse"``, ``"entropy"`` or a
+            :class:`~lq.numerics.calibrators.Calibrator`; ``"auto"`` holds a few batches out and takes the one whose
+            INT8 outputs are nearest to float on them. By default the one that goes with the observer: ``"mse"`` with
+            histograms.
         num_batches: at most so many batches, or all.
         num_samples: no further batch once so many samples were seen.
         forward: runs the model on one batch and returns its outputs; for batches of any other form.

@@ -36,7 +36,7 @@ def test_a_run_with_nothing_but_defaults(
 ) -> None:
     for name in ("onnx", "onnxscript", "onnxruntime", "openvino"):
         pytest.importorskip(name)
-    monkeypatch.setattr(conversion, "DEFAULT_FORMATS", ("onnx",))
+    monkeypatch.setattr(conversion, "UNASKED", ("onnx",))
     caplog.set_level("INFO")
     callback = QuantizationCallback()
     logger = CSVLogger(tmp_path)
@@ -87,7 +87,7 @@ def test_a_run_with_nothing_but_defaults(
 def test_a_format_that_is_not_asked_for_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was trained is not lost for a file that nobody asked for; one that was asked for is an error."""
     pytest.importorskip("onnxscript")
-    monkeypatch.setattr(conversion, "DEFAULT_FORMATS", ("onnx",))
+    monkeypatch.setattr(conversion, "UNASKED", ("onnx",))
     export = conversion.export
 
     def failing(model: Any, path: Path, **kwargs: Any) -> Any:

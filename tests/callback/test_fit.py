@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lq
 from lq import Int8Module, QuantizationCallback
+from lq.deployment import formats
 
 
 @pytest.mark.parametrize("mode", ["ptq", "qat"])
@@ -270,7 +270,7 @@ def test_an_export_that_fails_comes_after_everything_else(tmp_path: Path, monkey
     def fail(*args: Any, **kwargs: Any) -> None:
         raise lq.ExportMismatchError("the ONNX file differs")
 
-    monkeypatch.setattr(importlib.import_module("lq.deployment.export"), "to_onnx", fail)
+    monkeypatch.setattr(formats, "to_onnx", fail)
     callback, model = quantization(tmp_path, export=["onnx"], rehearse=False), Wrapped()
     with pytest.raises(lq.ExportMismatchError, match="the ONNX file differs"):
         fit(model, tmp_path, callback)

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import lq
 from lq import QuantizationCallback
 from lq.callback import QuantizationResult
-from lq.deployment.load import read_metadata
+from lq.deployment.formats import read_metadata
 from lq.schemes import targets
 from lq.util import cpu
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import operator
 import re
 import threading
@@ -19,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import lq
+from lq.deployment.formats import Format
 from lq.graph.capture.signature import CallSignature
 from lq.graph.qdq import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, constant_qparams
 from lq.int8.onednn import Packed, lower
@@ -299,8 +299,7 @@ def test_an_engine_that_cannot_read_a_file(tmp_path: Path, monkeypatch: pytest.M
     assert result.unreadable == {"openvino": "no such operator here"}
     assert [found.runtime for found in result.verifications] == ["onnxruntime"]
     assert "openvino cannot run it: no such operator here" in str(result)
-    module = importlib.import_module("lq.deployment.export")
-    monkeypatch.setattr(module, "installed_runtimes", lambda format: ("openvino",))
+    monkeypatch.setattr(Format, "installed_runtimes", lambda self: ("openvino",))
     with (
         pytest.warns(UserWarning, match="openvino cannot run"),
         pytest.raises(ValueError, match="none of the engines that are installed can run the file.*verify=False"),

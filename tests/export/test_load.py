@@ -90,7 +90,7 @@ def hide(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     def find_spec(name: str, *args: Any) -> Any:
         return None if name in packages else real(name, *args)
 
-    monkeypatch.setattr("lq.deployment.load.find_spec", find_spec)
+    monkeypatch.setattr("lq.deployment.formats.find_spec", find_spec)
     for package in packages:
         monkeypatch.setitem(sys.modules, package, None)
 

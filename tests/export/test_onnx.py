@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -21,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
+from lq.deployment import formats
 from lq.util.cpu import has_vnni
-
-export_module = importlib.import_module("lq.deployment.export")
 
 X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -315,7 +313,7 @@ def test_a_file_that_differs_is_refused_with_the_first_layer_that_does(
         found.input[index] = "tampered"
         return file
 
-    monkeypatch.setattr(export_module, "to_onnx", tampered)
+    monkeypatch.setattr(formats, "to_onnx", tampered)
     where = "in its last layer" if wrong == "last layer" else r"in the layer that ends in '(bn2|relu_2)'"
     with pytest.raises(lq.ExportMismatchError, match=where):
         lq.export(model, path)

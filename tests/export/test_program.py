@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import subprocess
 import sys
 import zipfile
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
+from lq.deployment import export, verify
 from lq.deployment.verify import OUTPUT_TOLERANCE, allowed_difference, simulated
 from lq.int8.onednn import lower
 
@@ -180,10 +180,9 @@ TAMPERED = ("scale", "one channel's scale", "weight", "bias", "last layer")
 
 @pytest.mark.parametrize("wrong", TAMPERED)
 def test_a_program_that_differs_is_refused(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("lq.deployment.export")
     int8 = quantized()
-    right, other = module.export_program, tamper(int8, wrong)
-    monkeypatch.setattr(module, "export_program", lambda model, **kwargs: right(other, **kwargs))
+    right, other = export.export_program, tamper(int8, wrong)
+    monkeypatch.setattr(export, "export_program", lambda model, **kwargs: right(other, **kwargs))
     where = "in its last layer" if wrong == "last layer" else "in the layer that ends in 'bn2'"
     with pytest.raises(lq.ExportMismatchError, match=rf"the \.pt2 file differs from the INT8 network {where}"):
         lq.export(int8, tmp_path / "int8.pt2")
@@ -192,7 +191,6 @@ def test_a_program_that_differs_is_refused(wrong: str, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("wrong", TAMPERED)
 def test_kernels_that_differ_are_refused(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    verify = importlib.import_module("lq.deployment.verify")
     int8 = quantized()
     other = tamper(int8, wrong)
     # The kernels' weights are those of another module.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -31,6 +32,10 @@ def check_program(program: Program, checks: Collection[str] = CHECKS) -> Outcome
             _run(program, checks, outcome)
         except Failure as failure:
             outcome.status, outcome.failure = "failure", failure
+        except Exception as error:  # of eager PyTorch: the program is none
+            details = "".join(traceback.format_exception(error, limit=-4))[-3000:]
+            outcome.status = "failure"
+            outcome.failure = Failure("program", f"{type(error).__name__} in eager PyTorch", details)
     return outcome
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .float_checks import backward, prepared
+from .float_checks import backward, check_untrainable, prepared
 from .outcome import Failure, answers
 from .program import Program, build, random_inputs
 
@@ -39,7 +39,11 @@ def gradients(model: nn.Module, program: Program) -> dict[str, Tensor | None]:
 def check_qat(program: Program) -> None:
     """The same parameters get a gradient, it is finite, and it points where the float one does."""
     model = prepared(program, "qat")
-    expected = gradients(build(program), program)
+    try:
+        expected = gradients(build(program), program)
+    except RuntimeError as error:  # autograd's, see check_training
+        check_untrainable(program, model, error)
+        return
     with answers("qat"):
         found = gradients(model, program)
     for name, wanted in expected.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -26,6 +25,7 @@ from lq.charts import (
     sensitivity,
     summary,
     tensor_histogram,
+    theme,
     weight_histogram,
 )
 from lq.charts.theme import short_names
@@ -179,6 +179,6 @@ def test_unknown_theme() -> None:
 
 
 def test_pyplot_is_not_needed() -> None:
-    source = importlib.import_module("lq.charts.theme").__file__
+    source = theme.__file__
     assert source is not None
     assert not [name for name, m in sys.modules.items() if name.startswith("lq.") and hasattr(m, "plt")]

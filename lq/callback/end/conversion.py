@@ -23,7 +23,8 @@ from lq.callback.result import QuantizationResult, Side
 from lq.callback.steps.batches import repeat_samples
 from lq.callback.steps.stages import StagedUnit
 from lq.charts.predictions import Predictions
-from lq.deployment.export import ExportResult, Format, export
+from lq.deployment.export import ExportResult, export
+from lq.deployment.formats import FORMATS, FormatName
 from lq.int8.module import Int8Module
 from lq.results.report import slower_text
 from lq.schemes.targets import Target
@@ -37,18 +38,18 @@ from lq.workflow.prepare import activation_quantizers
 #: Samples in the batch that throughput is measured with.
 BATCH_SIZE = 32
 
-#: The network's file, which is always written, and those of the formats that are written on request.
-NETWORK = "int8.pt2"
-OTHER_FORMATS: dict[Format, str] = {"onnx": "int8.onnx", "aoti": "int8.aoti.pt2"}
+#: The format that is always written, and those that are written beside it, on request.
+NETWORK: FormatName = "pt2"
+OTHER_FORMATS: tuple[FormatName, ...] = ("onnx", "aoti")
+
+#: Those of them that are written where nothing is asked for, and what they need is installed.
+UNASKED: tuple[FormatName, ...] = tuple(name for name in OTHER_FORMATS if FORMATS[name].packages is not None)
+
 _PAGE = "int8.html"
 _RESULT = "int8.json"
 
-#: Beside ``int8.pt2``, where nothing is asked for and what it needs is installed: the file of the fastest engines.
-DEFAULT_FORMATS: tuple[Format, ...] = ("onnx",)
-_NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
-
 #: All that a run writes: what an earlier one left under these names goes where this one writes nothing of that name.
-OUTPUTS = (NETWORK, *OTHER_FORMATS.values(), _PAGE, _RESULT)
+OUTPUTS = (*(FORMATS[name].file for name in (NETWORK, *OTHER_FORMATS)), _PAGE, _RESULT)
 
 
 class Outcome(NamedTuple):
@@ -95,8 +96,8 @@ class Conversion:
     target: Target
     compare: Callable[..., tuple[Predictions | None, dict[str, float]]]
     watch: Stopwatch = field(default_factory=Stopwatch)
-    formats: Sequence[Format] = ()
-    optional: Sequence[Format] = ()
+    formats: Sequence[FormatName] = ()
+    optional: Sequence[FormatName] = ()
     labels: Sequence[str] | None = None
     preprocessing: Mapping[str, Any] | None = None
     evaluate: Callable[[], dict[str, float]] | None = None
@@ -181,7 +182,7 @@ class Conversion:
             int8_side=_side(measured[IN_PROCESS]),
             report=int8.report,
             batch_size=BATCH_SIZE,
-            artifact="" if kept is None else str(kept / NETWORK),
+            artifact="" if kept is None else str(kept / FORMATS[NETWORK].file),
             exports=() if kept is None else tuple(str(kept / written.path.name) for written in exports),
             weights=self.weights,
             settings=dict(self.settings),
@@ -201,24 +202,27 @@ class Conversion:
         """The files, and what failed beside ``int8.pt2``; a file that was not asked for is left out with a warning."""
         exports: list[ExportResult] = []
 
-        def write(network: nn.Module, name: str, format: Format) -> None:
+        def write(name: FormatName) -> None:
+            format = FORMATS[name]
+            network = int8 if format.own_ranges else unit
             written = export(
-                network, folder / name, format=format, labels=self.labels, preprocessing=self.preprocessing
+                network, folder / format.file, format=name, labels=self.labels, preprocessing=self.preprocessing
             )
             self.watch.add("export", written.seconds)
             self.watch.add("verification", written.verification_seconds)
             exports.append(written)
 
-        write(int8, NETWORK, "pt2")
-        for format, name in OTHER_FORMATS.items():
-            if format not in self.formats:
+        write(NETWORK)
+        for name in OTHER_FORMATS:
+            if name not in self.formats:
                 continue
             try:
-                write(int8 if format == "aoti" else unit, name, format)
+                write(name)
             except Exception as error:
-                if format not in self.optional:
+                if name not in self.optional:
                     return exports, error
-                rank_zero_warn(f"lq: {name}, which is written by default, is left out: {error}")
+                file = FORMATS[name].file
+                rank_zero_warn(f"lq: {file}, which is written by default, is left out: {error}")
         return exports, None
 
     def _measure(
@@ -259,9 +263,9 @@ class Conversion:
         return predictions
 
 
-def default_formats() -> tuple[Format, ...]:
+def default_formats() -> tuple[FormatName, ...]:
     """What is written beside ``int8.pt2`` where nothing is asked for: as far as what it needs is installed."""
-    return tuple(format for format in DEFAULT_FORMATS if all(find_spec(name) for name in _NEEDED[format]))
+    return tuple(name for name in UNASKED if all(find_spec(package) for package in FORMATS[name].packages or ()))
 
 
 def _side(engine: Engine) -> Side:

@@ -18,7 +18,8 @@ from lq.callback.end.engines import EAGER, FOLDED, Engine
 from lq.callback.steps.batches import repeat_samples
 from lq.callback.steps.stages import StagedUnit
 from lq.deployment.export import ExportResult
-from lq.deployment.load import installed_runtimes, load
+from lq.deployment.formats import FORMATS
+from lq.deployment.load import load
 from lq.graph.capture.signature import CallSignature
 from lq.graph.cropping import crop_kernels
 from lq.int8.module import Int8Module
@@ -68,7 +69,7 @@ def contenders(unit: nn.Module, int8: Int8Module, exports: Sequence[ExportResult
     except Exception as error:
         found.append(Contender(Engine(FOLDED, note=_reason(error)), None))
     for written in exports:
-        for runtime in installed_runtimes(written.format):
+        for runtime in FORMATS[written.format].installed_runtimes():
             engine = Engine(runtime, file=written.path.name, size_bytes=written.size_bytes)
             if runtime == IN_PROCESS:
                 found.append(Contender(engine, partial(called, int8)))
