@@ -14,7 +14,7 @@ from lq.analysis.simulation import Values
 from lq.graph.analysis import GraphAnalysis
 from lq.graph.folding import BatchNormStatistics, fold
 from lq.graph.ops import WEIGHTED_MODULES, weighted_op
-from lq.graph.placement import Chain, Sum
+from lq.graph.placement import Chain, Operator
 from lq.numerics.quantizer import Quantizer
 from lq.results.report import LayerReport
 
@@ -73,7 +73,7 @@ class Layer:
 
     row: LayerReport
     node: fx.Node | None
-    kernel: Chain | Sum | None
+    kernel: Chain | Operator | None
     inputs: list[InputStatistics] = field(default_factory=list)
     output: Likeness = field(default_factory=Likeness)
 
@@ -103,17 +103,12 @@ def layers_of(
     rows: list[tuple[LayerReport, fx.Node | None]], analysis: GraphAnalysis, roundings: Roundings
 ) -> list[Layer]:
     """The layers of a model, in the order of its report."""
-    kernels: dict[fx.Node, Chain | Sum] = {chain.op.node: chain for chain in analysis.placement.chains}
-    kernels |= {total.add: total for total in analysis.placement.sums}
+    kernels = {kernel.node: kernel for kernel in analysis.placement.kernels}
     layers = []
     for row, node in rows:
         kernel = None if node is None else kernels.get(node)
-        read: list[fx.Node] = []
-        if isinstance(kernel, Chain):
-            read = [kernel.op.input]
-        elif isinstance(kernel, Sum):
-            read = kernel.add.all_input_nodes
-        inputs = [InputStatistics(node, roundings.of(node)) for node in read]
+        read = kernel.reads if isinstance(kernel, Operator) else [] if kernel is None else kernel.reads[:1]
+        inputs = [InputStatistics(node, quantizer) for node in read if (quantizer := roundings.of(node)) is not None]
         layers.append(Layer(row, node, kernel, inputs))
     return layers
 

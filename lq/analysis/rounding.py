@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from lq.graph.analysis import GraphAnalysis
-from lq.graph.placement import Chain, Placement, Sum, place, site, source_of
+from lq.graph.placement import Chain, Operator, Placement, place, site, source_of
 from lq.numerics.functional import fake_quantize
 from lq.numerics.quantizer import Quantizer, WeightQuantizer, weight_quantizer
 from lq.schemes.overrides import Overrides, Scheme
@@ -60,7 +60,7 @@ class Roundings:
         self._found = quantizers(model)
         self._regridded: dict[Any, Quantizer] = {}
         base = analysis.placement
-        self._kernels = {kernel_name(kernel): kernel for kernel in base.kernels}
+        self._kernels = {kernel.name: kernel for kernel in base.kernels}
         self.weight_quantizers = {
             c.weight_key: _up_to_date(self._found[c.weight_key], self.weight(c)) for c in base.chains
         }
@@ -75,21 +75,21 @@ class Roundings:
         weight: Tensor = self._analysis.values[chain.op.weight]
         return weight.detach()
 
-    def of(self, node: fx.Node) -> Quantizer:
-        """The quantizer of the tensor whose grid ``node`` lies on."""
-        return self._found[site(source_of(node))]
+    def of(self, node: fx.Node) -> Quantizer | None:
+        """The quantizer of the tensor whose grid ``node`` lies on, where it has one."""
+        return self._found.get(site(source_of(node)))
 
     def only(self, name: str) -> Rounding:
         """As if ``overrides`` kept all layers in float but ``name``.
 
-        A residual add that is a kernel of its own is one between convolutions in INT8 alone, so that no ``overrides``
-        leave nothing but it: its own tensors, operands and sum, are then rounded.
+        An operator that is a kernel of its own is one between convolutions in INT8 alone, so that no ``overrides``
+        leave nothing but it: its own tensors, operands and result, are then rounded.
         """
         kernel = self._kernels[name]
         base = self._analysis.placement
-        if isinstance(kernel, Sum):
-            nodes = [*(source_of(operand) for operand in kernel.add.all_input_nodes), kernel.end]
-            return Rounding({node: self._found[site(node)] for node in nodes})
+        if isinstance(kernel, Operator):
+            nodes = [*map(source_of, kernel.reads), kernel.end]
+            return Rounding({node: self._found[site(node)] for node in nodes if site(node) in self._found})
         others = frozenset(self._kernels) - {name}
         placement = self._place(replace(self._scheme, overrides=_InFloat(self._scheme.overrides.specs, others)))
         # On the grids of the model as it is: fewer bits that a tensor's maker asks for are part of what is measured.
@@ -118,11 +118,6 @@ class Roundings:
         if key not in self._regridded:  # one object for each grid: variants are compared by it
             self._regridded[key] = on_grid(grid, self._found[name], name, scheme.target)
         return self._regridded[key]
-
-
-def kernel_name(kernel: Chain | Sum) -> str:
-    """The name of its row in the report, and the one that ``overrides`` know it by."""
-    return kernel.name if isinstance(kernel, Chain) else site(kernel.add)
 
 
 def _up_to_date(quantizer: Quantizer, weight: Tensor) -> Quantizer:

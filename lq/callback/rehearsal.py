@@ -155,7 +155,7 @@ def _convert(callback: QuantizationCallback, trainer: Any, staged: StagedUnit) -
             format = FORMATS[name]
             # What nobody asked for is left out at the end where it fails.
             if not format.takes_long and name not in callback.optional_formats:
-                network = int8 if format.own_ranges else unit
+                network = int8 if format.placed is None else unit
                 export(network, Path(folder) / format.file, format=name, **about)
     staged.put_int8(int8)
     if callback.evaluate:

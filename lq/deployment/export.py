@@ -31,6 +31,7 @@ from lq.errors import ExportMismatchError
 from lq.formats.aoti.write import for_this_cpu, overflows_here
 from lq.formats.onnx.write import OPSET
 from lq.formats.pt2.write import Program, examples, export_program
+from lq.graph.ops import OpKind
 from lq.graph.qdq import QUANTIZE, QUANTIZE_BUFFER
 from lq.int8.module import Int8Module
 from lq.interface.guards import input_name
@@ -50,7 +51,7 @@ class ExportResult:
 
     Args:
         path: the file.
-        format: ``"pt2"``, ``"aoti"`` or ``"onnx"``.
+        format: ``"pt2"``, ``"aoti"``, ``"onnx"`` or ``"onnxruntime"``.
         target: the target whose placement the file has.
         size_bytes: the file's size.
         verifications: for each engine that ran the file, how far its outputs are from the simulation's.
@@ -91,9 +92,12 @@ def export(
     * ``"pt2"``: a ``torch.export`` program. ``lq.load`` runs it on INT8 kernels; ``torch.export.load`` reads it too.
     * ``"aoti"``: an AOTInductor package, compiled for this machine's CPU (which takes a C++ compiler and some ten
       seconds); it runs without Python model code.
-    * ``"onnx"``: an ONNX file for ONNX Runtime, OpenVINO and TensorRT, its batch size free.
+    * ``"onnx"``: an ONNX file for OpenVINO, TensorRT and ONNX Runtime, its batch size free.
+    * ``"onnxruntime"``: one for ONNX Runtime alone, with what lies between the convolutions (products, gates, SiLU,
+      concatenations, pools) in INT8 kernels, too. OpenVINO, which has these in the convolutions' kernels, is slower
+      with it; in a network of convolutions, ReLUs and residual adds it is the same as ``"onnx"``.
 
-    A ``"pt2"`` file takes images of any size that the network takes. The other two are for the size of the example
+    A ``"pt2"`` file takes images of any size that the network takes. The others are for the size of the example
     inputs, and hold no weights that meet nothing but padding there: a ResNet-18 with the ImageNet stem for 32x32
     images has 4.2 million weights there rather than 11.2 million, and computes the same.
 
@@ -108,7 +112,8 @@ def export(
         model: prepared by :func:`lq.prepare` and calibrated or trained; or from :func:`lq.convert`, which has the
             placement of its own target and no other.
         path: the file, ending in ``.pt2`` or ``.onnx``.
-        format: ``"pt2"``, ``"aoti"`` or ``"onnx"``; by default what the path ends in, ``"pt2"`` for ``.pt2``.
+        format: ``"pt2"``, ``"aoti"``, ``"onnx"`` or ``"onnxruntime"``; by default what the path ends in, ``"pt2"`` for
+            ``.pt2`` and ``"onnx"`` for ``.onnx``.
         target: whose placement and grids the file has; by default the model's own, but for the residual adds.
         labels: names of the classes, for the file's metadata.
         preprocessing: what has to be done to an image before the network sees it, for the file's metadata: a mapping
@@ -145,6 +150,18 @@ def export(
     return replace(result, seconds=time.perf_counter() - begun - result.verification_seconds)
 
 
+def pays_off(model: nn.Module, name: FormatName) -> bool:
+    """Whether a format has something for a prepared model that a format for more engines has not."""
+    placed, forward = FORMATS[name].placed, prepared_forward(model)
+    if placed is None or len(FORMATS[name].runtimes) > 1:
+        return True
+    target = placed(forward.target)
+    if forward.mode == "qat" and target.operators != forward.target.operators:
+        return False
+    operators = forward.analyse(target).placement.operators
+    return any(operator.kind is not OpKind.ADD for operator in operators)
+
+
 def _format(path: Path, name: FormatName | None) -> Format:
     suffixes = list(dict.fromkeys(format.suffix for format in FORMATS.values()))
     if name is None:
@@ -176,9 +193,16 @@ def _network(model: nn.Module, format: Format, target: str | Target | None) -> I
             f"lq.calibrate(model, ...) first"
         )
     if resolved is None:
-        resolved = prepared_forward(model).target
-        if format.residual is not None and not resolved.activation.symmetric:
-            resolved = replace(resolved, residual=format.residual)
+        forward = prepared_forward(model)
+        resolved = forward.target
+        if format.placed is not None:
+            resolved = format.placed(resolved)
+        if forward.mode == "qat" and not set(resolved.operators) <= set(forward.target.operators):
+            raise ValueError(
+                f"format={format.name!r} rounds tensors between the convolutions, too, which training for "
+                f"target={forward.target.name!r} did not watch: train with target='onnxruntime', or write "
+                f"format='onnx', which ONNX Runtime runs as well"
+            )
     with evaluating(model):
         return convert(model, resolved)
 

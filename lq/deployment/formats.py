@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -27,10 +27,10 @@ from lq.formats.pt2.write import examples, write_program
 from lq.graph.cropping import crop_kernels
 from lq.int8.module import Int8Module
 from lq.interface.metadata import KEY, Metadata
-from lq.schemes.targets import Residual
+from lq.schemes.targets import ONNXRUNTIME, Target
 from lq.util.archives import read_members
 
-FormatName = Literal["pt2", "aoti", "onnx"]
+FormatName = Literal["pt2", "aoti", "onnx", "onnxruntime"]
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class Format:
         free_sizes: whether it takes images of any size that the network takes.
         packages: that have to be there for the callback to write it unasked; None where it never does.
         takes_long: writing it takes a compiler: the rehearsal leaves it out.
-        own_ranges: whether it is written with the placement of the INT8 module as it is, and not with the format's own.
-        residual: how its engines want residual adds where activations are unsigned; None: as the target says.
+        placed: the model's target, placing quantizers as this format's engines want them; None: as it is, so that the
+            INT8 module itself is written.
     """
 
     name: FormatName
@@ -113,8 +113,7 @@ class Format:
     free_sizes: bool = False
     packages: tuple[str, ...] | None = None
     takes_long: bool = False
-    own_ranges: bool = True
-    residual: Residual | None = None
+    placed: Callable[[Target], Target] | None = None
 
     def installed_runtimes(self) -> tuple[str, ...]:
         """Names of the engines that can be used here, the preferred one first."""
@@ -176,6 +175,27 @@ def _cropped(int8: Int8Module) -> Int8Module:
     return crop_kernels(int8, examples(int8))
 
 
+_ONNX = Format(
+    name="onnx",
+    description="an ONNX model",
+    suffix=".onnx",
+    file="int8.onnx",
+    runtimes=(
+        Runtime("openvino", OpenVinoModel, package="openvino"),
+        Runtime("onnxruntime", OnnxRuntimeModel, package="onnxruntime"),
+    ),
+    matches=lambda path: True,
+    check=check_file,
+    read=_read_onnx,
+    write=_write_onnx,
+    check_dependencies=_check_onnx_dependencies,
+    layout=_cropped,
+    check_layers=_check_onnx_layers,
+    packages=("onnx", "onnxscript", "onnxruntime"),
+    # ONNX Runtime adds in a kernel of its own, which reads integers on both sides; OpenVINO runs that as fast.
+    placed=lambda target: target if target.activation.symmetric else replace(target, residual="operands"),
+)
+
 FORMATS: dict[str, Format] = {
     format.name: format
     for format in (
@@ -205,32 +225,33 @@ FORMATS: dict[str, Format] = {
             layout=lambda int8: linear_for_single_positions(for_this_cpu(_cropped(int8))),
             takes_long=True,
         ),
-        Format(
-            name="onnx",
-            description="an ONNX model",
-            suffix=".onnx",
-            file="int8.onnx",
-            runtimes=(
-                Runtime("openvino", OpenVinoModel, package="openvino"),
-                Runtime("onnxruntime", OnnxRuntimeModel, package="onnxruntime"),
-            ),
-            matches=lambda path: True,
-            check=check_file,
-            read=_read_onnx,
-            write=_write_onnx,
-            check_dependencies=_check_onnx_dependencies,
-            layout=_cropped,
-            check_layers=_check_onnx_layers,
-            packages=("onnx", "onnxscript", "onnxruntime"),
-            own_ranges=False,
-            # ONNX Runtime adds in a kernel of its own, which reads integers on both sides.
-            residual="operands",
+        _ONNX,
+        replace(
+            _ONNX,
+            name="onnxruntime",
+            description="an ONNX model for ONNX Runtime",
+            file="int8.onnxruntime.onnx",
+            runtimes=_ONNX.runtimes[1:],
+            placed=lambda target: replace(target, residual="operands", operators=ONNXRUNTIME.operators),
         ),
     )
 }
 
 #: Names of all engines that run files.
-RUNTIMES: tuple[str, ...] = tuple(runtime.name for format in FORMATS.values() for runtime in format.runtimes)
+RUNTIMES: tuple[str, ...] = tuple(
+    dict.fromkeys(runtime.name for format in FORMATS.values() for runtime in format.runtimes)
+)
+
+
+def best_format(runtime: str, among: Iterable[str] = FORMATS) -> Format:
+    """The format that an engine runs best: one that is for it alone, where there is one.
+
+    Args:
+        runtime: the engine's name.
+        among: names of formats.
+    """
+    formats = [FORMATS[name] for name in among if FORMATS[name].runtime(runtime) is not None]
+    return min(formats, key=lambda format: len(format.runtimes))
 
 
 def format_of(path: Path) -> Format:

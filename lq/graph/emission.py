@@ -14,11 +14,28 @@ from lq.graph.capture.calls import FollowedForward
 from lq.graph.convolution import CONVOLUTIONS
 from lq.graph.folding import BatchNormStatistics, fold, round_bias
 from lq.graph.ops import MOVES, OpKind, WeightedOp, clamp_bounds, classify
-from lq.graph.placement import Chain, Sum, site, source_of
+from lq.graph.placement import Chain, Operator, site, source_of
 from lq.graph.qdq import DEQUANTIZE_BUFFER, DEQUANTIZE_WEIGHT, QUANTIZE_BUFFER, mark_origin
+from lq.numerics.functional import SCALE_EPS
 from lq.numerics.quantizer import Quantizer
+from lq.numerics.spec import QuantSpec
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class _UnitGrid:
+    """A grid for numbers that are none below 0: the zero point is the smallest integer."""
+
+    spec: QuantSpec
+
+    @property
+    def levels(self) -> int:
+        return self.spec.quant_max - self.spec.quant_min
+
+    @property
+    def bounds(self) -> tuple[int, int, torch.dtype]:
+        return self.spec.quant_min, self.spec.quant_max, self.spec.dtype
 
 
 @dataclass
@@ -48,9 +65,9 @@ class _Emitter:
         self.values: dict[fx.Node, fx.Node] = {}  # float graph -> this graph, as computed
         self.integers: dict[fx.Node, tuple[fx.Node, str]] = {}  # ... as integers, with the name of their quantizer
         self.quantized = {node: site(node) for node in analysis.placement.activations} if quantizers else {}
-        self.chain_of = analysis.placement.chain_of()
-        self.sums = {total.end: total for total in analysis.placement.sums} if quantizers else {}
-        self.inside_sums = {total.add for total in self.sums.values() if total.add is not total.end}
+        # Without quantizers, operators are what they are: only the chains' batch norms are folded.
+        kernels = analysis.placement.kernels if quantizers else analysis.placement.chains
+        self.kernel_of = {node: kernel for kernel in kernels for node in kernel.nodes}
         self.carried = self._same_scale_nodes_in_int8()
 
     def emit(self) -> EmittedGraph:
@@ -73,9 +90,7 @@ class _Emitter:
 
     def _same_scale_nodes_in_int8(self) -> set[fx.Node]:
         """The operators that move or select values between a quantized tensor and an INT8 kernel that reads it."""
-        reads = [chain.op.input for chain in self.analysis.placement.chains]
-        reads += [chain.residual for chain in self.analysis.placement.chains if chain.residual is not None]
-        reads += [operand for total in self.analysis.placement.sums for operand in total.add.all_input_nodes]
+        reads = [operand for kernel in self.analysis.placement.kernels for operand in kernel.reads]
         carried = set()
         for node in reads:
             if source_of(node) not in self.quantized:
@@ -90,14 +105,20 @@ class _Emitter:
     def _emit(self, node: fx.Node) -> None:
         if node.op == "get_attr" and node not in self.quantized:
             return  # held where something reads it: a kernel's weight is read as integers, under the same name
-        chain = self.chain_of.get(node)
-        if (chain is not None and node is not chain.end) or node in self.inside_sums:
+        kernel = self.kernel_of.get(node)
+        if kernel is not None and node is not kernel.end:
             return
-        if chain is not None:
-            value = self._emit_chain(chain)
-            self.emitted.ends[chain.name] = (node, value)
-        elif node in self.sums:
-            value = self._emit_sum(self.sums[node])
+        if isinstance(kernel, Operator) and kernel.kind is OpKind.HARD_SIGMOID and kernel.clamp is None:
+            key = self.quantized[node]
+            _, *grid = self._grid(key)
+            integers = self._hard_sigmoid(kernel, f"{kernel.name}_sum", self._quantizer(key).scale.item(), tuple(grid))
+            self.integers[node] = (integers, key)
+            return
+        if isinstance(kernel, Chain):
+            value = self._emit_chain(kernel)
+            self.emitted.ends[kernel.name] = (node, value)
+        elif kernel is not None:
+            value = self._emit_clamp(self._emit_operator(kernel), kernel.clamp)
         else:
             value = self._copy(node)
         self.values[node] = value
@@ -160,17 +181,22 @@ class _Emitter:
             owner.register_buffer(name, value)
         return self.graph.create_node("get_attr", path)
 
-    def _qdq(self, op: Any, value: fx.Node, key: str) -> fx.Node:
+    def _quantizer(self, key: str) -> Quantizer:
         assert self.quantizers is not None
-        quantizer = self.quantizers[key]
+        return self.quantizers[key]
+
+    def _grid(self, key: str) -> tuple[Any, ...]:
+        """A quantizer's scale and zero point, and the bounds and dtype of its integers."""
+        quantizer = self._quantizer(key)
         # What makes the tensor may be a parameter, or a module that stays float and has a `scale` of its own.
         tensors = {*dict(self.module.named_parameters()), *dict(self.module.named_buffers())}
         holder = f"{key}_quantizer" if tensors & {key, f"{key}.scale", f"{key}.zero_point"} else key
         scale = self._buffer(f"{holder}.scale", quantizer.scale.detach().clone())
         zero_point = self._buffer(f"{holder}.zero_point", quantizer.zero_point.detach().clone())
-        spec = quantizer.spec
-        args = (value, scale, zero_point, spec.quant_min, spec.quant_max, spec.dtype)
-        return self.graph.call_function(op, args)
+        return scale, zero_point, quantizer.spec.quant_min, quantizer.spec.quant_max, quantizer.spec.dtype
+
+    def _qdq(self, op: Any, value: fx.Node, key: str) -> fx.Node:
+        return self.graph.call_function(op, (value, *self._grid(key)))
 
     def _quantize(self, value: fx.Node, key: str) -> fx.Node:
         return self._qdq(QUANTIZE_BUFFER, value, key)
@@ -184,9 +210,78 @@ class _Emitter:
             value = self.graph.call_function(aten.add.Tensor, (value, self._read(chain.residual)))
         return self._emit_clamp(value, chain.clamp)
 
-    def _emit_sum(self, total: Sum) -> fx.Node:
-        left, right = (self._read(operand) for operand in total.add.args)  # type: ignore[arg-type]
-        return self._emit_clamp(self.graph.call_function(aten.add.Tensor, (left, right)), total.clamp)
+    def _emit_operator(self, operator: Operator) -> fx.Node:
+        """An operator between quantized tensors, in the form that engines have INT8 kernels for."""
+        if operator.kind is OpKind.CONCAT:
+            return self._emit_concat(operator)
+        if operator.kind is OpKind.BATCH_NORM:
+            return self._emit_batch_norm(operator)
+        if operator.kind not in (OpKind.SILU, OpKind.HARD_SWISH):
+            return self._copy(operator.node)
+        # A product of the tensor and a gate that was made of it.
+        x, holder = operator.reads[0], f"{operator.name}_gate"
+        unit = self._unit_grid(operator)
+        scale = self._buffer(f"{holder}.scale", torch.tensor(1.0 / unit.levels))
+        grid = (self._buffer(f"{holder}.zero_point", torch.tensor(unit.spec.quant_min)), *unit.bounds)
+        if operator.kind is OpKind.SILU:
+            gate = self.graph.call_function(aten.sigmoid.default, (self._read(x),))
+            integers = self.graph.call_function(QUANTIZE_BUFFER, (gate, scale, *grid))
+        else:
+            integers = self._hard_sigmoid(operator, holder, 1.0 / unit.levels, grid)
+        gate = self.graph.call_function(DEQUANTIZE_BUFFER, (integers, scale, *grid))
+        return self.graph.call_function(aten.mul.Tensor, (self._read(x), gate))
+
+    def _unit_grid(self, operator: Operator) -> _UnitGrid:
+        """The integers that kernels take beside those of the operand: of one type, for numbers from 0 on."""
+        return _UnitGrid(self._quantizer(self.integers[operator.reads[0]][1]).spec)
+
+    def _hard_sigmoid(self, operator: Operator, holder: str, scale: float, grid: tuple[Any, ...]) -> fx.Node:
+        """``clamp(x + 3, 0, 6) / 6`` as integers: a sum, which engines have a kernel for; the grid divides by six.
+
+        Args:
+            operator: whose operand ``x`` is.
+            holder: path for the buffers.
+            scale: of the result.
+            grid: zero point, bounds and dtype of the result.
+        """
+        unit = self._unit_grid(operator)
+        three = self._buffer(f"{holder}.three", torch.tensor([unit.spec.quant_max], dtype=unit.spec.dtype))
+        three_scale = self._buffer(f"{holder}.three_scale", torch.tensor(3.0 / unit.levels))
+        three_zero = self._buffer(f"{holder}.three_zero_point", torch.tensor(unit.spec.quant_min))
+        addend = self.graph.call_function(DEQUANTIZE_BUFFER, (three, three_scale, three_zero, *unit.bounds))
+        total = self.graph.call_function(aten.add.Tensor, (self._read(operator.reads[0]), addend))
+        clamped = self.graph.call_function(aten.hardtanh.default, (total, 0.0, 6.0))
+        six_scale = self._buffer(f"{holder}.six_scale", torch.tensor(6.0 * scale))
+        return self.graph.call_function(QUANTIZE_BUFFER, (clamped, six_scale, *grid))
+
+    def _emit_concat(self, operator: Operator) -> fx.Node:
+        """Of what is on the concatenation's own grid already, where its maker's kernel writes for nothing else."""
+        key = self.quantized[operator.end]
+
+        def read(operand: fx.Node) -> fx.Node:
+            if operand in self.integers:
+                return self._read(operand)
+            return self._qdq(DEQUANTIZE_BUFFER, self._quantize(self._read(operand), key), key)
+
+        axis = operator.node.args[1:]
+        return self.graph.call_function(aten.cat.default, ([read(operand) for operand in operator.reads], *axis))
+
+    def _emit_batch_norm(self, operator: Operator) -> fx.Node:
+        """As the convolution that multiplies each channel by its factor: one weight a channel, which 8 bits hold."""
+        values = self.analysis.values
+        factor, shift = BatchNormStatistics.of(operator.node, values).affine()
+        channels = len(factor)
+        scale = (factor.abs() / 127).clamp_min(SCALE_EPS).float()
+        path, x = operator.name, operator.reads[0]
+        bias = round_bias(shift.float(), self._quantizer(self.integers[x][1]).scale, scale)
+        weight_int = torch.round(factor / scale).clamp(-127, 127).to(torch.int8).reshape(-1, 1, 1, 1)
+        integers = self._buffer(f"{path}.factor", weight_int)
+        zero_point = self._buffer(f"{path}.factor_zero_point", torch.zeros(channels, dtype=torch.int64))
+        args = (integers, self._buffer(f"{path}.factor_scale", scale), zero_point, 0, -127, 127, torch.int8)
+        weight = self.graph.call_function(DEQUANTIZE_WEIGHT, args)
+        shift_node = self._buffer(f"{path}.shift", bias)
+        settings = ([1, 1], [0, 0], [1, 1], channels)
+        return self.graph.call_function(CONVOLUTIONS[2], (self._read(x), weight, shift_node, *settings))
 
     def _emit_clamp(self, value: fx.Node, clamp: fx.Node | None) -> fx.Node:
         if clamp is None:

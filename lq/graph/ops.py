@@ -25,6 +25,13 @@ class OpKind(enum.Enum):
     SAME_SCALE = "same_scale"  # moves or selects values: the output lies on the grid of the input
     PAD = "pad"  # with what lies on every grid (zero), or is never chosen (below all, in front of a max pool)
     AVG_POOL = "avg_pool"
+    MUL = "mul"
+    CONCAT = "concat"
+    SIGMOID = "sigmoid"
+    HARD_SIGMOID = "hard_sigmoid"
+    SILU = "silu"
+    HARD_SWISH = "hard_swish"
+    LEAKY_RELU = "leaky_relu"
     SHAPE = "shape"  # looks at sizes and computes with them
     OTHER = "other"
 
@@ -52,6 +59,13 @@ _KINDS: dict[Any, OpKind] = {
     aten.clamp.default: OpKind.CLAMP,
     aten.clamp_min.default: OpKind.CLAMP,
     aten.add.Tensor: OpKind.ADD,
+    aten.mul.Tensor: OpKind.MUL,
+    aten.cat.default: OpKind.CONCAT,
+    aten.sigmoid.default: OpKind.SIGMOID,
+    aten.hardsigmoid.default: OpKind.HARD_SIGMOID,
+    aten.silu.default: OpKind.SILU,
+    aten.hardswish.default: OpKind.HARD_SWISH,
+    aten.leaky_relu.default: OpKind.LEAKY_RELU,
     aten.max_pool1d.default: OpKind.SAME_SCALE,
     aten.max_pool2d.default: OpKind.SAME_SCALE,
     aten.max_pool3d.default: OpKind.SAME_SCALE,
@@ -122,7 +136,7 @@ def classify(node: fx.Node) -> OpKind:
     if node.op != "call_function":
         return OpKind.OTHER
     kind = _KINDS.get(node.target, OpKind.OTHER)
-    if kind is OpKind.ADD and not _is_plain_add(node):
+    if kind in (OpKind.ADD, OpKind.MUL) and not _is_of_two_tensors(node):
         return OpKind.OTHER
     if kind is OpKind.CLAMP and clamp_bounds(node) is None:
         return OpKind.OTHER
@@ -137,7 +151,7 @@ def classify(node: fx.Node) -> OpKind:
     return kind
 
 
-def _is_plain_add(node: fx.Node) -> bool:
+def _is_of_two_tensors(node: fx.Node) -> bool:
     return len(node.args) == 2 and all(isinstance(arg, fx.Node) for arg in node.args) and not node.kwargs
 
 

@@ -35,6 +35,15 @@ class Chain:
     clamp: fx.Node | None = None
 
     @property
+    def node(self) -> fx.Node:
+        return self.op.node
+
+    @property
+    def reads(self) -> list[fx.Node]:
+        """The tensors that it is given."""
+        return [self.op.input] if self.residual is None else [self.op.input, self.residual]
+
+    @property
     def weight_key(self) -> str:
         """Name of the weight's quantizer: ``layer1.0.conv1.weight``."""
         return f"{self.name}.weight"
@@ -50,20 +59,40 @@ class Chain:
 
 
 @dataclass
-class Sum:
-    """A residual add that is a kernel of its own, with the clamp behind it.
+class Operator:
+    """An operator that is an INT8 kernel of its own, with the clamp behind it: a sum, a product, a pool, a sigmoid.
 
     Args:
-        add: the add of two quantized tensors.
+        node: the operator.
         clamp: the ReLU (or a relative) behind it.
     """
 
-    add: fx.Node
+    node: fx.Node
     clamp: fx.Node | None = None
 
     @property
+    def kind(self) -> OpKind:
+        return classify(self.node)
+
+    @property
+    def name(self) -> str:
+        return site(self.node)
+
+    @property
+    def reads(self) -> list[fx.Node]:
+        """Its operands: tensors, none of them a parameter of the operator."""
+        operands = self.node.args[0] if self.kind is OpKind.CONCAT else self.node.args[:1]
+        if self.kind in (OpKind.ADD, OpKind.MUL):
+            operands = self.node.args[:2]
+        return [operand for operand in operands if isinstance(operand, fx.Node)]  # type: ignore[union-attr]
+
+    @property
     def end(self) -> fx.Node:
-        return self.clamp or self.add
+        return self.clamp or self.node
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        return (self.node,) if self.clamp is None else (self.node, self.clamp)
 
 
 @dataclass
@@ -72,27 +101,27 @@ class Placement:
 
     Args:
         chains: in the order of the graph.
-        sums: residual adds that no chain takes in, in the order of the graph.
+        operators: kernels of their own, in the order of the graph.
         activations: the nodes whose output gets a quantizer; the quantizer's name is the node's ``meta["site"]``.
         float_layers: reason why a layer stays float, by its path.
     """
 
     chains: list[Chain] = field(default_factory=list)
-    sums: list[Sum] = field(default_factory=list)
+    operators: list[Operator] = field(default_factory=list)
     activations: list[fx.Node] = field(default_factory=list)
     float_layers: dict[str, str] = field(default_factory=dict)
 
     @property
-    def kernels(self) -> list[Chain | Sum]:
-        return [*self.chains, *self.sums]
+    def kernels(self) -> list[Chain | Operator]:
+        return [*self.chains, *self.operators]
 
     def names_of(self, node: fx.Node) -> tuple[str, ...]:
         """What a tensor goes by: its quantizer's name, and that of the layer whose kernel makes it."""
         return (site(node), *(chain.name for chain in self.chains if chain.end is node))
 
-    def chain_of(self) -> dict[fx.Node, Chain]:
-        """The chain each node belongs to."""
-        return {node: chain for chain in self.chains for node in chain.nodes}
+    def kernel_of(self) -> dict[fx.Node, Chain | Operator]:
+        """The kernel each node belongs to."""
+        return {node: kernel for kernel in self.kernels for node in kernel.nodes}
 
 
 def site(node: fx.Node) -> str:
@@ -140,6 +169,7 @@ def _layer_name(op: WeightedOp) -> str:
 class _Placer:
     def __init__(self, captured: CapturedGraph, values: Mapping[fx.Node, Any], scheme: Scheme) -> None:
         self.residual = scheme.residual
+        self.kinds = {OpKind(name) for name in scheme.operators}
         self.in_float = scheme.overrides.in_float
         self.graph = captured.graph
         self.values = values
@@ -151,11 +181,16 @@ class _Placer:
         self._attach_batch_norms()
         self._place_residuals()
         for kernel in self.placement.kernels:
-            follower = _next(kernel.end)
-            if kernel.clamp is None and follower is not None and classify(follower) is OpKind.CLAMP:
-                kernel.clamp = follower
+            self._attach_clamp(kernel)
+        if self.kinds:
+            self._place_operators()
         self._place_activations()
         return self.placement
+
+    def _attach_clamp(self, kernel: Chain | Operator) -> None:
+        follower = _next(kernel.end)
+        if kernel.clamp is None and follower is not None and classify(follower) is OpKind.CLAMP:
+            kernel.clamp = follower
 
     def _find_chains(self) -> None:
         for node in self.graph.nodes:
@@ -197,17 +232,23 @@ class _Placer:
         node = _next(chain.op.node)
         if node is None or classify(node) is not OpKind.BATCH_NORM:
             return None
-        mean, training = node.args[3], node.args[5]
-        if mean is None or training:
-            self.placement.float_layers[site(node)] = "it has no running statistics to fold"
-            return None
-        if any(isinstance(value, fx.Node) and depends_on_input(value) for value in node.args[1:5]):
-            self.placement.float_layers[site(node)] = "its parameters are computed from the input"
+        if not self._is_scale_and_shift(node):
             return None
         # A linear layer's features are its last axis, a batch norm's the second: the same only for (N, C).
         if chain.op.kind is OpKind.LINEAR and self.values[chain.op.node].dim() != 2:
             return None
         return node
+
+    def _is_scale_and_shift(self, norm: fx.Node) -> bool:
+        """Whether a batch norm multiplies and adds numbers that are known; if not, the reason is noted."""
+        mean, training = norm.args[3], norm.args[5]
+        if mean is None or training:
+            self.placement.float_layers[site(norm)] = "it has no running statistics to fold"
+            return False
+        if any(isinstance(value, fx.Node) and depends_on_input(value) for value in norm.args[1:5]):
+            self.placement.float_layers[site(norm)] = "its parameters are computed from the input"
+            return False
+        return True
 
     def _place_residuals(self) -> None:
         ends = {chain.end: chain for chain in self.placement.chains}
@@ -225,22 +266,56 @@ class _Placer:
             if self.in_float(site(node)):
                 continue
             if candidates and self.residual == "operands":
-                self.placement.sums.append(Sum(node))
+                self.placement.operators.append(Operator(node))
             elif candidates:
                 # The kernel adds what is there already, so the convolution that runs last is the one that adds.
                 _, chain, residual = max(candidates, key=lambda candidate: candidate[0])
                 chain.add, chain.residual = node, residual
 
+    def _place_operators(self) -> None:
+        """Operators that read what an INT8 kernel makes, one after the other down the graph."""
+        made = {kernel.end for kernel in self.placement.kernels}
+        taken = self.placement.kernel_of()
+        for node in self.graph.nodes:
+            kind = classify(node)
+            if node in taken or (kind not in self.kinds and kind is not OpKind.ADD):
+                continue
+            operator = Operator(node)
+            if self._can_be_integers(operator) and any(source_of(operand) in made for operand in operator.reads):
+                if kind is not OpKind.AVG_POOL:
+                    self._attach_clamp(operator)
+                self.placement.operators.append(operator)
+                made.add(operator.end)
+        self.placement.operators.sort(key=lambda operator: self.order[operator.node])
+
+    def _can_be_integers(self, operator: Operator) -> bool:
+        node = operator.node
+        values = [self.values[operand] for operand in (node, *operator.reads)]
+        if not all(_is_float_tensor(value) for value in values) or self.in_float(site(node)) or _is_result(node):
+            return False
+        if "position" not in node.meta:
+            return False  # it runs inside a function of torch, where no quantizer can be put
+        if operator.kind in (OpKind.ADD, OpKind.MUL):
+            return node.args[0] is not node.args[1] and all(depends_on_input(operand) for operand in operator.reads)
+        if operator.kind is OpKind.BATCH_NORM:
+            return values[0].dim() == 4 and self._is_scale_and_shift(node)
+        return True
+
     def _place_activations(self) -> None:
-        ends = {kernel.end for kernel in self.placement.kernels}
+        kernels = self.placement.kernels
+        ends = {kernel.end for kernel in kernels}
         wanted = set()
-        for total in self.placement.sums:
-            wanted.add(total.end)
-            wanted.update(source_of(operand) for operand in total.add.all_input_nodes)
+        for operator in self.placement.operators:
+            wanted.add(operator.end)
+            if operator.kind is not OpKind.CONCAT:  # whose operands are written on its own grid
+                wanted.update(map(source_of, operator.reads))
         for chain in self.placement.chains:
-            wanted.add(source_of(chain.op.input))
-            if chain.residual is not None:
-                wanted.add(source_of(chain.residual))
+            wanted.update(map(source_of, chain.reads))
+            if self.kinds and chain.op.kind is OpKind.CONV and not _is_result(chain.end):
+                # An engine that fuses no operators into its convolutions has INT8 ones where their outputs are INT8.
+                concats = [operator.node for operator in self.placement.operators if operator.kind is OpKind.CONCAT]
+                if not all(user in concats for user in chain.end.users):
+                    wanted.add(chain.end)
         for node in self.graph.nodes:
             # Pooling an INT8 kernel's output: reading it as INT8 lets the kernel before write INT8.
             if classify(node) is OpKind.AVG_POOL and isinstance(node.args[0], fx.Node):
@@ -248,6 +323,11 @@ class _Placer:
                 if source in ends:
                     wanted.add(source)
         self.placement.activations = sorted(wanted, key=self.order.__getitem__)
+
+
+def _is_result(node: fx.Node) -> bool:
+    """Whether nothing reads ``node`` but the network's caller: results are not rounded."""
+    return all(user.op == "output" or (classify(user) in MOVES and _is_result(user)) for user in node.users)
 
 
 def _norm_name(norm: fx.Node) -> str:
@@ -261,8 +341,9 @@ def place(captured: CapturedGraph, values: Mapping[fx.Node, Any], scheme: Scheme
 
     conv → batch norm → ReLU is one kernel. Where the kernel does a residual add as well (oneDNN, OpenVINO, TensorRT),
     only the operand that is *not* its own convolution is quantized; where the add is a kernel of its own (ONNX
-    Runtime), both operands and the sum are. Operators that move or select values share the grid of their input; each
-    distinct tensor has one quantizer at most; the classifier's output, which no INT8 kernel reads, stays float.
+    Runtime), both operands and the sum are, and so it is with the target's other operators. Operators that move or
+    select values share the grid of their input; each distinct tensor has one quantizer at most; the classifier's
+    output, which no INT8 kernel reads, stays float.
 
     Args:
         captured: the graph of evaluation mode.

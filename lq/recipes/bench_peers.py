@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import lq
-from lq.deployment.formats import FORMATS, RUNTIMES
+from lq.deployment.formats import RUNTIMES, best_format
 from lq.errors import CompilerError, ConfigError, ContenderError
 from lq.recipes.blocks.config import field, main
 from lq.timing.race import Measurement, race
@@ -273,7 +273,7 @@ def _ours(name: str, size: int, threads: int, folder: Path) -> dict[str, Callabl
     lq.calibrate(network, [x])
     contenders: dict[str, Callable[[], Model]] = {}
     for runtime in RUNTIMES:
-        format = next(format for format in FORMATS.values() if format.runtime(runtime) is not None)
+        format = best_format(runtime)
         path = folder / f"{name}_{size}_{format.file}"
         try:
             if not path.exists():

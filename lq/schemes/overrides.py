@@ -10,7 +10,7 @@ from typing import Any
 
 from lq.numerics.calibrators import Calibrator, get_calibrator
 from lq.numerics.spec import QuantSpec
-from lq.schemes.targets import Residual, Target
+from lq.schemes.targets import Operator, Residual, Target
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,10 @@ class Scheme:
     @property
     def residual(self) -> Residual:
         return self.target.residual
+
+    @property
+    def operators(self) -> tuple[Operator, ...]:
+        return self.target.operators
 
     def weight(self, layer: str) -> QuantSpec:
         """The grid of a layer's weight."""

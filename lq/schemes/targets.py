@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -13,6 +13,11 @@ from lq.util.cpu import architecture, has_vnni, is_arm, is_x86
 #: How a residual add ``conv(x) + y`` is computed. ``"fused"``: by the convolution's kernel on its way out, so that only
 #: ``y`` is quantized. ``"operands"``: by a kernel of its own, so that both operands and the sum are.
 Residual = Literal["fused", "operands"]
+
+#: Operators between the convolutions, as :class:`~lq.graph.ops.OpKind` names them.
+Operator = Literal[
+    "mul", "concat", "avg_pool", "batch_norm", "sigmoid", "hard_sigmoid", "silu", "hard_swish", "leaky_relu"
+]
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class Target:
         activation: grid of the activations (per tensor).
         weight: grid of the weights; ``ch_axis`` 0 is the output channel of ``(O, I, kH, kW)`` and ``(O, I)``.
         residual: how residual adds are computed.
+        operators: beside sums, what the engine computes from integers to integers in kernels of their own; its other
+            engines compute them in float, or in the convolution's kernel.
     """
 
     name: str
@@ -32,6 +39,7 @@ class Target:
     activation: QuantSpec
     weight: QuantSpec
     residual: Residual = "fused"
+    operators: tuple[Operator, ...] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -67,10 +75,12 @@ X86_AVX2 = Target(
 
 ONNXRUNTIME = Target(
     name="onnxruntime",
-    description="ONNX Runtime on CPUs: as x86, with both operands of a residual add quantized (QLinearAdd)",
+    description="ONNX Runtime on CPUs: as x86, with all that lies between convolutions in INT8 kernels of its own",
     activation=_UINT8_AFFINE,
     weight=_INT8_PER_CHANNEL,
     residual="operands",
+    # Its convolutions are INT8 where their outputs are, and do nothing on their way out but clamp.
+    operators=get_args(Operator),
 )
 
 TENSORRT = Target(

@@ -30,7 +30,7 @@ from lq.numerics.quantizer import (
     weight_quantizer,
 )
 from lq.schemes.overrides import Overrides, OverridesLike, Scheme
-from lq.schemes.targets import AUTO_TARGET, Residual, Target, get_target, native_target
+from lq.schemes.targets import AUTO_TARGET, Operator, Residual, Target, get_target, native_target
 from lq.util.modes import evaluating
 
 _log = logging.getLogger("lq")
@@ -300,8 +300,8 @@ def _put_on_activations(forward: PreparedForward, tree: QuantizerTree, analysis:
     device = next((p.device for p in forward.module.parameters()), torch.device("cpu"))
     everywhere = {
         node
-        for residual in get_args(Residual)
-        for node in place(analysis.captured, analysis.values, _with_residual(scheme, residual)).activations
+        for variant in _variants(scheme, forward.mode)
+        for node in place(analysis.captured, analysis.values, variant).activations
     }
     for node in analysis.graph.nodes:
         if node in everywhere:
@@ -353,8 +353,12 @@ def _check_registered(
         )
 
 
-def _with_residual(scheme: Scheme, residual: Residual) -> Scheme:
-    return replace(scheme, target=replace(scheme.target, residual=residual))
+def _variants(scheme: Scheme, mode: Mode) -> Iterator[Scheme]:
+    """The scheme, and those that other targets may be converted with."""
+    for residual in get_args(Residual):
+        yield replace(scheme, target=replace(scheme.target, residual=residual))
+    if mode == "ptq":  # in training, each tensor more that is watched is time at every step
+        yield replace(scheme, target=replace(scheme.target, residual="operands", operators=get_args(Operator)))
 
 
 def unprepare(model: M) -> M:

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from lq.graph.analysis import GraphAnalysis
 from lq.graph.ops import MOVES, OpKind, classify
-from lq.graph.placement import Sum, site, source_of
+from lq.graph.placement import Chain, Operator, site, source_of
 from lq.numerics.quantizer import Quantizer
 from lq.results.report import LayerReport, QuantizationReport
 from lq.schemes.targets import Target
@@ -27,11 +27,14 @@ def _range(quantizer: Quantizer) -> str:
 
 
 _FLOAT_REASONS = {
+    OpKind.CONV: "its input or weight has no INT8 form",
+    OpKind.LINEAR: "its input or weight has no INT8 form",
     OpKind.BATCH_NORM: "no convolution or linear layer right before it to fold into",
     OpKind.AVG_POOL: "pooling averages in float, between an INT8 input and an INT8 output",
     OpKind.ADD: "no convolution's own output among its operands",
-    OpKind.OTHER: "no INT8 kernel for this operator",
 }
+
+_NO_KERNEL = "no INT8 kernel for this operator"
 
 
 def make_report(
@@ -51,34 +54,19 @@ def report_rows(
 ) -> list[tuple[LayerReport, fx.Node | None]]:
     """The rows of the report, each with its first node in the float graph, or None where that does not reach it."""
     placement = analysis.placement
-    chain_of = placement.chain_of()
-    sums = {node: total for total in placement.sums for node in (total.add, total.end)}
+    kernel_of = placement.kernel_of()
     layers: list[tuple[LayerReport, fx.Node | None]] = []
     for node in analysis.graph.nodes:
-        chain = chain_of.get(node)
-        if chain is not None:
-            if node is chain.op.node:
-                parts = [chain.op.kind, *(classify(part) for part in chain.nodes[1:])]
-                weight = quantizers[chain.weight_key]
-                source = site(source_of(chain.op.input))
-                row = LayerReport(
-                    name=chain.name,
-                    kind=" + ".join(part.value for part in parts),
-                    precision="int8",
-                    weight=f"{weight.spec}, {_range(weight)}",
-                    input=f"{source}: {quantizers[source].spec}, {_range(quantizers[source])}",
-                    output=site(chain.end),
-                )
-                layers.append((row, node))
-        elif node in sums:
-            if node is sums[node].add:
-                layers.append((_sum_row(sums[node], model, quantizers), node))
+        kernel = kernel_of.get(node)
+        if kernel is not None:
+            if node is kernel.node:
+                layers.append((_kernel_row(kernel, quantizers), node))
         elif _computes(node):
             kind = classify(node)
             name = site(node)
             layer = node.meta["layer"]
             path = name if layer is None else layer  # a module's second call has a name of its own
-            reason = placement.float_layers.get(path, _FLOAT_REASONS.get(kind, "its input or weight has no INT8 form"))
+            reason = placement.float_layers.get(path, _FLOAT_REASONS.get(kind, _NO_KERNEL))
             layers.append((LayerReport(name, operator_label(node, model), "float", reason=reason), node))
     reached = {node.meta["path"] for node in analysis.graph.nodes if node.op.startswith("call")}
     for name, module in model.named_modules():
@@ -90,14 +78,20 @@ def report_rows(
     return layers
 
 
-def _sum_row(total: Sum, model: nn.Module, quantizers: Mapping[str, Quantizer]) -> LayerReport:
-    sources = [site(source_of(operand)) for operand in total.add.all_input_nodes]
+def _kernel_row(kernel: Chain | Operator, quantizers: Mapping[str, Quantizer]) -> LayerReport:
+    weight = ""
+    if isinstance(kernel, Chain):
+        quantizer = quantizers[kernel.weight_key]
+        weight = f"{quantizer.spec}, {_range(quantizer)}"
+    first = kernel.reads[:1] if isinstance(kernel, Chain) else kernel.reads
+    sources = [name for operand in first if (name := site(source_of(operand))) in quantizers]
     return LayerReport(
-        name=site(total.add),
-        kind="add + relu" if total.clamp is not None else "add",
-        output=site(total.end),
+        name=kernel.name,
+        kind=" + ".join(classify(node).value for node in kernel.nodes),
         precision="int8",
+        weight=weight,
         input="; ".join(f"{name}: {quantizers[name].spec}, {_range(quantizers[name])}" for name in sources),
+        output=site(kernel.end),
     )
 
 

@@ -23,7 +23,7 @@ from lq.callback.result import QuantizationResult, Side
 from lq.callback.steps.batches import repeat_samples
 from lq.callback.steps.stages import StagedUnit
 from lq.charts.predictions import Predictions
-from lq.deployment.export import ExportResult, export
+from lq.deployment.export import ExportResult, export, pays_off
 from lq.deployment.formats import FORMATS, FormatName
 from lq.int8.module import Int8Module
 from lq.results.report import slower_text
@@ -40,7 +40,7 @@ BATCH_SIZE = 32
 
 #: The format that is always written, and those that are written beside it, on request.
 NETWORK: FormatName = "pt2"
-OTHER_FORMATS: tuple[FormatName, ...] = ("onnx", "aoti")
+OTHER_FORMATS: tuple[FormatName, ...] = ("onnx", "onnxruntime", "aoti")
 
 #: Those of them that are written where nothing is asked for, and what they need is installed.
 UNASKED: tuple[FormatName, ...] = tuple(name for name in OTHER_FORMATS if FORMATS[name].packages is not None)
@@ -204,7 +204,7 @@ class Conversion:
 
         def write(name: FormatName) -> None:
             format = FORMATS[name]
-            network = int8 if format.own_ranges else unit
+            network = int8 if format.placed is None else unit
             written = export(
                 network, folder / format.file, format=name, labels=self.labels, preprocessing=self.preprocessing
             )
@@ -214,7 +214,7 @@ class Conversion:
 
         write(NETWORK)
         for name in OTHER_FORMATS:
-            if name not in self.formats:
+            if name not in self.formats or (name in self.optional and not pays_off(unit, name)):
                 continue
             try:
                 write(name)

@@ -18,7 +18,7 @@ from lq.callback.end.engines import EAGER, FOLDED, Engine
 from lq.callback.steps.batches import repeat_samples
 from lq.callback.steps.stages import StagedUnit
 from lq.deployment.export import ExportResult
-from lq.deployment.formats import FORMATS
+from lq.deployment.formats import FORMATS, best_format
 from lq.deployment.load import load
 from lq.graph.capture.signature import CallSignature
 from lq.graph.cropping import crop_kernels
@@ -70,6 +70,8 @@ def contenders(unit: nn.Module, int8: Int8Module, exports: Sequence[ExportResult
         found.append(Contender(Engine(FOLDED, note=_reason(error)), None))
     for written in exports:
         for runtime in FORMATS[written.format].installed_runtimes():
+            if best_format(runtime, [export.format for export in exports]).name != written.format:
+                continue
             engine = Engine(runtime, file=written.path.name, size_bytes=written.size_bytes)
             if runtime == IN_PROCESS:
                 found.append(Contender(engine, partial(called, int8)))

@@ -192,10 +192,7 @@ def _weights(unit: nn.Module, graph: GraphAnalysis) -> dict[str, QuantizedWeight
 
 
 def _inputs(unit: nn.Module, graph: GraphAnalysis) -> dict[str, str]:
-    found = {chain.name: site(source_of(chain.op.input)) for chain in graph.placement.chains}
-    for total in graph.placement.sums:
-        found[site(total.add)] = site(source_of(total.add.all_input_nodes[0]))
-    return found
+    return {kernel.name: site(source_of(kernel.reads[0])) for kernel in graph.placement.kernels}
 
 
 @torch.no_grad()

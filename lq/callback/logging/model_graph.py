@@ -29,8 +29,7 @@ def model_graph(graph: GraphAnalysis, root: nn.Module, activations: Mapping[str,
         activations: quantizers of tensors, by the names of what makes them.
     """
     placement = graph.placement
-    kernels = {node for chain in placement.chains for node in chain.nodes}
-    kernels |= {node for total in placement.sums for node in (total.add, total.end)}
+    kernels = {node for kernel in placement.kernels for node in kernel.nodes}
     quantized = set(placement.activations)
 
     def in_int8(node: fx.Node) -> bool:

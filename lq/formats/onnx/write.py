@@ -76,6 +76,7 @@ def to_onnx(
         raise ValueError(f"opset={opset} is none that torch's exporter writes here; it made opset {written} of it")
     _drop_debugging_information(model)
     _name_free_sizes(model)
+    _pool_globally(onnx, model)
     _rename_quantized(model, sites)
     if int32_bias:
         _quantize_biases(onnx, model)
@@ -116,6 +117,20 @@ def _name_free_sizes(model: Any) -> None:
         for axis in value.type.tensor_type.shape.dim:
             if axis.HasField("dim_param") and re.fullmatch(r"s\d+", axis.dim_param):
                 axis.dim_param = symbols.setdefault(axis.dim_param, f"batch_{len(symbols)}" if symbols else "batch")
+
+
+def _pool_globally(onnx: Any, model: Any) -> None:
+    """Means over height and width as the pool that they are: engines have an INT8 kernel for that."""
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in (*model.graph.value_info, *model.graph.input)}
+    initializers = {value.name: value for value in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "ReduceMean" or len(node.input) < 2 or node.input[1] not in initializers:
+            continue
+        settings = {attribute.name: attribute.i for attribute in node.attribute}
+        axes = {int(axis) % 4 for axis in onnx.numpy_helper.to_array(initializers[node.input[1]])}
+        if len(shapes.get(node.input[0], ())) == 4 and axes == {2, 3} and settings.get("keepdims", 1):
+            node.op_type = "GlobalAveragePool"
+            del node.input[1:], node.attribute[:]
 
 
 def _rename_quantized(model: Any, sites: list[str]) -> None:
