@@ -314,7 +314,8 @@ class _Placer:
             if self.kinds and chain.op.kind is OpKind.CONV and not _is_result(chain.end):
                 # An engine that fuses no operators into its convolutions has INT8 ones where their outputs are INT8.
                 concats = [operator.node for operator in self.placement.operators if operator.kind is OpKind.CONCAT]
-                if not all(user in concats for user in chain.end.users):
+                # On the concatenation's own grid a ReLU would be a step of its own.
+                if chain.clamp is not None or not all(user in concats for user in chain.end.users):
                     wanted.add(chain.end)
         for node in self.graph.nodes:
             # Pooling an INT8 kernel's output: reading it as INT8 lets the kernel before write INT8.

@@ -358,7 +358,11 @@ def _variants(scheme: Scheme, mode: Mode) -> Iterator[Scheme]:
     for residual in get_args(Residual):
         yield replace(scheme, target=replace(scheme.target, residual=residual))
     if mode == "ptq":  # in training, each tensor more that is watched is time at every step
-        yield replace(scheme, target=replace(scheme.target, residual="operands", operators=get_args(Operator)))
+        operators = get_args(Operator)
+        yield replace(scheme, target=replace(scheme.target, residual="operands", operators=operators))
+        # Where an override keeps a concatenation in float, what it joins is rounded on its own.
+        separate = tuple(name for name in operators if name != "concat")
+        yield replace(scheme, target=replace(scheme.target, residual="operands", operators=separate))
 
 
 def unprepare(model: M) -> M:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +14,7 @@ import torch
 from capture.checks import as_tensors, check, check_float, check_int8, right_or_refused
 from capture.steps import Call, assert_same, sqnr
 from core.networks import Residual, randomize_batch_norm
-from core.patterns import conv
+from core.patterns import Forward, conv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -190,6 +193,31 @@ class CallsForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc.forward(F.relu(self.body.forward(self.a.forward(x))))
+
+
+@pytest.mark.parametrize(
+    "total",
+    [
+        pytest.param(lambda x, y: operator.add(x, y), id="operator"),
+        pytest.param(lambda x, y: functools.reduce(operator.add, [x, y]), id="reduce"),
+        pytest.param(lambda x, y: sum([x, y], start=torch.zeros(())), id="sum"),
+        pytest.param(lambda x, y: next(map(torch.Tensor.add, [x], [y])), id="map"),
+        pytest.param(lambda x, y: x.add(other=y), id="method"),
+    ],
+)
+def test_sums_by_functions_of_python(total: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Python calls a function from another instruction once it has run a few times: it is the same call."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        return self.c(F.relu(total(x, self.b(x))))
+
+    model = Forward(forward, a=conv(3, 8), b=conv(8, 8), c=conv(8, 4)).eval()
+    for _ in range(3):
+        model(X)
+    eager = copy.deepcopy(model)
+    lq.calibrate(lq.prepare(model, X[:2]), [X])
+    check_int8(lq.convert(model), Call((X,)), eager, model)
 
 
 def test_modules_called_through_forward() -> None:

@@ -85,7 +85,7 @@ def test_two_tensors_never_share_a_quantizer_by_name() -> None:
     model = Forward(forward, a=conv(3, 8), b=conv(8, 8), c=conv(8, 8), relu=nn.ReLU(), relu_1=nn.ReLU()).eval()
     lq.calibrate(lq.prepare(model, X), [X])
     found = lq.quantizers(model)
-    assert found.keys() == {"relu", "relu_1", "relu_2", "c", "a.weight", "b.weight", "c.weight"}
+    assert found.keys() == {"relu", "relu_1", "relu_2", "a", "c", "a.weight", "b.weight", "c.weight"}
     # Each has the range of its own tensor: b's input is the small one.
     assert found["relu_2"].scale < found["relu_1"].scale
     report = {layer.name: layer.input for layer in lq.report(model).int8_layers}

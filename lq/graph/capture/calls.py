@@ -13,7 +13,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType, MethodType
+from functools import cache
+from types import CodeType, FrameType, MethodType
 from typing import Any
 
 from torch import nn
@@ -193,9 +194,27 @@ def _place(frame: FrameType | None) -> _Place | None:
         if name.startswith(_FOLLOWERS):
             return None
         if name != "torch" and not name.startswith("torch."):
-            return frame.f_code.co_filename, frame.f_code.co_firstlineno, frame.f_lasti
+            return frame.f_code.co_filename, frame.f_code.co_firstlineno, _expression(frame.f_code, frame.f_lasti)
         frame = frame.f_back
     return None
+
+
+@cache
+def _expressions(code: CodeType) -> list[int]:
+    """For each instruction the first one of the same expression, as far as Python tells."""
+    if not hasattr(code, "co_positions"):  # before Python 3.11
+        return []
+    first: dict[tuple[int | None, ...], int] = {}
+    return [
+        first.setdefault(position, index) if position[0] is not None else index
+        for index, position in enumerate(code.co_positions())
+    ]
+
+
+def _expression(code: CodeType, offset: int) -> int:
+    # Python calls the same function from one or the other instruction of a call, once it has specialized them.
+    expressions = _expressions(code)
+    return expressions[offset // 2] if expressions else offset
 
 
 class FollowedForward:
