@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,6 +12,8 @@ from callback.classifiers import Wrapped, loader
 from callback.fits import fit, quantization
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import lq
 from lq import QuantizationCallback
@@ -82,6 +84,34 @@ def test_a_run_with_nothing_but_defaults(
     assert json.loads((folder / "int8.json").read_text())["stages"].keys() == STAGES
     assert "the end of fit took" in caplog.text
     assert all(f"{stage} " in caplog.text for stage in STAGES)
+
+
+class Swish(nn.Module):
+    """What ONNX Runtime has INT8 kernels for, and other engines in their convolutions."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, channels, 3), nn.Conv2d(channels, channels, 3)
+        self.fc = nn.Linear(channels, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.conv(F.silu(self.stem(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("mode", ["ptq", "qat"])
+def test_a_file_for_onnx_runtime_alone(mode: Literal["ptq", "qat"], tmp_path: Path, monkeypatch: Any) -> None:
+    """It is written unasked where it is another one, and what the engine's row in the table stands for."""
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(conversion, "UNASKED", ("onnx", "onnxruntime"))
+    callback = quantization(tmp_path, mode=mode, calibrator=None if mode == "qat" else "minmax")
+    model = Wrapped()
+    model.model = Swish()
+    fit(model, tmp_path, callback)
+    files = {engine.runtime: engine.file for engine in result_of(callback).engines}
+    assert files["openvino"] == "int8.onnx"
+    assert files["onnxruntime"] == ("int8.onnxruntime.onnx" if mode == "ptq" else "int8.onnx")
+    fit(Wrapped(), tmp_path, other := quantization(tmp_path, calibrator="minmax"))
+    assert [Path(path).name for path in result_of(other).exports] == ["int8.pt2", "int8.onnx"]
 
 
 def test_a_format_that_is_not_asked_for_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
