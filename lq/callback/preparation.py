@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lq.callback.steps.batches import first_samples
-from lq.callback.steps.running import Step, unit_arguments
+from lq.callback.steps.calls import Step
+from lq.callback.steps.running import unit_arguments
 from lq.callback.steps.stages import StagedUnit
 from lq.errors import CalibrationError, CaptureError
 from lq.interface.metadata import dtype_name

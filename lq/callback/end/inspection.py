@@ -21,8 +21,9 @@ from lq.callback.steps.batches import (
     validation_batches,
     validation_dataloaders,
 )
+from lq.callback.steps.calls import Step
 from lq.callback.steps.evaluation import is_overridden
-from lq.callback.steps.running import Step, call_unit
+from lq.callback.steps.running import call_unit
 from lq.callback.steps.stages import StagedUnit
 from lq.charts.chart import Chart
 from lq.charts.predictions import Predictions

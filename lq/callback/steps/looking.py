@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 
 from lq.callback.preparation import refused_batch
 from lq.callback.steps.batches import first_samples, train_batches, validation_batches
-from lq.callback.steps.calls import Call, CallTree, has_weighted_layers, watched
+from lq.callback.steps.calls import Call, CallTree, Step, has_weighted_layers, watched
 from lq.callback.steps.evaluation import is_overridden
 from lq.callback.steps.idle import run_idle, same_attributes
-from lq.callback.steps.running import Step, add_note, call_step
+from lq.callback.steps.running import add_note, call_step
 from lq.callback.steps.stages import StagedUnit
 from lq.callback.steps.twin import twin_of
 from lq.callback.steps.unit import Unit, unit_of_calls

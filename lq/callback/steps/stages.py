@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lq.callback.steps.calls import COMPILED, has_weighted_layers
-from lq.callback.steps.running import Step
+from lq.callback.steps.calls import COMPILED, Step, has_weighted_layers
 from lq.callback.steps.unit import Unit, find_unit
 from lq.graph.parts import PartsForward
 from lq.int8.module import Int8Module

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lq.callback.steps.calls import COMPILED, Call, has_weighted_layers
-from lq.callback.steps.running import Step
+from lq.callback.steps.calls import COMPILED, Call, Step, has_weighted_layers
 from lq.graph.ops import WEIGHTED_MODULES
 
 
