@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 import lq
 from lq import QuantizationCallback
-from lq.callback import QuantizationResult
+from lq.callback import QuantizationResult, outputs
 from lq.callback.end import conversion, engine_runs
 from lq.callback.end.engines import EAGER, Engine, recommendation, recommended
 from lq.timing.measure import Timing
@@ -36,7 +36,7 @@ def test_a_run_with_nothing_but_defaults(
 ) -> None:
     for name in ("onnx", "onnxscript", "onnxruntime", "openvino"):
         pytest.importorskip(name)
-    monkeypatch.setattr(conversion, "UNASKED", ("onnx",))
+    monkeypatch.setattr(outputs, "UNASKED", ("onnx",))
     caplog.set_level("INFO")
     callback = QuantizationCallback()
     logger = CSVLogger(tmp_path)
@@ -87,7 +87,7 @@ def test_a_run_with_nothing_but_defaults(
 def test_a_format_that_is_not_asked_for_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was trained is not lost for a file that nobody asked for; one that was asked for is an error."""
     pytest.importorskip("onnxscript")
-    monkeypatch.setattr(conversion, "UNASKED", ("onnx",))
+    monkeypatch.setattr(outputs, "UNASKED", ("onnx",))
     export = conversion.export
 
     def failing(model: Any, path: Path, **kwargs: Any) -> Any:

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from lq.callback.end.engines import EAGER, Engine
 from lq.callback.end.inspection import Findings, going_on
 from lq.callback.end.page import result_page
 from lq.callback.end.stopwatch import Stopwatch
+from lq.callback.outputs import NETWORK, OTHER_FORMATS, OUTPUTS, PAGE, RESULT
 from lq.callback.result import QuantizationResult, Side
 from lq.callback.steps.batches import repeat_samples
 from lq.callback.steps.stages import StagedUnit
@@ -37,19 +37,6 @@ from lq.workflow.prepare import activation_quantizers
 
 #: Samples in the batch that throughput is measured with.
 BATCH_SIZE = 32
-
-#: The format that is always written, and those that are written beside it, on request.
-NETWORK: FormatName = "pt2"
-OTHER_FORMATS: tuple[FormatName, ...] = ("onnx", "aoti")
-
-#: Those of them that are written where nothing is asked for, and what they need is installed.
-UNASKED: tuple[FormatName, ...] = tuple(name for name in OTHER_FORMATS if FORMATS[name].packages is not None)
-
-_PAGE = "int8.html"
-_RESULT = "int8.json"
-
-#: All that a run writes: what an earlier one left under these names goes where this one writes nothing of that name.
-OUTPUTS = (*(FORMATS[name].file for name in (NETWORK, *OTHER_FORMATS)), _PAGE, _RESULT)
 
 
 class Outcome(NamedTuple):
@@ -123,8 +110,8 @@ class Conversion:
         if self.output_dir is None:
             rank_zero_info("lq: fast_dev_run: the INT8 model was made and measured, and no file is kept of it")
             return outcome
-        if (self.output_dir / _PAGE).exists():
-            rank_zero_info(f"lq: what was done, layer by layer, is in {self.output_dir / _PAGE}")
+        if (self.output_dir / PAGE).exists():
+            rank_zero_info(f"lq: what was done, layer by layer, is in {self.output_dir / PAGE}")
         for file in written:
             rank_zero_info(f"lq: INT8 model written to {replace(file, path=self.output_dir / file.path.name)}")
         return outcome
@@ -193,9 +180,9 @@ class Conversion:
             advised = [] if result.analysis is None else [advice.layer for advice in result.analysis.advice()]
             so_far = replace(result, stages=dict(watch.seconds))
             page = result_page(so_far, findings.predictions, findings.tensor_charts(advised))
-            write_text(folder / _PAGE, page)
+            write_text(folder / PAGE, page)
         result = replace(result, stages=dict(watch.seconds))
-        write_text(folder / _RESULT, result.to_json())
+        write_text(folder / RESULT, result.to_json())
         return Outcome(result, failure, findings), exports
 
     def _export(self, unit: nn.Module, int8: Int8Module, folder: Path) -> tuple[list[ExportResult], Exception | None]:
@@ -261,11 +248,6 @@ class Conversion:
                 for name, share in agreement.items():
                     engines[name].engine = replace(engines[name].engine, agreement=share)
         return predictions
-
-
-def default_formats() -> tuple[FormatName, ...]:
-    """What is written beside ``int8.pt2`` where nothing is asked for: as far as what it needs is installed."""
-    return tuple(name for name in UNASKED if all(find_spec(package) for package in FORMATS[name].packages or ()))
 
 
 def _side(engine: Engine) -> Side:

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lq.analysis.analyze import analyze
+from lq.callback.settings import QuantizationSettings
 from lq.callback.steps.batches import (
     calibration_batches,
     count_samples,
@@ -36,9 +37,6 @@ from lq.numerics.quantizer import Quantizer
 from lq.results.analysis import Analysis
 from lq.util.modes import evaluating
 from lq.workflow.prepare import activation_quantizers, prepared_forward, quantizers, quantizers_off
-
-if TYPE_CHECKING:
-    from lq.callback.callback import QuantizationCallback
 
 #: Samples that are looked at; of a large network the analysis takes fewer.
 SAMPLES = 32
@@ -117,23 +115,26 @@ def going_on(what: str) -> Iterator[None]:
 
 
 def inspect_unit(
-    callback: QuantizationCallback,
+    settings: QuantizationSettings,
     trainer: Any,
     staged: StagedUnit,
     int8: Int8Module,
     times: list[dict[str, float]] | None = None,
+    *,
+    fit_begun: float | None = None,
 ) -> Findings:
     """Look at a unit that is prepared and has its ranges, and at the INT8 network made of it.
 
     Args:
-        callback: whose arguments say what to look at.
+        settings: say what to look at, and for how long.
         trainer: the Trainer, for its data: a few validation samples, or of the calibration data where there are none.
         staged: the unit.
         int8: its INT8 network.
         times: of the layers, in the order of the report, see :func:`lq.analysis.timing.time_layers`.
+        fit_begun: when, see :meth:`~lq.callback.settings.QuantizationSettings.analysis_seconds`.
     """
     unit, found = staged.unit, Findings()
-    step, batches = _samples(callback, trainer, staged)
+    step, batches = _samples(settings, trainer, staged)
     if not batches:
         rank_zero_info("lq: there are no data to analyse the layers with")
     with going_on("reading the graph"):
@@ -146,7 +147,7 @@ def inspect_unit(
                 unit,
                 batches,
                 timing=False,  # that is done
-                seconds=callback.analysis_seconds,
+                seconds=settings.analysis_seconds(fit_begun),
                 forward=lambda batch: call_unit(staged, batch, step),
                 progress=bar is not None and getattr(bar, "is_enabled", True),
             )
@@ -158,7 +159,7 @@ def inspect_unit(
     return found
 
 
-def _samples(callback: QuantizationCallback, trainer: Any, staged: StagedUnit) -> tuple[Step, list[Any]]:
+def _samples(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -> tuple[Step, list[Any]]:
     """A few samples, and the step that takes them: of the validation data, which the ranges were not made of."""
     pl_module: Any = staged.pl_module
     step: Step = "training_step"
@@ -170,8 +171,8 @@ def _samples(callback: QuantizationCallback, trainer: Any, staged: StagedUnit) -
             and validation_dataloaders(trainer) is not None
         ):
             step, batches = "validation_step", validation_batches(trainer, pl_module)
-        elif callback.calibration_dataloader is not None or has_train_data(trainer):
-            batches = calibration_batches(trainer, pl_module, callback.calibration_dataloader)
+        elif settings.calibration_dataloader is not None or has_train_data(trainer):
+            batches = calibration_batches(trainer, pl_module, settings.calibration_dataloader)
         else:
             return step, []
         left = SAMPLES
