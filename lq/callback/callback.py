@@ -20,10 +20,10 @@ from lq.callback.checkpoints.hooks import attach_hooks
 from lq.callback.end.fit_end import quantize_at_fit_end
 from lq.callback.end.rescue import tell_how_to_finish
 from lq.callback.end.weights import Weights, known_checkpoints
-from lq.callback.logging import RangeLog, log_result, make_room
+from lq.callback.logging import RangeLog, drop_hp_metric, log_result
 from lq.callback.outputs import OUTPUTS
 from lq.callback.preparation import prepare_for_batch, tell_of_a_change
-from lq.callback.rehearsal import look_ahead
+from lq.callback.rehearsal import rehearse
 from lq.callback.result import QuantizationResult
 from lq.callback.settings import HasSettings, QuantizationSettings
 from lq.callback.steps.calls import has_weighted_layers
@@ -192,7 +192,7 @@ class QuantizationCallback(HasSettings, Callback):
                 ensure_writable_dir(self._int8_dir, "output_dir")
             for format in set(self.export) - set(self.settings.optional_formats):
                 FORMATS[format].check_dependencies(True)
-            make_room(trainer)
+            drop_hp_metric(trainer)
         if self.mode == "qat" and waits_for_setup(trainer, pl_module):
             after_own_setup(pl_module, partial(self._begin_fit_late, trainer, staged))
         else:
@@ -210,7 +210,7 @@ class QuantizationCallback(HasSettings, Callback):
         if self.convert:
             if self.mode == "qat":
                 _check_training(trainer, staged)
-            look_ahead(self.settings, trainer, staged)
+            rehearse(self.settings, trainer, staged)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._phase = "training"

@@ -1,4 +1,4 @@
-"""The way to INT8, gone on a copy before training begins: what would fail when it has ended fails now."""
+"""The conversion to INT8, rehearsed on a copy before training begins: what would fail when it has ended fails now."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BATCHES = 2
 _log = logging.getLogger("lq")
 
 
-def look_ahead(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -> None:
+def rehearse(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -> None:
     """Find now what would fail in the conversion, as far as the settings ask for it.
 
     Args:
@@ -70,7 +70,7 @@ def look_ahead(settings: QuantizationSettings, trainer: Any, staged: StagedUnit)
             if given is not None:
                 check_batch(staged, calibration[0])
     if rehearses:
-        rehearse(settings, trainer, staged, calibration)
+        _rehearse_on_a_copy(settings, trainer, staged, calibration)
     elif settings.overrides.specs:
         _check_overrides(settings, staged, calibration[0])
 
@@ -84,7 +84,7 @@ def _check_overrides(settings: QuantizationSettings, staged: StagedUnit, batch: 
         staged.to_float()
 
 
-def rehearse(settings: QuantizationSettings, trainer: Any, staged: StagedUnit, batches: list[Any]) -> None:
+def _rehearse_on_a_copy(settings: QuantizationSettings, trainer: Any, staged: StagedUnit, batches: list[Any]) -> None:
     """Prepare, calibrate, convert, write every file that is asked for, and run an INT8 batch of the user's validation.
 
     All of it happens on a copy of the module, with files that nobody sees. Every process has to call this.

@@ -15,7 +15,7 @@ from torch import nn
 from lq.analysis.timing import time_layers
 from lq.callback.end.engine_runs import IN_PROCESS, Contender, EngineModule, contenders, time_engines, validate_engines
 from lq.callback.end.engines import EAGER, Engine
-from lq.callback.end.inspection import Findings, going_on
+from lq.callback.end.inspection import Findings, warns_on_failure
 from lq.callback.end.page import result_page
 from lq.callback.end.stopwatch import Stopwatch
 from lq.callback.outputs import NETWORK, OTHER_FORMATS, OUTPUTS, PAGE, RESULT
@@ -176,7 +176,7 @@ class Conversion:
             analysis=findings.analysis,
             engines=rows if self.evaluate is not None else (),
         )
-        with watch.stage("page"), going_on("writing the page"):
+        with watch.stage("page"), warns_on_failure("writing the page"):
             advised = [] if result.analysis is None else [advice.layer for advice in result.analysis.advice()]
             so_far = replace(result, stages=dict(watch.seconds))
             page = result_page(so_far, findings.predictions, findings.tensor_charts(advised))
@@ -220,16 +220,16 @@ class Conversion:
         unit = staged.unit
         times = None
         with self.watch.stage("timing"):
-            found = contenders(unit, int8, exports)
+            engines = contenders(unit, int8, exports)
             if self.evaluate is not None:
-                time_engines(unit, int8, found, BATCH_SIZE)
-                with going_on("timing the layers"):
+                time_engines(unit, int8, engines, BATCH_SIZE)
+                with warns_on_failure("timing the layers"):
                     times = time_layers(unit, int8, repeat_samples(int8.example_inputs, 1))
         if times is not None and int8.report is not None:
             int8.report = int8.report.with_times(times)
             if int8.report.slower_layers:
                 rank_zero_info(f"lq: {slower_text(int8.report.slower_layers)}")
-        return {contender.engine.runtime: contender for contender in found}, times
+        return {contender.engine.runtime: contender for contender in engines}, times
 
     def _judge(self, staged: StagedUnit, int8: Int8Module, engines: Mapping[str, Contender]) -> Predictions | None:
         """What the engines make of the validation data, noted with each; predictions of float and INT8 in process."""
@@ -241,7 +241,7 @@ class Conversion:
                 return None
             others = {} if self.evaluate is None else {name: c for name, c in engines.items() if c.run is not None}
             runs = {name: EngineModule(int8, c.run) for name, c in others.items() if c.run and name != EAGER}
-            with going_on("comparing predictions"):
+            with warns_on_failure("comparing predictions"):
                 predictions, agreement = self.compare(staged, int8, runs)
                 if agreement:
                     agreement[EAGER] = 1.0

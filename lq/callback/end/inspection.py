@@ -93,9 +93,9 @@ class Findings:
             Chart(
                 f"weights/{name.removesuffix('.weight')}",
                 f"Values of {name} before and after rounding.",
-                partial(weight_histogram, name, found.weight, found.quantizer),
+                partial(weight_histogram, name, quantized.weight, quantized.quantizer),
             )
-            for name, found in self.weights.items()
+            for name, quantized in self.weights.items()
             if layers is None or name.removesuffix(".weight") in layers
         ]
         return charts
@@ -106,7 +106,7 @@ def _activation_chart(name: str, quantizer: Quantizer, observer: HistogramObserv
 
 
 @contextmanager
-def going_on(what: str) -> Iterator[None]:
+def warns_on_failure(what: str) -> Iterator[None]:
     """An error inside is a warning: a trained and converted model is not to be lost for a picture of it."""
     try:
         yield
@@ -133,14 +133,14 @@ def inspect_unit(
         times: of the layers, in the order of the report, see :func:`lq.analysis.timing.time_layers`.
         fit_begun: when, see :meth:`~lq.callback.settings.QuantizationSettings.analysis_seconds`.
     """
-    unit, found = staged.unit, Findings()
+    unit, findings = staged.unit, Findings()
     step, batches = _samples(settings, trainer, staged)
     if not batches:
         rank_zero_info("lq: there are no data to analyse the layers with")
-    with going_on("reading the graph"):
+    with warns_on_failure("reading the graph"):
         graph = prepared_forward(unit).analyse()
-        found = Findings(weights=_weights(unit, graph), inputs=_inputs(unit, graph), graph=graph, graph_root=unit)
-    with going_on("analysing the layers"):
+        findings = Findings(weights=_weights(unit, graph), inputs=_inputs(unit, graph), graph=graph, graph_root=unit)
+    with warns_on_failure("analysing the layers"):
         if batches:
             bar = trainer.progress_bar_callback
             analysis = analyze(
@@ -153,18 +153,18 @@ def inspect_unit(
             )
             if times is not None:
                 analysis = analysis.with_times(times)
-            found = replace(found, analysis=analysis)
-    with going_on("collecting histograms"):
-        found = replace(found, activations=_activations(staged, step, batches))
-    return found
+            findings = replace(findings, analysis=analysis)
+    with warns_on_failure("collecting histograms"):
+        findings = replace(findings, activations=_activations(staged, step, batches))
+    return findings
 
 
 def _samples(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -> tuple[Step, list[Any]]:
     """A few samples, and the step that takes them: of the validation data, which the ranges were not made of."""
     pl_module: Any = staged.pl_module
     step: Step = "training_step"
-    found: list[Any] = []
-    with going_on("reading data for the analysis"):
+    samples: list[Any] = []
+    with warns_on_failure("reading data for the analysis"):
         if (
             is_overridden("validation_step", pl_module)
             and staged.is_judged
@@ -177,27 +177,27 @@ def _samples(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -
             return step, []
         left = SAMPLES
         for batch in batches:
-            found.append(first_samples(batch, left))
-            left -= max(1, count_samples(found[-1]))
+            samples.append(first_samples(batch, left))
+            left -= max(1, count_samples(samples[-1]))
             if left <= 0:
                 break
-    return step, found
+    return step, samples
 
 
 def _weights(unit: nn.Module, graph: GraphAnalysis) -> dict[str, QuantizedWeight]:
     known = quantizers(unit)
-    found = {}
+    weights = {}
     for chain in graph.placement.chains:
         weight = graph.values[chain.op.weight]
-        found[chain.weight_key] = QuantizedWeight(weight.detach(), known[chain.weight_key])
-    return found
+        weights[chain.weight_key] = QuantizedWeight(weight.detach(), known[chain.weight_key])
+    return weights
 
 
 def _inputs(unit: nn.Module, graph: GraphAnalysis) -> dict[str, str]:
-    found = {chain.name: site(source_of(chain.op.input)) for chain in graph.placement.chains}
+    inputs = {chain.name: site(source_of(chain.op.input)) for chain in graph.placement.chains}
     for total in graph.placement.sums:
-        found[site(total.add)] = site(source_of(total.add.all_input_nodes[0]))
-    return found
+        inputs[site(total.add)] = site(source_of(total.add.all_input_nodes[0]))
+    return inputs
 
 
 @torch.no_grad()
@@ -205,8 +205,8 @@ def _activations(staged: StagedUnit, step: Step, batches: list[Any]) -> dict[str
     """The quantizers with a histogram each: the calibration's, or where training kept none one of ``batches``."""
     unit = staged.unit
     rounding = {name: q for name, q in activation_quantizers(unit).items() if q.rounds and q.calibrated}
-    found = {name: (q, q.observer) for name, q in rounding.items() if isinstance(q.observer, HistogramObserver)}
-    missing = {name: (q, HistogramObserver()) for name, q in rounding.items() if name not in found}
+    observed = {name: (q, q.observer) for name, q in rounding.items() if isinstance(q.observer, HistogramObserver)}
+    missing = {name: (q, HistogramObserver()) for name, q in rounding.items() if name not in observed}
     if missing and batches:
         hooks = [
             quantizer.register_forward_pre_hook(lambda _, args, observer=observer: observer(args[0]))
@@ -219,5 +219,5 @@ def _activations(staged: StagedUnit, step: Step, batches: list[Any]) -> dict[str
         finally:
             for hook in hooks:
                 hook.remove()
-        found |= missing
-    return {name: found[name] for name in rounding if name in found}
+        observed |= missing
+    return {name: observed[name] for name in rounding if name in observed}

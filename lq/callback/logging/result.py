@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.image import imread
 
-from lq.callback.end.inspection import Findings, going_on
+from lq.callback.end.inspection import Findings, warns_on_failure
 from lq.callback.logging.hparams import write_hparams
 from lq.callback.logging.layout import layout
 from lq.callback.logging.loggers import takes_images, tensorboard_writer
@@ -43,7 +43,7 @@ def log_result(settings: QuantizationSettings, trainer: Any, result: Quantizatio
         logger.log_metrics(result.scalars(), step=trainer.global_step)
         writer = tensorboard_writer(logger)
         if writer is not None:
-            with going_on("writing to TensorBoard"):
+            with warns_on_failure("writing to TensorBoard"):
                 _write(writer, trainer, result, findings)
                 for chart in charts:
                     add_chart(writer, f"quantization/{chart.name}", chart, trainer.global_step)
@@ -51,7 +51,7 @@ def log_result(settings: QuantizationSettings, trainer: Any, result: Quantizatio
                 metrics = result.scalars()
                 write_hparams(Path(logger.log_dir) / "quantization", {**mine, **hparams}, metrics, trainer.global_step)
         else:
-            with going_on(f"logging to {type(logger).__name__}"):
+            with warns_on_failure(f"logging to {type(logger).__name__}"):
                 logger.log_hyperparams({f"quantization/{name}": value for name, value in hparams.items()})
                 if takes_images(logger):
                     for chart in charts:
