@@ -5,12 +5,12 @@ import os
 import pytest
 import torch
 
-from lq.callback.end import conversion
+from lq.callback import outputs
 from lq.schemes import targets
 from lq.timing import measure as timing
 
 # Every fit would write and run an ONNX file more; `callback/test_engines.py` has a fit with nothing but defaults.
-conversion.UNASKED = ()
+outputs.UNASKED = ()
 
 # What is computed here is small: on busy cores, threads would wait for each other for most of the time. The processes
 # that tests start have one, too.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,11 @@ def _modules() -> Iterator[tuple[str, Path]]:
 
 def _imports(path: Path) -> set[str]:
     nodes = list(ast.walk(ast.parse(path.read_text())))
-    modules = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
-    modules |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            # What is imported may be a module as well.
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names if node.module != "lq")}
     return {module for module in modules if module.startswith("lq.")}
 
 
@@ -72,6 +76,16 @@ def test_imports_follow_the_arrows(name: str, path: Path) -> None:
     assert folder in ARROWS, f"{folder} has no place in the order of folders"
     imported = {module.split(".")[1] for module in _imports(path)} - {folder}
     assert imported <= ARROWS[folder], f"{name} imports from {sorted(imported - ARROWS[folder])}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports for annotations count, too: what two modules say of each other is hard to understand, or to change."""
+    paths = dict(_modules())
+    imports = {name: _imports(path) & (paths.keys() - {name}) for name, path in paths.items()}
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 def test_no_public_name_hides_a_module() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -17,14 +17,15 @@ from torch import nn
 
 from lq.callback.averages import averages_at_the_end, averages_buffers, check_averaging, refresh_averaged_ranges
 from lq.callback.checkpoints.hooks import attach_hooks
-from lq.callback.end.conversion import OUTPUTS, default_formats
 from lq.callback.end.fit_end import quantize_at_fit_end
 from lq.callback.end.rescue import tell_how_to_finish
 from lq.callback.end.weights import Weights, known_checkpoints
-from lq.callback.logging import RangeLog, log_result, make_room
+from lq.callback.logging import RangeLog, drop_hp_metric, log_result
+from lq.callback.outputs import OUTPUTS
 from lq.callback.preparation import prepare_for_batch, tell_of_a_change
-from lq.callback.rehearsal import look_ahead
+from lq.callback.rehearsal import rehearse
 from lq.callback.result import QuantizationResult
+from lq.callback.settings import HasSettings, QuantizationSettings
 from lq.callback.steps.calls import has_weighted_layers
 from lq.callback.steps.looking import check_trained, find_as_called, first_train_batches
 from lq.callback.steps.own_setup import after_own_setup, waits_for_setup
@@ -33,19 +34,14 @@ from lq.callback.support import check_alone, check_trainer
 from lq.callback.training import all_reduce_ranges, training_share
 from lq.deployment.formats import FORMATS, FormatName
 from lq.errors import CalibrationError, NothingToQuantizeError
-from lq.numerics.calibrators import get_calibrator
 from lq.numerics.quantizer import QuantizerState
-from lq.schemes.overrides import LayerSpec, Overrides
-from lq.schemes.targets import AUTO_TARGET, Target, get_target, native_target
+from lq.schemes.overrides import LayerSpec
+from lq.schemes.targets import AUTO_TARGET, Target, native_target
 from lq.util.file_sets import recover
 from lq.util.files import ensure_writable_dir
-from lq.workflow.calibrate import AUTO
 from lq.workflow.prepare import Mode, activation_quantizers, freeze, is_prepared, refresh_weights, set_state
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-#: What the analysis may take where nothing is said: so much of the fit, but so many seconds at least.
-ANALYSIS_SHARE, ANALYSIS_SECONDS = 0.1, 30.0
 
 #: How far a fit is.
 Phase = Literal["setup", "training", "conversion"]
@@ -53,7 +49,7 @@ Phase = Literal["setup", "training", "conversion"]
 _TRAINING = QuantizerState.OBSERVE | QuantizerState.FAKE_QUANTIZE
 
 
-class QuantizationCallback(Callback):
+class QuantizationCallback(HasSettings, Callback):
     """Takes the model that is being trained to INT8 at the end of ``fit``.
 
     With ``mode="ptq"`` training is untouched; when it is done the model is calibrated on the train dataloader and
@@ -112,11 +108,12 @@ class QuantizationCallback(Callback):
             best calibrator, all that is measured or analysed, and ``"aoti"``, which takes a compiler a minute.
 
     Attributes:
+        settings: what the arguments say; each can be read by its own name as well.
         result: a :class:`~lq.callback.result.QuantizationResult` once ``fit`` has ended, else None.
         known_before: the best checkpoint that there was before training, as a run that is resumed knows it.
 
     Raises:
-        ValueError: where an argument is none of its choices.
+        ValueError: where an argument is not one of its choices.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -144,52 +141,25 @@ class QuantizationCallback(Callback):
         output_dir: str | None = None,
         rehearse: bool = True,
     ) -> None:
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode={mode!r} is unknown; choose 'ptq' or 'qat'")
-        for name, limit in (("calibration_batches", calibration_batches), ("calibration_samples", calibration_samples)):
-            if limit is not None and limit < 1:
-                raise ValueError(f"{name}={limit} must be at least 1, or None for no limit")
-        calibrator = calibrator or (AUTO if mode == "ptq" else "moving_average")
-        if mode == "qat" and calibrator not in ("moving_average", "minmax"):
-            raise ValueError(
-                f"calibrator={calibrator!r} is not for mode='qat', whose ranges follow the training step by step; "
-                f"choose 'moving_average' or 'minmax'"
-            )
-        if calibrator != AUTO:
-            get_calibrator(calibrator)
-        for name, share in (("observer_freeze", observer_freeze), ("batch_norm_freeze", batch_norm_freeze)):
-            if share is not None and not 0.0 <= share <= 1.0:
-                raise ValueError(f"{name}={share} must be a share of the training steps in [0, 1], or None for never")
-        if isinstance(export, str) or not set(export or ()) <= set(FORMATS):
-            raise ValueError(
-                f"export={export!r} must be a list, with elements of {', '.join(map(repr, FORMATS))}, or None for what "
-                f"is installed"
-            )
-        if not isinstance(analyze, bool) and not (isinstance(analyze, int | float) and 0 < analyze < math.inf):
-            raise ValueError(
-                f"analyze={analyze!r} must be True, False, or how many seconds the analysis may take, a number above 0"
-            )
-        if weights not in (None, *get_args(Weights)):
-            raise ValueError(f"weights={weights!r} is unknown; choose 'best' or 'last', or None for the default")
-        self.mode: Mode = mode
-        self.target = get_target(target)
-        self._auto_target = target == AUTO_TARGET
-        self.module = module
-        self.calibration_batches = calibration_batches
-        self.calibration_samples = calibration_samples
-        self.calibration_dataloader = calibration_dataloader
-        self.calibrator = calibrator
-        self.overrides = Overrides.of(overrides)
-        self.observer_freeze = observer_freeze
-        self.batch_norm_freeze = batch_norm_freeze
-        self.convert = convert
-        self.weights: Weights | None = weights
-        self.evaluate = evaluate
-        self.analyze = analyze
-        self.export: tuple[FormatName, ...] = default_formats() if export is None else tuple(export)
-        self.optional_formats: tuple[FormatName, ...] = self.export if export is None else ()
-        self.output_dir = output_dir
-        self.rehearse = rehearse
+        self.settings = QuantizationSettings.of(
+            mode=mode,
+            target=target,
+            module=module,
+            calibration_batches=calibration_batches,
+            calibration_samples=calibration_samples,
+            calibration_dataloader=calibration_dataloader,
+            calibrator=calibrator,
+            overrides=overrides,
+            observer_freeze=observer_freeze,
+            batch_norm_freeze=batch_norm_freeze,
+            convert=convert,
+            weights=weights,
+            evaluate=evaluate,
+            analyze=analyze,
+            export=export,
+            output_dir=output_dir,
+            rehearse=rehearse,
+        )
         self.result: QuantizationResult | None = None
         self.known_before: dict[str, Any] = {}
         self._int8_dir: Path | None = None
@@ -210,7 +180,7 @@ class QuantizationCallback(Callback):
         self._phase = "setup"
         self._range_log.reset()
         staged.fit_mode = self.mode
-        staged.takes_any_target = self._auto_target
+        staged.takes_any_target = self.settings.auto_target
         check_trainer(trainer)
         self._choose_target(trainer)
         if self.mode == "qat":
@@ -221,9 +191,9 @@ class QuantizationCallback(Callback):
             if trainer.is_global_zero and self._int8_dir is not None:
                 recover(self._int8_dir, OUTPUTS)
                 ensure_writable_dir(self._int8_dir, "output_dir")
-            for format in set(self.export) - set(self.optional_formats):
+            for format in set(self.export) - set(self.settings.optional_formats):
                 FORMATS[format].check_dependencies(True)
-            make_room(trainer)
+            drop_hp_metric(trainer)
         if self.mode == "qat" and waits_for_setup(trainer, pl_module):
             after_own_setup(pl_module, partial(self._begin_fit_late, trainer, staged))
         else:
@@ -234,13 +204,14 @@ class QuantizationCallback(Callback):
         staged = staged_unit(pl_module)
         if not staged.is_built:
             raise _nothing_to_quantize(pl_module)
-        if self.mode == "qat" and self._auto_target and is_prepared(staged.unit):
-            self.target = staged.prepared_forward.target  # of the checkpoint, where a run is resumed from one
+        if self.mode == "qat" and self.settings.auto_target and is_prepared(staged.unit):
+            # Of the checkpoint, where a run is resumed from one.
+            self.settings = replace(self.settings, target=staged.prepared_forward.target)
         _check_layers(staged)
         if self.convert:
             if self.mode == "qat":
                 _check_training(trainer, staged)
-            look_ahead(self, trainer, staged)
+            rehearse(self.settings, trainer, staged)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._phase = "training"
@@ -288,9 +259,16 @@ class QuantizationCallback(Callback):
         self._phase = "conversion"
         if self.convert:
             staged = staged_unit(pl_module)
-            self.result, failure, findings = quantize_at_fit_end(self, trainer, staged, self._int8_dir)
+            self.result, failure, findings = quantize_at_fit_end(
+                self.settings,
+                trainer,
+                staged,
+                self._int8_dir,
+                known_before=self.known_before,
+                fit_begun=self._begun,
+            )
             if self.result is not None:
-                log_result(self, trainer, self.result, findings)
+                log_result(self.settings, trainer, self.result, findings)
                 print(self.result)  # as Trainer.validate prints its metrics
             if failure is not None:
                 raise failure
@@ -300,15 +278,13 @@ class QuantizationCallback(Callback):
         if trainer.state.fn != TrainerFn.FITTING or self._phase == "setup" or not self.convert:
             return  # nothing was trained yet: the error says all there is to say
         if self.result is None and trainer.is_global_zero and self._int8_dir is not None:
-            tell_how_to_finish(self, trainer, pl_module, self._int8_dir, training_ended=self._phase == "conversion")
+            ended = self._phase == "conversion"
+            tell_how_to_finish(self.settings, trainer, pl_module, self._int8_dir, training_ended=ended)
 
     @property
     def analysis_seconds(self) -> float:
-        """How long the analysis may take: what ``analyze=`` says, or a tenth of the fit, 30 s at least."""
-        if not isinstance(self.analyze, bool):
-            return float(self.analyze)
-        fit = 0.0 if self._begun is None else time.monotonic() - self._begun
-        return max(ANALYSIS_SECONDS, ANALYSIS_SHARE * fit)
+        """How long the analysis may take, of the fit that is under way."""
+        return self.settings.analysis_seconds(self._begun)
 
     # Private helpers
 
@@ -321,9 +297,10 @@ class QuantizationCallback(Callback):
 
     def _choose_target(self, trainer: Trainer) -> None:
         """Say what ``"auto"`` stands for; where processes run on several machines, the first one's CPU decides."""
-        if self._auto_target:
-            self.target, reason = trainer.strategy.broadcast(native_target())
-            rank_zero_info(f"lq: target {self.target.name!r}: {reason}")
+        if self.settings.auto_target:
+            target, reason = trainer.strategy.broadcast(native_target())
+            self.settings = replace(self.settings, target=target)
+            rank_zero_info(f"lq: target {target.name!r}: {reason}")
 
     def _thaw(self) -> None:
         """Let batch norm learn again, or a later fit would begin with it frozen."""

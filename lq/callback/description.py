@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 
+from lq.callback.settings import QuantizationSettings
 from lq.callback.steps.batches import validation_dataloaders
 from lq.util.cpu import cpu_name
 from lq.util.distribution import package_version
-
-if TYPE_CHECKING:
-    from lq.callback.callback import QuantizationCallback
 
 
 def class_names(trainer: Trainer) -> list[str] | None:
@@ -35,35 +33,35 @@ def normalization(trainer: Trainer) -> dict[str, list[float]] | None:
         return None
 
 
-def settings(callback: QuantizationCallback, trainer: Any, paths: Sequence[str]) -> dict[str, Any]:
+def run_settings(settings: QuantizationSettings, trainer: Any, paths: Sequence[str]) -> dict[str, Any]:
     """What was set, on which data and machine, as JSON values.
 
     Args:
-        callback: whose arguments it was set with.
+        settings: of the callback.
         trainer: whose data it was.
         paths: of what was quantized in the LightningModule.
     """
     name = type(trainer.lightning_module).__name__
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "module": ", ".join(f"{name}.{path}" if path else name for path in paths),
-        "overrides": callback.overrides.as_dict(),
+        "overrides": settings.overrides.as_dict(),
         "training data": _data_name(trainer.train_dataloader, trainer),
         "validation data": _data_name(validation_dataloaders(trainer), trainer),
     }
-    if callback.mode == "ptq":
-        source = callback.calibration_dataloader
-        found["calibration data"] = "training data" if source is None else _data_name(source, trainer)
+    if settings.mode == "ptq":
+        source = settings.calibration_dataloader
+        values["calibration data"] = "training data" if source is None else _data_name(source, trainer)
         for name in ("calibration_batches", "calibration_samples"):
-            limit = getattr(callback, name)
-            found[name] = "no limit" if limit is None else limit
+            limit = getattr(settings, name)
+            values[name] = "no limit" if limit is None else limit
     else:
-        found["epochs"] = trainer.current_epoch
+        values["epochs"] = trainer.current_epoch
         for name in ("observer_freeze", "batch_norm_freeze"):
-            found[name] = getattr(callback, name)
-    found["machine"] = f"{cpu_name()}, {torch.get_num_threads()} threads"
-    found["versions"] = {"lq": package_version(), "torch": str(torch.__version__)}
-    found["written"] = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    return found
+            values[name] = getattr(settings, name)
+    values["machine"] = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    values["versions"] = {"lq": package_version(), "torch": str(torch.__version__)}
+    values["written"] = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return values
 
 
 def _data_name(loader: Any, trainer: Any) -> str:

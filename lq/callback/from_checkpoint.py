@@ -12,8 +12,8 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from lq.callback.callback import QuantizationCallback
 from lq.callback.checkpoints.hooks import restore, section_of
-from lq.callback.end.conversion import OUTPUTS
 from lq.callback.end.fit_end import quantize_at_fit_end
+from lq.callback.outputs import OUTPUTS
 from lq.callback.result import QuantizationResult
 from lq.callback.steps.calls import COMPILED
 from lq.callback.steps.stages import attach
@@ -73,8 +73,8 @@ def quantize_checkpoint(
         What INT8 cost and bought, and where the files are.
 
     Raises:
-        ValueError: where an argument is none of its choices, the checkpoint is damaged, or it needs data and there are
-            none.
+        ValueError: where an argument is not one of its choices, the checkpoint is damaged, or it needs data and there
+            are none.
         TypeError: where ``model`` is no LightningModule.
         FileNotFoundError: where there is no such file.
     """
@@ -96,7 +96,7 @@ def quantize_checkpoint(
             f"model={cls.__name__} must be a LightningModule, or its class; a plain module is quantized by lq.prepare, "
             f"lq.calibrate and lq.convert"
         )
-    callback = QuantizationCallback(
+    settings = QuantizationCallback(
         mode="ptq" if preparation is None else "qat",  # whose ranges are there
         target=(target or AUTO_TARGET) if preparation is None else get_target(target or target_of(preparation)),
         calibration_batches=calibration_batches,
@@ -105,11 +105,11 @@ def quantize_checkpoint(
         evaluate=evaluate,
         analyze=analyze,
         export=export,
-    )
+    ).settings
     output = path.parent / "int8" if output_dir is None else Path(output_dir)
     recover(output, OUTPUTS)
     ensure_writable_dir(output, "output_dir")
-    for format in set(callback.export) - set(callback.optional_formats):
+    for format in set(settings.export) - set(settings.optional_formats):
         FORMATS[format].check_dependencies(True)
     pl_module: Any = getattr(model, COMPILED, model)  # what torch.compile wraps
     if isinstance(model, type):
@@ -123,7 +123,7 @@ def quantize_checkpoint(
     else:
         restore(staged, loaded, section, strict=pl_module.strict_loading)
     trainer = _attached_trainer(pl_module, data, accelerator)
-    result, failure, _ = quantize_at_fit_end(callback, trainer, staged, output, source=f"the weights of {path}")
+    result, failure, _ = quantize_at_fit_end(settings, trainer, staged, output, source=f"the weights of {path}")
     if failure is not None:
         raise failure
     assert result is not None

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lq.callback.steps.batches import first_samples
-from lq.callback.steps.running import Step, unit_arguments
+from lq.callback.steps.calls import Step
+from lq.callback.steps.running import unit_arguments
 from lq.callback.steps.stages import StagedUnit
 from lq.errors import CalibrationError, CaptureError
 from lq.interface.metadata import dtype_name
@@ -72,8 +73,8 @@ def tell_of_a_change(staged: StagedUnit) -> None:
         staged: the unit, prepared.
     """
     forward = staged.prepared_forward
-    found = forward.change()
-    if found is None:
+    change = forward.change()
+    if change is None:
         return
     try:
         forward.analyse()
@@ -81,7 +82,7 @@ def tell_of_a_change(staged: StagedUnit) -> None:
     except CaptureError as error:
         then = f"it cannot be converted as it is now: {error}"
     _log.warning(
-        "lq: the forward of the module that is quantized has changed since it was prepared (%s); %s", found, then
+        "lq: the forward of the module that is quantized has changed since it was prepared (%s); %s", change, then
     )
 
 
@@ -102,14 +103,14 @@ def _arguments_for(staged: StagedUnit, batch: Any, is_given: bool) -> tuple[tupl
     pl_module = staged.pl_module
     try:
         with evaluating(pl_module), torch.no_grad():
-            found = unit_arguments(staged, batch, staged.calibrated_with)
-        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(found)):
+            arguments = unit_arguments(staged, batch, staged.calibrated_with)
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(arguments)):
             raise TypeError(f"it gives the {type(staged.unit).__name__} no tensor")
     except Exception as error:
         if not is_given:
             raise
         raise refused_batch(pl_module, staged.calibrated_with, batch, error) from error
-    return found
+    return arguments
 
 
 def refused_batch(pl_module: Any, step: Step, batch: Any, error: Exception) -> CalibrationError:

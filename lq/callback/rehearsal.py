@@ -1,4 +1,4 @@
-"""The way to INT8, gone on a copy before training begins: what would fail when it has ended fails now."""
+"""The conversion to INT8, rehearsed on a copy before training begins: what would fail when it has ended fails now."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import logging
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lq.callback.description import class_names, normalization
-from lq.callback.end.conversion import NETWORK
+from lq.callback.outputs import NETWORK
 from lq.callback.preparation import check_batch, prepare_for_batch
+from lq.callback.settings import QuantizationSettings
 from lq.callback.steps.batches import given_batches
 from lq.callback.steps.evaluation import evaluate
 from lq.callback.steps.looking import can_be_read_again, find_as_called, first_train_batches, unnoticed
@@ -31,31 +32,28 @@ from lq.workflow.calibrate import AUTO, calibrate_and_compare
 from lq.workflow.convert import convert
 from lq.workflow.prepare import activation_quantizers, is_prepared, simulate
 
-if TYPE_CHECKING:
-    from lq.callback.callback import QuantizationCallback
-
 #: Batches that are calibrated with.
 BATCHES = 2
 
 _log = logging.getLogger("lq")
 
 
-def look_ahead(callback: QuantizationCallback, trainer: Any, staged: StagedUnit) -> None:
-    """Find now what would fail in the conversion, as far as the callback's arguments ask for it.
+def rehearse(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -> None:
+    """Find now what would fail in the conversion, as far as the settings ask for it.
 
     Args:
-        callback: whose arguments say what is to be done.
+        settings: say what is to be done.
         trainer: the Trainer, before training.
         staged: the unit, in float (PTQ) or prepared (QAT).
 
     Raises:
         Whatever would be raised when training has ended.
     """
-    rehearses = callback.rehearse and not getattr(trainer, "fast_dev_run", False) and trainer.max_epochs != 0
-    given = callback.calibration_dataloader if callback.mode == "ptq" else None
+    rehearses = settings.rehearse and not getattr(trainer, "fast_dev_run", False) and trainer.max_epochs != 0
+    given = settings.calibration_dataloader if settings.mode == "ptq" else None
     if given is not None and not can_be_read_again(given):
         given = None  # what is looked at would be gone
-    if not rehearses and (callback.mode == "qat" or (given is None and not callback.overrides.specs)):
+    if not rehearses and (settings.mode == "qat" or (given is None and not settings.overrides.specs)):
         return
     batches: list[Any] = []
     if can_be_read_again(trainer.fit_loop._data_source.dataloader()):
@@ -67,32 +65,32 @@ def look_ahead(callback: QuantizationCallback, trainer: Any, staged: StagedUnit)
     if not batches or not calibration:
         return  # nothing that could be looked at
     with isolate_rng():
-        if callback.mode == "ptq":
+        if settings.mode == "ptq":
             find_as_called(trainer, staged, batches[0])
             if given is not None:
                 check_batch(staged, calibration[0])
     if rehearses:
-        rehearse(callback, trainer, staged, calibration)
-    elif callback.overrides.specs:
-        _check_overrides(callback, staged, calibration[0])
+        _rehearse_on_a_copy(settings, trainer, staged, calibration)
+    elif settings.overrides.specs:
+        _check_overrides(settings, staged, calibration[0])
 
 
-def _check_overrides(callback: QuantizationCallback, staged: StagedUnit, batch: Any) -> None:
+def _check_overrides(settings: QuantizationSettings, staged: StagedUnit, batch: Any) -> None:
     """Find a name that matches nothing."""
     with isolate_rng():
         prepare_for_batch(
-            staged, batch, target=callback.target, mode="ptq", observer="minmax", overrides=callback.overrides
+            staged, batch, target=settings.target, mode="ptq", observer="minmax", overrides=settings.overrides
         )
         staged.to_float()
 
 
-def rehearse(callback: QuantizationCallback, trainer: Any, staged: StagedUnit, batches: list[Any]) -> None:
+def _rehearse_on_a_copy(settings: QuantizationSettings, trainer: Any, staged: StagedUnit, batches: list[Any]) -> None:
     """Prepare, calibrate, convert, write every file that is asked for, and run an INT8 batch of the user's validation.
 
     All of it happens on a copy of the module, with files that nobody sees. Every process has to call this.
 
     Args:
-        callback: whose arguments say what is to be done.
+        settings: say what is to be done.
         trainer: the Trainer, before training.
         staged: the unit, in float (PTQ) or prepared (QAT).
         batches: a few, of what will be calibrated or trained on, on the module's device.
@@ -110,26 +108,26 @@ def rehearse(callback: QuantizationCallback, trainer: Any, staged: StagedUnit, b
             )
             return
         with quiet("lq", "lightning.pytorch", "lightning_utilities"), torch.compiler.set_stance("force_eager"):
-            _calibrate(callback, staged_unit(twin), batches)
+            _calibrate(settings, staged_unit(twin), batches)
             with agreed("rehearsing the conversion"):
                 if trainer.is_global_zero:
-                    _convert(callback, trainer, staged_unit(twin))
+                    _convert(settings, trainer, staged_unit(twin))
     seconds = time.perf_counter() - began
     rank_zero_info(f"lq: what follows the training was rehearsed in {seconds:.1f} s")
 
 
-def _calibrate(callback: QuantizationCallback, staged: StagedUnit, batches: list[Any]) -> None:
-    calibrator = None if callback.calibrator == AUTO or callback.mode == "qat" else callback.calibrator
+def _calibrate(settings: QuantizationSettings, staged: StagedUnit, batches: list[Any]) -> None:
+    calibrator = None if settings.calibrator == AUTO or settings.mode == "qat" else settings.calibrator
     with agreed("preparing"):
-        if callback.mode == "ptq":
+        if settings.mode == "ptq":
             prepare_for_batch(
                 staged,
                 batches[0],
-                target=callback.target,
+                target=settings.target,
                 mode="ptq",
                 observer="histogram",
-                overrides=callback.overrides,
-                is_given=callback.calibration_dataloader is not None,
+                overrides=settings.overrides,
+                is_given=settings.calibration_dataloader is not None,
             )
     unit = staged.unit
     assert is_prepared(unit)
@@ -145,18 +143,18 @@ def _calibrate(callback: QuantizationCallback, staged: StagedUnit, batches: list
         )
 
 
-def _convert(callback: QuantizationCallback, trainer: Any, staged: StagedUnit) -> None:
+def _convert(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -> None:
     pl_module: Any = staged.pl_module
     unit = staged.unit.cpu()
-    int8 = convert(unit, callback.target)
+    int8 = convert(unit, settings.target)
     about: dict[str, Any] = {"labels": class_names(trainer), "preprocessing": normalization(trainer)}
     with tempfile.TemporaryDirectory() as folder:
-        for name in dict.fromkeys((NETWORK, *callback.export)):
+        for name in dict.fromkeys((NETWORK, *settings.export)):
             format = FORMATS[name]
             # What nobody asked for is left out at the end where it fails.
-            if not format.takes_long and name not in callback.optional_formats:
+            if not format.takes_long and name not in settings.optional_formats:
                 network = int8 if format.placed is None else unit
                 export(network, Path(folder) / format.file, format=name, **about)
     staged.put_int8(int8)
-    if callback.evaluate:
+    if settings.evaluate:
         evaluate(trainer, pl_module, limit_batches=1)

@@ -108,22 +108,22 @@ class QuantizationResult:
     def comparisons(self) -> list[Comparison]:
         """What was measured of both models, with units and with the difference or the ratio."""
         a, b = self.float_side, self.int8_side
-        found = [
+        rows = [
             Comparison(name, value, b.metrics[name], f"{b.metrics[name] - value:+.4f}")
             for name, value in a.metrics.items()
             if name in b.metrics
         ]
         if a.size_bytes is not None and b.size_bytes is not None:
             ratio = _times(a.size_bytes / b.size_bytes, "smaller", "larger")
-            found.append(Comparison("size, MB", a.size_bytes / 1e6, b.size_bytes / 1e6, ratio))
+            rows.append(Comparison("size, MB", a.size_bytes / 1e6, b.size_bytes / 1e6, ratio))
         if a.latency is not None and b.latency is not None:
             ratio = _times(a.latency.p50_ms / b.latency.p50_ms, "faster", "slower")
-            found.append(Comparison("latency p50, ms, batch 1", a.latency.p50_ms, b.latency.p50_ms, ratio))
+            rows.append(Comparison("latency p50, ms, batch 1", a.latency.p50_ms, b.latency.p50_ms, ratio))
         if a.batch is not None and b.batch is not None:
             ratio = _times(b.batch.throughput / a.batch.throughput, "more", "fewer")
             name = f"samples/s, batch {self.batch_size}"
-            found.append(Comparison(name, a.batch.throughput, b.batch.throughput, ratio))
-        return found
+            rows.append(Comparison(name, a.batch.throughput, b.batch.throughput, ratio))
+        return rows
 
     @property
     def measured_with(self) -> str:

@@ -41,12 +41,12 @@ def check_alone(trainer: Any) -> None:
     Raises:
         ValueError: with how to come to several targets.
     """
-    found = [callback for callback in trainer.callbacks if "QuantizationCallback" in class_names(callback)]
-    if len(found) > 1:
-        others = ", ".join(dict.fromkeys(repr(callback.target.name) for callback in found[1:]))
+    callbacks = [callback for callback in trainer.callbacks if "QuantizationCallback" in class_names(callback)]
+    if len(callbacks) > 1:
+        others = ", ".join(dict.fromkeys(repr(callback.target.name) for callback in callbacks[1:]))
         raise ValueError(
-            f"callbacks={[type(callback).__name__ for callback in found]}: a Trainer takes one QuantizationCallback. "
-            f"Keep the first one, and make the others of its checkpoint when training has ended: "
+            f"callbacks={[type(callback).__name__ for callback in callbacks]}: a Trainer takes one "
+            f"QuantizationCallback. Keep the first one, and make the others of its checkpoint when training has ended: "
             f"lq.quantize_checkpoint(path, MyModule, data, target=...) with target {others}"
         )
 

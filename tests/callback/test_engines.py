@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import lq
 from lq import QuantizationCallback
-from lq.callback import QuantizationResult
+from lq.callback import QuantizationResult, outputs
 from lq.callback.end import conversion, engine_runs
 from lq.callback.end.engines import EAGER, Engine, recommendation, recommended
 from lq.timing.measure import Timing
@@ -38,7 +38,7 @@ def test_a_run_with_nothing_but_defaults(
 ) -> None:
     for name in ("onnx", "onnxscript", "onnxruntime", "openvino"):
         pytest.importorskip(name)
-    monkeypatch.setattr(conversion, "UNASKED", ("onnx",))
+    monkeypatch.setattr(outputs, "UNASKED", ("onnx",))
     caplog.set_level("INFO")
     callback = QuantizationCallback()
     logger = CSVLogger(tmp_path)
@@ -102,7 +102,7 @@ class Swish(nn.Module):
 def test_a_file_for_onnx_runtime_alone(mode: Literal["ptq", "qat"], tmp_path: Path, monkeypatch: Any) -> None:
     """It is written unasked where it is another one, and what the engine's row in the table stands for."""
     pytest.importorskip("onnxscript")
-    monkeypatch.setattr(conversion, "UNASKED", ("onnx", "onnxruntime"))
+    monkeypatch.setattr(outputs, "UNASKED", ("onnx", "onnxruntime"))
     callback = quantization(tmp_path, mode=mode, calibrator=None if mode == "qat" else "minmax")
     model = Wrapped()
     model.model = Swish()
@@ -117,7 +117,7 @@ def test_a_file_for_onnx_runtime_alone(mode: Literal["ptq", "qat"], tmp_path: Pa
 def test_a_format_that_is_not_asked_for_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was trained is not lost for a file that nobody asked for; one that was asked for is an error."""
     pytest.importorskip("onnxscript")
-    monkeypatch.setattr(conversion, "UNASKED", ("onnx",))
+    monkeypatch.setattr(outputs, "UNASKED", ("onnx",))
     export = conversion.export
 
     def failing(model: Any, path: Path, **kwargs: Any) -> Any:

@@ -58,7 +58,7 @@ def test_every_shape_of_module_is_analysed(mode: str, model_class: type, tmp_pat
     ("model_class", "module", "reason"),
     [
         (DictBatches, None, "the batches are not (images, labels)"),
-        (TwoParts, "backbone", "there are layers behind or beside the unit that is quantized"),
+        (TwoParts, "backbone", "there are layers after or beside the unit that is quantized"),
     ],
 )
 def test_what_is_no_classifier_has_no_predictions(

@@ -43,7 +43,7 @@ def saved_quantizers(section: Mapping[str, Any]) -> list[SavedQuantizer]:
         section: see :func:`~lq.callback.checkpoints.hooks.section_of`.
     """
     state: Mapping[str, Tensor] = section["quantizers"]
-    found = []
+    saved = []
     for key, scale in state.items():
         if not key.endswith(_SCALE):
             continue
@@ -52,7 +52,7 @@ def saved_quantizers(section: Mapping[str, Any]) -> list[SavedQuantizer]:
         low = state[f"{name}.quantizer.observer.min_val"].min()
         high = state[f"{name}.quantizer.observer.max_val"].max()
         zero_point = state[f"{name}.quantizer.zero_point"]
-        found.append(
+        saved.append(
             SavedQuantizer(
                 name=name,
                 scale=(float(scale.min()), float(scale.max())) if calibrated else None,
@@ -63,4 +63,4 @@ def saved_quantizers(section: Mapping[str, Any]) -> list[SavedQuantizer]:
                 state=QuantizerState(flags).name or str(flags),
             )
         )
-    return found
+    return saved

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +15,10 @@ from torch import nn
 from lq.analysis.timing import time_layers
 from lq.callback.end.engine_runs import IN_PROCESS, Contender, EngineModule, contenders, time_engines, validate_engines
 from lq.callback.end.engines import EAGER, Engine
-from lq.callback.end.inspection import Findings, going_on
+from lq.callback.end.inspection import Findings, warns_on_failure
 from lq.callback.end.page import result_page
 from lq.callback.end.stopwatch import Stopwatch
+from lq.callback.outputs import NETWORK, OTHER_FORMATS, OUTPUTS, PAGE, RESULT
 from lq.callback.result import QuantizationResult, Side
 from lq.callback.steps.batches import repeat_samples
 from lq.callback.steps.stages import StagedUnit
@@ -37,19 +37,6 @@ from lq.workflow.prepare import activation_quantizers
 
 #: Samples in the batch that throughput is measured with.
 BATCH_SIZE = 32
-
-#: The format that is always written, and those that are written beside it, on request.
-NETWORK: FormatName = "pt2"
-OTHER_FORMATS: tuple[FormatName, ...] = ("onnx", "onnxruntime", "aoti")
-
-#: Those of them that are written where nothing is asked for, and what they need is installed.
-UNASKED: tuple[FormatName, ...] = tuple(name for name in OTHER_FORMATS if FORMATS[name].packages is not None)
-
-_PAGE = "int8.html"
-_RESULT = "int8.json"
-
-#: All that a run writes: what an earlier one left under these names goes where this one writes nothing of that name.
-OUTPUTS = (*(FORMATS[name].file for name in (NETWORK, *OTHER_FORMATS)), _PAGE, _RESULT)
 
 
 class Outcome(NamedTuple):
@@ -123,8 +110,8 @@ class Conversion:
         if self.output_dir is None:
             rank_zero_info("lq: fast_dev_run: the INT8 model was made and measured, and no file is kept of it")
             return outcome
-        if (self.output_dir / _PAGE).exists():
-            rank_zero_info(f"lq: what was done, layer by layer, is in {self.output_dir / _PAGE}")
+        if (self.output_dir / PAGE).exists():
+            rank_zero_info(f"lq: what was done, layer by layer, is in {self.output_dir / PAGE}")
         for file in written:
             rank_zero_info(f"lq: INT8 model written to {replace(file, path=self.output_dir / file.path.name)}")
         return outcome
@@ -189,13 +176,13 @@ class Conversion:
             analysis=findings.analysis,
             engines=rows if self.evaluate is not None else (),
         )
-        with watch.stage("page"), going_on("writing the page"):
+        with watch.stage("page"), warns_on_failure("writing the page"):
             advised = [] if result.analysis is None else [advice.layer for advice in result.analysis.advice()]
             so_far = replace(result, stages=dict(watch.seconds))
             page = result_page(so_far, findings.predictions, findings.tensor_charts(advised))
-            write_text(folder / _PAGE, page)
+            write_text(folder / PAGE, page)
         result = replace(result, stages=dict(watch.seconds))
-        write_text(folder / _RESULT, result.to_json())
+        write_text(folder / RESULT, result.to_json())
         return Outcome(result, failure, findings), exports
 
     def _export(self, unit: nn.Module, int8: Int8Module, folder: Path) -> tuple[list[ExportResult], Exception | None]:
@@ -233,16 +220,16 @@ class Conversion:
         unit = staged.unit
         times = None
         with self.watch.stage("timing"):
-            found = contenders(unit, int8, exports)
+            engines = contenders(unit, int8, exports)
             if self.evaluate is not None:
-                time_engines(unit, int8, found, BATCH_SIZE)
-                with going_on("timing the layers"):
+                time_engines(unit, int8, engines, BATCH_SIZE)
+                with warns_on_failure("timing the layers"):
                     times = time_layers(unit, int8, repeat_samples(int8.example_inputs, 1))
         if times is not None and int8.report is not None:
             int8.report = int8.report.with_times(times)
             if int8.report.slower_layers:
                 rank_zero_info(f"lq: {slower_text(int8.report.slower_layers)}")
-        return {contender.engine.runtime: contender for contender in found}, times
+        return {contender.engine.runtime: contender for contender in engines}, times
 
     def _judge(self, staged: StagedUnit, int8: Int8Module, engines: Mapping[str, Contender]) -> Predictions | None:
         """What the engines make of the validation data, noted with each; predictions of float and INT8 in process."""
@@ -254,18 +241,13 @@ class Conversion:
                 return None
             others = {} if self.evaluate is None else {name: c for name, c in engines.items() if c.run is not None}
             runs = {name: EngineModule(int8, c.run) for name, c in others.items() if c.run and name != EAGER}
-            with going_on("comparing predictions"):
+            with warns_on_failure("comparing predictions"):
                 predictions, agreement = self.compare(staged, int8, runs)
                 if agreement:
                     agreement[EAGER] = 1.0
                 for name, share in agreement.items():
                     engines[name].engine = replace(engines[name].engine, agreement=share)
         return predictions
-
-
-def default_formats() -> tuple[FormatName, ...]:
-    """What is written beside ``int8.pt2`` where nothing is asked for: as far as what it needs is installed."""
-    return tuple(name for name in UNASKED if all(find_spec(package) for package in FORMATS[name].packages or ()))
 
 
 def _side(engine: Engine) -> Side:

@@ -61,27 +61,27 @@ def contenders(unit: nn.Module, int8: Int8Module, exports: Sequence[ExportResult
         eager = Engine(EAGER, size_bytes=_state_bytes(unit))
     # As they are called: by position where the forward allows it, for which the hooks of a user may have been written.
     called = partial(_called, prepared_forward(unit).signature, int8.settings)
-    found = [Contender(eager, partial(called, unit))]
+    engines = [Contender(eager, partial(called, unit))]
     try:
         folded: nn.Module = crop_kernels(folded_float(unit), int8.example_inputs)
         engine = Engine(FOLDED, size_bytes=_state_bytes(folded))
-        found.append(Contender(engine, lambda **inputs: folded(*inputs.values())))
+        engines.append(Contender(engine, lambda **inputs: folded(*inputs.values())))
     except Exception as error:
-        found.append(Contender(Engine(FOLDED, note=_reason(error)), None))
+        engines.append(Contender(Engine(FOLDED, note=_reason(error)), None))
     for written in exports:
         for runtime in FORMATS[written.format].installed_runtimes():
             if best_format(runtime, [export.format for export in exports]).name != written.format:
                 continue
             engine = Engine(runtime, file=written.path.name, size_bytes=written.size_bytes)
             if runtime == IN_PROCESS:
-                found.append(Contender(engine, partial(called, int8)))
+                engines.append(Contender(engine, partial(called, int8)))
                 continue
             try:
                 # As many threads as the float model has.
-                found.append(Contender(engine, load(written.path, runtime, threads=torch.get_num_threads())))
+                engines.append(Contender(engine, load(written.path, runtime, threads=torch.get_num_threads())))
             except Exception as error:
-                found.append(Contender(replace(engine, note=_reason(error)), None))
-    return found
+                engines.append(Contender(replace(engine, note=_reason(error)), None))
+    return engines
 
 
 def _called(signature: CallSignature, settings: Mapping[str, Any], model: nn.Module, **inputs: Any) -> Any:
@@ -89,27 +89,27 @@ def _called(signature: CallSignature, settings: Mapping[str, Any], model: nn.Mod
     return model(*args, **kwargs)
 
 
-def time_engines(unit: nn.Module, int8: Int8Module, found: Sequence[Contender], batch_size: int) -> None:
+def time_engines(unit: nn.Module, int8: Int8Module, engines: Sequence[Contender], batch_size: int) -> None:
     """Time all for one sample and for a batch, taking turns; what fails on one is its note.
 
     Args:
         unit: prepared, on the CPU.
         int8: what it was converted to, for its example inputs.
-        found: the engines.
+        engines: with the network loaded.
         batch_size: samples in the batch.
     """
     inputs = int8.example_inputs
     with unprepared(unit), evaluating(unit):
-        one = _time(found, repeat_samples(inputs, 1), 1)
-        many = _time(found, repeat_samples(inputs, batch_size), batch_size)
-    for contender in found:
+        one = _time(engines, repeat_samples(inputs, 1), 1)
+        many = _time(engines, repeat_samples(inputs, batch_size), batch_size)
+    for contender in engines:
         runtime = contender.engine.runtime
         contender.engine = replace(contender.engine, latency=one.get(runtime), batch=many.get(runtime))
 
 
-def _time(found: Sequence[Contender], inputs: Mapping[str, Any], batch_size: int) -> dict[str, Timing]:
+def _time(engines: Sequence[Contender], inputs: Mapping[str, Any], batch_size: int) -> dict[str, Timing]:
     running: dict[str, Callable[..., Any]] = {}
-    for contender in found:
+    for contender in engines:
         if contender.run is None:
             continue
         try:
@@ -125,7 +125,7 @@ def _time(found: Sequence[Contender], inputs: Mapping[str, Any], batch_size: int
 def validate_engines(
     staged: StagedUnit,
     int8: Int8Module,
-    found: Sequence[Contender],
+    engines: Sequence[Contender],
     evaluate: Callable[[], dict[str, float]],
     float_seconds: float,
 ) -> None:
@@ -134,13 +134,13 @@ def validate_engines(
     Args:
         staged: the unit, prepared.
         int8: what it was converted to.
-        found: the engines.
+        engines: with the network loaded.
         evaluate: gives the metrics of the LightningModule as it is.
         float_seconds: what that took with the float model: the others are expected to take no longer.
     """
     begun = time.perf_counter()
     # Float comes last: its metrics are known but for rounding.
-    for contender in sorted(found, key=lambda each: each.engine.is_float):
+    for contender in sorted(engines, key=lambda each: each.engine.is_float):
         if contender.engine.runtime in (EAGER, IN_PROCESS) or contender.run is None:
             continue
         if staged.parts:

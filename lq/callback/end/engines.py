@@ -164,12 +164,12 @@ def table(engines: Sequence[Engine], title: str, batch_size: int) -> Table:
     """A row for each engine, the recommended one in bold."""
     chosen = recommended(engines)
     headers, rows = cells(engines, batch_size)
-    found = Table(title=title)
+    rich_table = Table(title=title)
     for index, header in enumerate(headers):
-        found.add_column(header, justify="right" if index else "left", no_wrap=index == 0)
+        rich_table.add_column(header, justify="right" if index else "left", no_wrap=index == 0)
     for engine, row in zip(engines, rows, strict=True):
-        found.add_row(*row, style="bold" if engine is chosen else "")
-    return found
+        rich_table.add_row(*row, style="bold" if engine is chosen else "")
+    return rich_table
 
 
 def scalars(engines: Sequence[Engine]) -> dict[str, float]:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lq.callback.averages import averages_buffers, refresh_averaged_ranges
-from lq.callback.description import class_names, normalization, settings
+from lq.callback.description import class_names, normalization, run_settings
 from lq.callback.end.conversion import Conversion, Outcome
 from lq.callback.end.inspection import Findings, inspect_unit
 from lq.callback.end.predictions import compare_predictions
 from lq.callback.end.stopwatch import Stopwatch
 from lq.callback.end.weights import choose_weights, load_weights
 from lq.callback.preparation import prepare_for_batch
+from lq.callback.settings import QuantizationSettings
 from lq.callback.steps.batches import calibration_batches
 from lq.callback.steps.evaluation import evaluate
 from lq.callback.steps.looking import find_as_called
@@ -34,12 +36,16 @@ from lq.workflow.comparison import CalibratorComparison
 from lq.workflow.convert import convert
 from lq.workflow.prepare import unprepared
 
-if TYPE_CHECKING:
-    from lq.callback.callback import QuantizationCallback
-
 
 def quantize_at_fit_end(
-    callback: QuantizationCallback, trainer: Any, staged: StagedUnit, output_dir: Path | None, source: str | None = None
+    settings: QuantizationSettings,
+    trainer: Any,
+    staged: StagedUnit,
+    output_dir: Path | None,
+    *,
+    known_before: Mapping[str, Any] | None = None,
+    fit_begun: float | None = None,
+    source: str | None = None,
 ) -> Outcome:
     """Convert the unit, and measure what that did.
 
@@ -48,10 +54,12 @@ def quantize_at_fit_end(
     afterwards as training left it.
 
     Args:
-        callback: whose arguments say what to do.
+        settings: say what to do.
         trainer: the Trainer, after training.
         staged: the unit, in float (PTQ) or prepared (QAT).
         output_dir: where the files go; None to keep none.
+        known_before: see :func:`~lq.callback.end.weights.load_weights`.
+        fit_begun: when, see :meth:`~lq.callback.settings.QuantizationSettings.analysis_seconds`.
         source: what the weights are, where they are not to be chosen.
 
     Returns:
@@ -63,12 +71,21 @@ def quantize_at_fit_end(
     watch = Stopwatch()
     try:
         with isolate_rng(), torch.compiler.set_stance("force_eager"):
-            outcome = _quantize(callback, trainer, staged, output_dir, source, watch)
+            outcome = _quantize(
+                settings,
+                trainer,
+                staged,
+                output_dir,
+                watch,
+                known_before=known_before,
+                fit_begun=fit_begun,
+                source=source,
+            )
         watch.tell()
         return outcome
     except BaseException:
         staged.take_int8_off()
-        if callback.mode == "ptq":
+        if settings.mode == "ptq":
             staged.to_float()
         if pl_module.dtype != dtype:
             pl_module.to(dtype)
@@ -77,30 +94,33 @@ def quantize_at_fit_end(
 
 
 def _quantize(
-    callback: QuantizationCallback,
+    settings: QuantizationSettings,
     trainer: Any,
     staged: StagedUnit,
     output_dir: Path | None,
-    source: str | None,
     watch: Stopwatch,
+    *,
+    known_before: Mapping[str, Any] | None,
+    fit_begun: float | None,
+    source: str | None,
 ) -> Outcome:
     pl_module = trainer.lightning_module
-    path, weights = (None, source) if source is not None else choose_weights(trainer, callback.weights)
+    path, weights = (None, source) if source is not None else choose_weights(trainer, settings.weights)
     rank_zero_info(f"lq: INT8 is made of {weights}")
     if path is not None:
-        load_weights(trainer, pl_module, path, callback.known_before)
+        load_weights(trainer, pl_module, path, known_before)
     if pl_module.dtype != torch.float32:
         rank_zero_info(f"lq: the weights are cast from {dtype_name(pl_module.dtype)} to float32, and calibrated so")
         pl_module.float()
-    evaluates = callback.evaluate and trainer.is_global_zero
+    evaluates = settings.evaluate and trainer.is_global_zero
     float_metrics: dict[str, float] = {}
     comparison = None
-    if callback.mode == "ptq":
+    if settings.mode == "ptq":
         with agreed("evaluating the float model"), watch.stage("evaluation"):
             if evaluates:
                 float_metrics = evaluate(trainer, pl_module)
         with watch.stage("calibration"):
-            comparison = _calibrate(callback, trainer, staged)
+            comparison = _calibrate(settings, trainer, staged)
     else:
         if averages_buffers(trainer):
             refresh_averaged_ranges(staged)
@@ -110,29 +130,29 @@ def _quantize(
     conversion = Conversion(
         output_dir=output_dir,
         weights=weights,
-        target=callback.target,
+        target=settings.target,
         compare=partial(compare_predictions, trainer),
         watch=watch,
-        formats=callback.export,
-        optional=callback.optional_formats,
+        formats=settings.export,
+        optional=settings.optional_formats,
         labels=class_names(trainer),
         preprocessing=normalization(trainer),
         evaluate=(lambda: evaluate(trainer, pl_module)) if evaluates else None,
         float_seconds=watch.seconds.get("evaluation", 0.0),
         comparison=comparison,
-        inspect=partial(inspect_unit, callback, trainer, staged) if callback.analyze else None,
-        settings=settings(callback, trainer, staged.parts or (staged.path,)),
+        inspect=partial(inspect_unit, settings, trainer, staged, fit_begun=fit_begun) if settings.analyze else None,
+        settings=run_settings(settings, trainer, staged.parts or (staged.path,)),
     )
     outcome = Outcome(None, None, Findings())
     with agreed("converting to INT8"):
         if trainer.is_global_zero:
             outcome = conversion.run(staged, float_metrics)
     if outcome.result is None:
-        staged.put_int8(convert(staged.unit.cpu(), callback.target))
+        staged.put_int8(convert(staged.unit.cpu(), settings.target))
     return outcome
 
 
-def _calibrate(callback: QuantizationCallback, trainer: Any, staged: StagedUnit) -> CalibratorComparison | None:
+def _calibrate(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -> CalibratorComparison | None:
     """Observe batches on the device that trained."""
     bar = trainer.progress_bar_callback
     pl_module = trainer.lightning_module
@@ -140,33 +160,33 @@ def _calibrate(callback: QuantizationCallback, trainer: Any, staged: StagedUnit)
     pl_module.to(trainer.strategy.root_device)
     try:
         with agreed("calibrating"):
-            batches = calibration_batches(trainer, pl_module, callback.calibration_dataloader)
+            batches = calibration_batches(trainer, pl_module, settings.calibration_dataloader)
             first = next(batches, None)
             if first is None:
                 raise CalibrationError("the calibration dataloader (by default the train dataloader) gave no batch")
-            is_given = callback.calibration_dataloader is not None
+            is_given = settings.calibration_dataloader is not None
             if not staged.is_found:
                 find_as_called(trainer, staged, first, is_given=is_given)
             unit = staged.unit
             # All calibrators but this one need histograms.
-            calibrators = {callback.calibrator, *callback.overrides.calibrators}
+            calibrators = {settings.calibrator, *settings.overrides.calibrators}
             observer = "minmax" if calibrators == {"minmax"} else "histogram"
             prepare_for_batch(
                 staged,
                 first,
-                target=callback.target,
+                target=settings.target,
                 mode="ptq",
                 observer=observer,
-                overrides=callback.overrides,
+                overrides=settings.overrides,
                 is_given=is_given,
             )
         with evaluating(pl_module):
             comparison = calibrate_and_compare(
                 unit,
                 itertools.chain([first], batches),
-                calibrator=callback.calibrator,
-                num_batches=_share(callback.calibration_batches, trainer.world_size),
-                num_samples=_share(callback.calibration_samples, trainer.world_size),
+                calibrator=settings.calibrator,
+                num_batches=_share(settings.calibration_batches, trainer.world_size),
+                num_samples=_share(settings.calibration_samples, trainer.world_size),
                 forward=lambda batch: run_unit(staged, batch, staged.calibrated_with),
                 progress=trainer.is_global_zero and bar is not None and getattr(bar, "is_enabled", True),
             )

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lq.analysis.analyze import analyze
+from lq.callback.settings import QuantizationSettings
 from lq.callback.steps.batches import (
     calibration_batches,
     count_samples,
@@ -21,8 +22,9 @@ from lq.callback.steps.batches import (
     validation_batches,
     validation_dataloaders,
 )
+from lq.callback.steps.calls import Step
 from lq.callback.steps.evaluation import is_overridden
-from lq.callback.steps.running import Step, call_unit
+from lq.callback.steps.running import call_unit
 from lq.callback.steps.stages import StagedUnit
 from lq.charts.chart import Chart
 from lq.charts.predictions import Predictions
@@ -35,9 +37,6 @@ from lq.numerics.quantizer import Quantizer
 from lq.results.analysis import Analysis
 from lq.util.modes import evaluating
 from lq.workflow.prepare import activation_quantizers, prepared_forward, quantizers, quantizers_off
-
-if TYPE_CHECKING:
-    from lq.callback.callback import QuantizationCallback
 
 #: Samples that are looked at; of a large network the analysis takes fewer.
 SAMPLES = 32
@@ -94,9 +93,9 @@ class Findings:
             Chart(
                 f"weights/{name.removesuffix('.weight')}",
                 f"Values of {name} before and after rounding.",
-                partial(weight_histogram, name, found.weight, found.quantizer),
+                partial(weight_histogram, name, quantized.weight, quantized.quantizer),
             )
-            for name, found in self.weights.items()
+            for name, quantized in self.weights.items()
             if layers is None or name.removesuffix(".weight") in layers
         ]
         return charts
@@ -107,7 +106,7 @@ def _activation_chart(name: str, quantizer: Quantizer, observer: HistogramObserv
 
 
 @contextmanager
-def going_on(what: str) -> Iterator[None]:
+def warns_on_failure(what: str) -> Iterator[None]:
     """An error inside is a warning: a trained and converted model is not to be lost for a picture of it."""
     try:
         yield
@@ -116,79 +115,82 @@ def going_on(what: str) -> Iterator[None]:
 
 
 def inspect_unit(
-    callback: QuantizationCallback,
+    settings: QuantizationSettings,
     trainer: Any,
     staged: StagedUnit,
     int8: Int8Module,
     times: list[dict[str, float]] | None = None,
+    *,
+    fit_begun: float | None = None,
 ) -> Findings:
     """Look at a unit that is prepared and has its ranges, and at the INT8 network made of it.
 
     Args:
-        callback: whose arguments say what to look at.
+        settings: say what to look at, and for how long.
         trainer: the Trainer, for its data: a few validation samples, or of the calibration data where there are none.
         staged: the unit.
         int8: its INT8 network.
         times: of the layers, in the order of the report, see :func:`lq.analysis.timing.time_layers`.
+        fit_begun: when, see :meth:`~lq.callback.settings.QuantizationSettings.analysis_seconds`.
     """
-    unit, found = staged.unit, Findings()
-    step, batches = _samples(callback, trainer, staged)
+    unit, findings = staged.unit, Findings()
+    step, batches = _samples(settings, trainer, staged)
     if not batches:
         rank_zero_info("lq: there are no data to analyse the layers with")
-    with going_on("reading the graph"):
+    with warns_on_failure("reading the graph"):
         graph = prepared_forward(unit).analyse()
-        found = Findings(weights=_weights(unit, graph), inputs=_inputs(unit, graph), graph=graph, graph_root=unit)
-    with going_on("analysing the layers"):
+        findings = Findings(weights=_weights(unit, graph), inputs=_inputs(unit, graph), graph=graph, graph_root=unit)
+    with warns_on_failure("analysing the layers"):
         if batches:
             bar = trainer.progress_bar_callback
             analysis = analyze(
                 unit,
                 batches,
                 timing=False,  # that is done
-                seconds=callback.analysis_seconds,
+                seconds=settings.analysis_seconds(fit_begun),
                 forward=lambda batch: call_unit(staged, batch, step),
                 progress=bar is not None and getattr(bar, "is_enabled", True),
             )
             if times is not None:
                 analysis = analysis.with_times(times)
-            found = replace(found, analysis=analysis)
-    with going_on("collecting histograms"):
-        found = replace(found, activations=_activations(staged, step, batches))
-    return found
+            findings = replace(findings, analysis=analysis)
+    with warns_on_failure("collecting histograms"):
+        findings = replace(findings, activations=_activations(staged, step, batches))
+    return findings
 
 
-def _samples(callback: QuantizationCallback, trainer: Any, staged: StagedUnit) -> tuple[Step, list[Any]]:
+def _samples(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -> tuple[Step, list[Any]]:
     """A few samples, and the step that takes them: of the validation data, which the ranges were not made of."""
     pl_module: Any = staged.pl_module
     step: Step = "training_step"
-    found: list[Any] = []
-    with going_on("reading data for the analysis"):
+    samples: list[Any] = []
+    with warns_on_failure("reading data for the analysis"):
         if (
             is_overridden("validation_step", pl_module)
             and staged.is_judged
             and validation_dataloaders(trainer) is not None
         ):
             step, batches = "validation_step", validation_batches(trainer, pl_module)
-        elif callback.calibration_dataloader is not None or has_train_data(trainer):
-            batches = calibration_batches(trainer, pl_module, callback.calibration_dataloader)
+        elif settings.calibration_dataloader is not None or has_train_data(trainer):
+            batches = calibration_batches(trainer, pl_module, settings.calibration_dataloader)
         else:
             return step, []
         left = SAMPLES
         for batch in batches:
-            found.append(first_samples(batch, left))
-            left -= max(1, count_samples(found[-1]))
+            samples.append(first_samples(batch, left))
+            left -= max(1, count_samples(samples[-1]))
             if left <= 0:
                 break
-    return step, found
+    return step, samples
 
 
 def _weights(unit: nn.Module, graph: GraphAnalysis) -> dict[str, QuantizedWeight]:
     known = quantizers(unit)
-    found = {}
+    weights = {}
     for chain in graph.placement.chains:
         weight = graph.values[chain.op.weight]
-        found[chain.weight_key] = QuantizedWeight(weight.detach(), known[chain.weight_key])
-    return found
+        weights[chain.weight_key] = QuantizedWeight(weight.detach(), known[chain.weight_key])
+    return weights
 
 
 def _inputs(unit: nn.Module, graph: GraphAnalysis) -> dict[str, str]:
@@ -200,8 +202,8 @@ def _activations(staged: StagedUnit, step: Step, batches: list[Any]) -> dict[str
     """The quantizers with a histogram each: the calibration's, or where training kept none one of ``batches``."""
     unit = staged.unit
     rounding = {name: q for name, q in activation_quantizers(unit).items() if q.rounds and q.calibrated}
-    found = {name: (q, q.observer) for name, q in rounding.items() if isinstance(q.observer, HistogramObserver)}
-    missing = {name: (q, HistogramObserver()) for name, q in rounding.items() if name not in found}
+    observed = {name: (q, q.observer) for name, q in rounding.items() if isinstance(q.observer, HistogramObserver)}
+    missing = {name: (q, HistogramObserver()) for name, q in rounding.items() if name not in observed}
     if missing and batches:
         hooks = [
             quantizer.register_forward_pre_hook(lambda _, args, observer=observer: observer(args[0]))
@@ -214,5 +216,5 @@ def _activations(staged: StagedUnit, step: Step, batches: list[Any]) -> dict[str
         finally:
             for hook in hooks:
                 hook.remove()
-        found |= missing
-    return {name: found[name] for name in rounding if name in found}
+        observed |= missing
+    return {name: observed[name] for name in rounding if name in observed}

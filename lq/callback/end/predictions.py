@@ -69,14 +69,14 @@ def _compare(
     if staged.parts or staged.calls.get("validation_step", 1) != 1:
         raise _NoClassifierError("the network is not called once, as a whole")
     if _layers_beside(staged):
-        raise _NoClassifierError("there are layers behind or beside the unit that is quantized")
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+        raise _NoClassifierError("there are layers after or beside the unit that is quantized")
+    results: list[tuple[Tensor, Tensor, Tensor]] = []
     kept: list[Tensor] = []
     classes = 0
     agreeing = dict.fromkeys(engines, 0)
     with unprepared(unit), evaluating(pl_module):
         for index, batch in enumerate(validation_batches(trainer, pl_module)):
-            if index == MAX_BATCHES or sum(len(row[0]) for row in found) >= MAX_SAMPLES:
+            if index == MAX_BATCHES or sum(len(row[0]) for row in results) >= MAX_SAMPLES:
                 break
             images, labels = _images_and_labels(batch)
             args, kwargs = unit_arguments(staged, batch, "validation_step")
@@ -87,7 +87,7 @@ def _compare(
             if classes < 2 or int(labels.max()) >= classes or int(labels.min()) < 0:
                 raise _NoClassifierError("the labels are no indices of the unit's outputs")
             before, after = (out.argmax(1).cpu() for out in logits)
-            found.append((labels.cpu(), before, after))
+            results.append((labels.cpu(), before, after))
             for name in list(agreeing):
                 try:
                     agreeing[name] += int((engines[name](*args, **kwargs).argmax(1).cpu() == before).sum())
@@ -95,9 +95,9 @@ def _compare(
                     _log.debug("lq: no predictions of %s: %s", name, error)
                     del agreeing[name]
             kept.extend(images[index] for index in (before != after).nonzero()[: MAX_IMAGES - len(kept), 0].tolist())
-    if not found:
+    if not results:
         raise _NoClassifierError("there are no validation data")
-    labels, before, after = (torch.cat(column) for column in zip(*found, strict=True))
+    labels, before, after = (torch.cat(column) for column in zip(*results, strict=True))
     names = class_names(trainer)
     predictions = Predictions(
         labels=labels,

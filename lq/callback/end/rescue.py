@@ -7,27 +7,25 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lq.callback.averages import averages_at_the_end
 from lq.callback.end.weights import choose_weights, last_checkpoint
+from lq.callback.settings import QuantizationSettings
 from lq.util.files import write_archive, write_atomically
-
-if TYPE_CHECKING:
-    from lq.callback.callback import QuantizationCallback
 
 _log = logging.getLogger("lq")
 
 
 def tell_how_to_finish(
-    callback: QuantizationCallback, trainer: Any, pl_module: Any, output_dir: Path, *, training_ended: bool
+    settings: QuantizationSettings, trainer: Any, pl_module: Any, output_dir: Path, *, training_ended: bool
 ) -> None:
     """Log where the trained weights are and how to convert them; write them where no checkpoint has them."""
     if training_ended:
         happened = "Training ended, but not the conversion to INT8. The module has its trained weights in float."
-        path, note = _trained_weights(callback, trainer, output_dir)
+        path, note = _trained_weights(settings, trainer, output_dir)
     else:
         happened = "Training was interrupted, and nothing is converted to INT8."
         path, note = last_checkpoint(trainer), "The last checkpoint is"
@@ -36,14 +34,14 @@ def tell_how_to_finish(
         _log.error("lq: %s %s", happened, what)
         return
     resume = "" if training_ended else f"To go on training: trainer.fit(model, ckpt_path={path!r}). "
-    by_hand = [_call(callback, pl_module, path), *_command(callback, pl_module, path)]
+    by_hand = [_call(settings, pl_module, path), *_command(settings, pl_module, path)]
     _log.error("lq: %s %s %r. %sTo convert it as it is:\n    %s", happened, note, path, resume, "\n    ".join(by_hand))
 
 
-def _trained_weights(callback: QuantizationCallback, trainer: Any, output_dir: Path) -> tuple[str | None, str]:
+def _trained_weights(settings: QuantizationSettings, trainer: Any, output_dir: Path) -> tuple[str | None, str]:
     """Path of a checkpoint with the weights that were to be converted, and what to say of it."""
     try:
-        path, _ = choose_weights(trainer, callback.weights)
+        path, _ = choose_weights(trainer, settings.weights)
     except ValueError:
         path = None
     if path is None and not averages_at_the_end(trainer):
@@ -59,12 +57,12 @@ def _trained_weights(callback: QuantizationCallback, trainer: Any, output_dir: P
     return str(rescued), "No checkpoint held them; they were written to"
 
 
-def _call(callback: QuantizationCallback, pl_module: Any, path: str) -> str:
-    data = f", data, target={callback.target.name!r}" if callback.mode == "ptq" else ""
+def _call(settings: QuantizationSettings, pl_module: Any, path: str) -> str:
+    data = f", data, target={settings.target.name!r}" if settings.mode == "ptq" else ""
     return f"lq.quantize_checkpoint({path!r}, {type(pl_module).__name__}{data})"
 
 
-def _command(callback: QuantizationCallback, pl_module: Any, path: str) -> list[str]:
+def _command(settings: QuantizationSettings, pl_module: Any, path: str) -> list[str]:
     """The same for the shell, where the module's class can be found from there."""
     cls = type(pl_module)
     if "<locals>" in cls.__qualname__:
@@ -74,6 +72,6 @@ def _command(callback: QuantizationCallback, pl_module: Any, path: str) -> list[
     if place is None:  # an interactive session
         return []
     arguments = [f"ckpt={path}", f"model={place}:{cls.__qualname__}"]
-    if callback.mode == "ptq":
-        arguments += ["data=MODULE:DATAMODULE", f"target={callback.target.name}"]
+    if settings.mode == "ptq":
+        arguments += ["data=MODULE:DATAMODULE", f"target={settings.target.name}"]
     return ["python -m lq.recipes.quantize_checkpoint " + " ".join(map(shlex.quote, arguments))]

@@ -110,10 +110,10 @@ def load_weights(trainer: Any, pl_module: Any, path: str, known_before: Mapping[
 
 def _stamp(path: str) -> tuple[int, int, int] | None:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:  # a URL, or gone
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 #: Parts of a checkpoint that are large and of no use to the weights.

@@ -11,7 +11,7 @@ from torch.utils.tensorboard.summary import hparams
 from lq.callback.logging.loggers import is_tensorboard
 
 
-def make_room(trainer: Any) -> None:
+def drop_hp_metric(trainer: Any) -> None:
     """Before Lightning logs the user's hyperparameters: no ``hp_metric`` of -1, which would be the view's only metric.
 
     Lightning says with it which columns there are, and TensorBoard believes the first run that says so, for all runs.

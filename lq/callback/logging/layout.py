@@ -18,7 +18,7 @@ def layout(tags: Iterable[str], ranges: Iterable[str]) -> Layout:
     """
     tags = list(tags)
     both = [tag.removeprefix("int8/") for tag in tags if tag.startswith("int8/")]
-    found: Layout = {
+    categories: Layout = {
         "float and INT8": {name: _lines(f"float/{name}", f"int8/{name}") for name in both},
         "what INT8 cost and bought": {
             kind: _lines(*(tag for tag in tags if tag.startswith(f"{kind}/")))
@@ -27,7 +27,7 @@ def layout(tags: Iterable[str], ranges: Iterable[str]) -> Layout:
         },
         "ranges in training": {name: _lines(f"ranges/{name}/low", f"ranges/{name}/high") for name in ranges},
     }
-    return {category: charts for category, charts in found.items() if charts}
+    return {category: charts for category, charts in categories.items() if charts}
 
 
 def _lines(*tags: str) -> list[str | list[str]]:

@@ -28,20 +28,20 @@ class RangeLog:
         """Log the ranges where it is time to.
 
         Args:
-            trainer: the Trainer, behind a training batch.
+            trainer: the Trainer, after a training batch.
             unit: prepared.
         """
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         if not trainer.loggers or step == self._last or step % _interval(trainer):
             return
         self._last = step
-        found = {name: q for name, q in activation_quantizers(unit).items() if q.rounds and q.calibrated}
-        if not found or not trainer.is_global_zero:
+        quantizers = {name: q for name, q in activation_quantizers(unit).items() if q.rounds and q.calibrated}
+        if not quantizers or not trainer.is_global_zero:
             return
         # One transfer from the device for all of them.
-        ends = torch.stack([torch.stack(quantizer.quantized_range()) for quantizer in found.values()]).tolist()
+        ends = torch.stack([torch.stack(quantizer.quantized_range()) for quantizer in quantizers.values()]).tolist()
         values = {}
-        for name, (low, high) in zip(found, ends, strict=True):
+        for name, (low, high) in zip(quantizers, ends, strict=True):
             values[f"ranges/{name}/low"], values[f"ranges/{name}/high"] = low, high
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.image import imread
 
-from lq.callback.end.inspection import Findings, going_on
+from lq.callback.end.inspection import Findings, warns_on_failure
 from lq.callback.logging.hparams import write_hparams
 from lq.callback.logging.layout import layout
 from lq.callback.logging.loggers import takes_images, tensorboard_writer
@@ -16,45 +16,43 @@ from lq.callback.logging.model_graph import model_graph
 from lq.callback.logging.summaries import add_chart, add_graph, add_histogram, add_values
 from lq.callback.logging.tables import advice_markdown, engines_markdown, layers_markdown
 from lq.callback.result import QuantizationResult
+from lq.callback.settings import QuantizationSettings
 from lq.charts.all_charts import gallery
 from lq.numerics.functional import fake_quantize
 from lq.numerics.histogram import Histogram
 from lq.results.report import slower_text
 
-if TYPE_CHECKING:
-    from lq.callback.callback import QuantizationCallback
-
 #: Layers whose weight gets a figure as well; a histogram each of them has.
 _WEIGHT_FIGURES = 8
 
 
-def log_result(callback: QuantizationCallback, trainer: Any, result: QuantizationResult, findings: Findings) -> None:
+def log_result(settings: QuantizationSettings, trainer: Any, result: QuantizationResult, findings: Findings) -> None:
     """Give every logger of the Trainer what it can show.
 
     All get the scalars and the settings, those with ``log_image`` the charts as well, and TensorBoard everything.
 
     Args:
-        callback: whose arguments are hyperparameters.
+        settings: of the callback, which are hyperparameters.
         trainer: the Trainer.
         result: of the conversion.
         findings: of the inspection.
     """
     charts = gallery(result.comparisons(), result.analysis, findings.predictions)
-    settings = hyperparameters(callback, result)
+    hparams = hyperparameters(settings, result)
     for logger in trainer.loggers:
         logger.log_metrics(result.scalars(), step=trainer.global_step)
         writer = tensorboard_writer(logger)
         if writer is not None:
-            with going_on("writing to TensorBoard"):
+            with warns_on_failure("writing to TensorBoard"):
                 _write(writer, trainer, result, findings)
                 for chart in charts:
                     add_chart(writer, f"quantization/{chart.name}", chart, trainer.global_step)
                 mine = {key: value for key, value in getattr(logger, "hparams", {}).items() if _is_plain(value)}
                 metrics = result.scalars()
-                write_hparams(Path(logger.log_dir) / "quantization", {**mine, **settings}, metrics, trainer.global_step)
+                write_hparams(Path(logger.log_dir) / "quantization", {**mine, **hparams}, metrics, trainer.global_step)
         else:
-            with going_on(f"logging to {type(logger).__name__}"):
-                logger.log_hyperparams({f"quantization/{name}": value for name, value in settings.items()})
+            with warns_on_failure(f"logging to {type(logger).__name__}"):
+                logger.log_hyperparams({f"quantization/{name}": value for name, value in hparams.items()})
                 if takes_images(logger):
                     for chart in charts:
                         image = imread(io.BytesIO(chart.png()), format="png")
@@ -63,24 +61,24 @@ def log_result(callback: QuantizationCallback, trainer: Any, result: Quantizatio
         logger.save()
 
 
-def hyperparameters(callback: QuantizationCallback, result: QuantizationResult) -> dict[str, Any]:
+def hyperparameters(settings: QuantizationSettings, result: QuantizationResult) -> dict[str, Any]:
     """What runs are told apart by."""
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "mode": result.mode,
         "target": result.target,
         "calibrator": result.calibrator,
-        "weights": callback.weights or "default",
-        "overrides": len(callback.overrides.specs),
+        "weights": settings.weights or "default",
+        "overrides": len(settings.overrides.specs),
         "int8_layers": len(result.report.int8_layers),
         "float_layers": len(result.report.float_layers),
     }
-    if callback.mode == "ptq":
-        found["calibration_batches"] = callback.calibration_batches or "no limit"
+    if settings.mode == "ptq":
+        values["calibration_batches"] = settings.calibration_batches or "no limit"
     else:
         for name in ("observer_freeze", "batch_norm_freeze"):
-            value = getattr(callback, name)
-            found[name] = "never" if value is None else value
-    return found
+            value = getattr(settings, name)
+            values[name] = "never" if value is None else value
+    return values
 
 
 def _is_plain(value: Any) -> bool:
@@ -110,8 +108,8 @@ def _write(writer: Any, trainer: Any, result: QuantizationResult, findings: Find
     for name, (_, observer) in findings.activations.items():
         if observer.counts.any():
             add_histogram(writer, f"activations/{name}", Histogram.of(observer), step)
-    for name, found in findings.weights.items():
-        weight, quantizer = found.weight.cpu(), found.quantizer.cpu()
+    for name, quantized in findings.weights.items():
+        weight, quantizer = quantized.weight.cpu(), quantized.quantizer.cpu()
         rounded = fake_quantize(weight, quantizer.scale, quantizer.zero_point, quantizer.spec)
         layer = name.removesuffix(".weight")
         add_values(writer, f"weights/{layer}/float", weight, step)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 
 from lq.graph.ops import WEIGHTED_MODULES
+
+#: The user's own steps that a batch is for.
+Step = Literal["training_step", "validation_step"]
 
 #: The module that ``torch.compile(module)`` wraps, as a child of the wrapper.
 COMPILED = "_orig_mod"

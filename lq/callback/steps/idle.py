@@ -119,10 +119,10 @@ def _standing_still(ask: Callable[..., Any], nothing: Any) -> Callable[..., Any]
     """``LightningModule.optimizers`` or ``lr_schedulers``, of what does not step; ``nothing`` where there are none."""
 
     def idle(*args: Any, **kwargs: Any) -> Any:
-        found = ask(*args, **kwargs)
-        if isinstance(found, list) and found:
-            return [_Idle(each) for each in found]
-        return _Idle(found) if found else nothing
+        answer = ask(*args, **kwargs)
+        if isinstance(answer, list) and answer:
+            return [_Idle(each) for each in answer]
+        return _Idle(answer) if answer else nothing
 
     return idle
 

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 
 from lq.callback.preparation import refused_batch
 from lq.callback.steps.batches import first_samples, train_batches, validation_batches
-from lq.callback.steps.calls import Call, CallTree, has_weighted_layers, watched
+from lq.callback.steps.calls import Call, CallTree, Step, has_weighted_layers, watched
 from lq.callback.steps.evaluation import is_overridden
 from lq.callback.steps.idle import run_idle, same_attributes
-from lq.callback.steps.running import Step, add_note, call_step
+from lq.callback.steps.running import add_note, call_step
 from lq.callback.steps.stages import StagedUnit
 from lq.callback.steps.twin import twin_of
 from lq.callback.steps.unit import Unit, unit_of_calls
@@ -40,19 +40,19 @@ def find_as_called(trainer: Any, staged: StagedUnit, batch: Any, *, is_given: bo
     """
     pl_module = staged.pl_module
     training, validation, error = _calls_in_steps(trainer, staged, batch)
-    found: Unit | None = None
+    unit: Unit | None = None
     try:
-        found = unit_of_calls(pl_module, staged.name, training, validation)
+        unit = unit_of_calls(pl_module, staged.name, training, validation)
     except ValueError:
         if error is None:
             raise
-    if error is not None and (found is None or found.calibrated_with != "training_step"):
+    if error is not None and (unit is None or unit.calibrated_with != "training_step"):
         if is_given:
             raise refused_batch(pl_module, "training_step", batch, error) from error
         add_note(error, type(staged.unit).__name__, "training_step")
         raise error
-    assert found is not None
-    staged.use(found)
+    assert unit is not None
+    staged.use(unit)
     name = type(pl_module).__name__
     if staged.parts:
         rank_zero_info(
@@ -137,8 +137,8 @@ def unnoticed(loader: Any) -> Iterator[None]:
     """
     sources = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
     sources.append(getattr(sources[-1], "sampler", None))
-    found = [getattr(source, "generator", None) for source in sources]
-    states = [(each, each.get_state()) for each in found if isinstance(each, torch.Generator)]
+    generators = [getattr(source, "generator", None) for source in sources]
+    states = [(each, each.get_state()) for each in generators if isinstance(each, torch.Generator)]
     try:
         with isolate_rng():
             yield

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from torch import nn
 
-from lq.callback.steps.calls import watched
+from lq.callback.steps.calls import Step, watched
 from lq.callback.steps.idle import run_idle, same_attributes
-
-if TYPE_CHECKING:
-    from lq.callback.steps.stages import StagedUnit
-
-#: The user's own steps that a batch is for.
-Step = Literal["training_step", "validation_step"]
+from lq.callback.steps.stages import StagedUnit
 
 
 class _AllCalledError(BaseException):

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lq.callback.steps.calls import COMPILED, has_weighted_layers
-from lq.callback.steps.running import Step
+from lq.callback.steps.calls import COMPILED, Step, has_weighted_layers
 from lq.callback.steps.unit import Unit, find_unit
 from lq.graph.parts import PartsForward
 from lq.int8.module import Int8Module
@@ -130,10 +129,10 @@ class StagedUnit:
         """A state dict of the LightningModule with INT8 in place, with what INT8 replaces instead of INT8."""
         kept = self._kept_parts or ({self._place: self._kept} if self.path else {_INT8: nn.Module()})
         prefixes = tuple(f"{path}." for path in kept)
-        found = {key: value for key, value in state.items() if not key.startswith(prefixes)}
+        float_state = {key: value for key, value in state.items() if not key.startswith(prefixes)}
         for path, module in kept.items():
-            module.state_dict(destination=found, prefix=f"{path}.")
-        return found
+            module.state_dict(destination=float_state, prefix=f"{path}.")
+        return float_state
 
     def prepare_with(self, prepare: Callable[[nn.Module], Any]) -> None:
         """Have the unit prepared by ``prepare``, as the steps call it."""

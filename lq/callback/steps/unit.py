@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lq.callback.steps.calls import COMPILED, Call, has_weighted_layers
-from lq.callback.steps.running import Step
+from lq.callback.steps.calls import COMPILED, Call, Step, has_weighted_layers
 from lq.graph.ops import WEIGHTED_MODULES
 
 
@@ -150,13 +149,13 @@ def _parts(
 
 def _entries(calls: Sequence[Call], whole: str) -> list[str]:
     """What is called of ``whole`` from outside of it: itself, or parts of it on their own."""
-    found: list[str] = []
+    paths: list[str] = []
     for call in calls:
         if call.path == whole or _lies_in(call.path, whole):
-            found.append(call.path)
+            paths.append(call.path)
         else:
-            found.extend(_entries(call.inner, whole))
-    return list(dict.fromkeys(found))
+            paths.extend(_entries(call.inner, whole))
+    return list(dict.fromkeys(paths))
 
 
 def _inner(calls: Sequence[Call], path: str) -> set[str]:
