@@ -93,9 +93,9 @@ def analyze(
             figures = [_figures(model, layer, analysis, roundings) for layer in layers]
         times = layer_times(model, analysis, layers, chunks[0]) if timing else [{} for _ in layers]
     rows = []
-    for layer, found, time in zip(layers, figures, times, strict=True):
+    for layer, numbers, time in zip(layers, figures, times, strict=True):
         row = layer.row
-        measured: dict[str, Any] = {**found, **study.figures(layer), **time}
+        measured: dict[str, Any] = {**numbers, **study.figures(layer), **time}
         rows.append(LayerAnalysis(row.name, row.kind, row.precision, row.reason, **measured))
     samples = sum(batch_size(chunk) for chunk in chunks[: study.chunks])
     return Analysis(
@@ -105,12 +105,12 @@ def analyze(
 
 def _weight_noise(layers: list[Layer], analysis: GraphAnalysis, roundings: Roundings) -> dict[str, float]:
     """SQNR of the weights by the layers' names, dB."""
-    found = {
+    sqnr = {
         layer.row.name: weight_figures(layer.kernel, analysis, roundings)["weight_sqnr_db"]
         for layer in layers
         if isinstance(layer.kernel, Chain)
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in sqnr.items() if value is not None}
 
 
 def _figures(model: nn.Module, layer: Layer, analysis: GraphAnalysis, roundings: Roundings) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class Layer:
     def input_figures(self) -> dict[str, Any]:
         """Of an add, those of the operand that suffers most from its rounding."""
         figures = [statistics.figures() for statistics in self.inputs]
-        return min(figures, key=lambda found: _or_infinity(found["input_sqnr_db"]), default={})
+        return min(figures, key=lambda operand: _or_infinity(operand["input_sqnr_db"]), default={})
 
 
 def _or_infinity(value: float | None) -> float:
@@ -139,9 +139,9 @@ def weight_figures(chain: Chain, analysis: GraphAnalysis, roundings: Roundings) 
     folded = fold(roundings.weight(chain), None, norm, quantizer)
     assert folded.weight_int is not None and folded.weight_scale is not None
     column = folded.weight_scale.reshape(-1, *[1] * (folded.weight.dim() - 1))
-    found = Likeness()
-    found.add(folded.weight, folded.weight_int * column)
-    return {"weight_sqnr_db": found.sqnr_db}
+    likeness = Likeness()
+    likeness.add(folded.weight, folded.weight_int * column)
+    return {"weight_sqnr_db": likeness.sqnr_db}
 
 
 def elements(model: nn.Module, layer: Layer, analysis: GraphAnalysis) -> dict[str, int]:
@@ -149,8 +149,8 @@ def elements(model: nn.Module, layer: Layer, analysis: GraphAnalysis) -> dict[st
     op = None if layer.node is None else weighted_op(layer.node)
     if op is not None:
         tensors = [analysis.values[op.weight], None if op.bias is None else analysis.values[op.bias]]
-        found = [tensor.numel() for tensor in tensors if isinstance(tensor, Tensor)]
-        return {"parameters": sum(found), "weights": found[0]}
+        sizes = [tensor.numel() for tensor in tensors if isinstance(tensor, Tensor)]
+        return {"parameters": sum(sizes), "weights": sizes[0]}
     name = layer.row.name if layer.node is None else layer.node.meta["layer"]
     if name is None or (layer.node is not None and layer.row.kind == layer.node.meta["name"]):
         return {}

@@ -57,12 +57,12 @@ class Roundings:
         self._model = model
         self._analysis = analysis
         self._scheme = prepared_forward(model).scheme()
-        self._found = quantizers(model)
+        self._quantizers = quantizers(model)
         self._regridded: dict[Any, Quantizer] = {}
         base = analysis.placement
         self._kernels = {kernel_name(kernel): kernel for kernel in base.kernels}
         self.weight_quantizers = {
-            c.weight_key: _up_to_date(self._found[c.weight_key], self.weight(c)) for c in base.chains
+            c.weight_key: _up_to_date(self._quantizers[c.weight_key], self.weight(c)) for c in base.chains
         }
         self._weights = {
             chain.op.weight: rounded(self.weight(chain), self.weight_quantizers[chain.weight_key])
@@ -77,7 +77,7 @@ class Roundings:
 
     def of(self, node: fx.Node) -> Quantizer:
         """The quantizer of the tensor whose grid ``node`` lies on."""
-        return self._found[site(source_of(node))]
+        return self._quantizers[site(source_of(node))]
 
     def only(self, name: str) -> Rounding:
         """As if ``overrides`` kept all layers in float but ``name``.
@@ -89,7 +89,7 @@ class Roundings:
         base = self._analysis.placement
         if isinstance(kernel, Sum):
             nodes = [*(source_of(operand) for operand in kernel.add.all_input_nodes), kernel.end]
-            return Rounding({node: self._found[site(node)] for node in nodes})
+            return Rounding({node: self._quantizers[site(node)] for node in nodes})
         others = frozenset(self._kernels) - {name}
         placement = self._place(replace(self._scheme, overrides=_InFloat(self._scheme.overrides.specs, others)))
         # On the grids of the model as it is: fewer bits that a tensor's maker asks for are part of what is measured.
@@ -116,7 +116,7 @@ class Roundings:
         grid = scheme.activation(*names)
         key = (name, grid)
         if key not in self._regridded:  # one object for each grid: variants are compared by it
-            self._regridded[key] = on_grid(grid, self._found[name], name, scheme.target)
+            self._regridded[key] = on_grid(grid, self._quantizers[name], name, scheme.target)
         return self._regridded[key]
 
 

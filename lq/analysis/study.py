@@ -94,12 +94,13 @@ class Study:
 
     def _suspicion(self) -> dict[str, float]:
         """The SQNR of the worse of weight and input, dB, by layer: the lower, the sooner it is looked at."""
-        found: dict[str, float] = {}
+        suspicion: dict[str, float] = {}
         for layer in self.layers:
             inputs = [s.rounded.sqnr_db for s in layer.inputs if s.rounded.sqnr_db is not None]
             name = layer.row.name
-            found[name] = min([*inputs, self.weight_sqnr.get(name, SQNR_LIMIT_DB), found.get(name, SQNR_LIMIT_DB)])
-        return found
+            weight = self.weight_sqnr.get(name, SQNR_LIMIT_DB)
+            suspicion[name] = min([*inputs, weight, suspicion.get(name, SQNR_LIMIT_DB)])
+        return suspicion
 
     def _in_time(self, plans: dict[str, Plan], order: Mapping[str, float], until: float | None) -> Iterator[str]:
         """Names of the variants to run, lowest ``order`` first; those that there is no time for are dropped."""
@@ -124,16 +125,16 @@ class Study:
         yield
 
         def noise(plan: Plan, base: Values, otherwise: float) -> float:
-            found, _ = self.simulator.run(plan, base)
-            return otherwise if found is None else error_energy(reference, float_leaves(found))
+            noisy, _ = self.simulator.run(plan, base)
+            return otherwise if noisy is None else error_energy(reference, float_leaves(noisy))
 
         watch = watch_outputs(self.layers, floats)
-        found, int8 = self.simulator.run(self.int8_plan, floats, self.int8_made, self.int8_read, watch)
+        int8_outputs, int8 = self.simulator.run(self.int8_plan, floats, self.int8_made, self.int8_read, watch)
         for node in watch.keys() - {node for node, _ in self.int8_plan.steps}:
             watch[node](floats.read[node])
         same = {node: floats.read[node] for node in self.same_in_both}
         int8 = Values({**same, **int8.made}, {**same, **int8.read})
-        whole = 0.0 if found is None else error_energy(reference, float_leaves(found))
+        whole = 0.0 if int8_outputs is None else error_energy(reference, float_leaves(int8_outputs))
         self.noise += whole
         yield
         now = time.perf_counter()
@@ -166,12 +167,12 @@ class Study:
 
     def figures(self, layer: Layer) -> dict[str, float]:
         """The sensitivity of a layer, as far as it was measured."""
-        found = {}
+        figures = {}
         name = layer.row.name
         for field, plans, noises in (
             ("only_sqnr_db", self.only, self.only_noise),
             ("all_but_sqnr_db", self.all_but, self.all_but_noise),
         ):
             if layer.kernel is not None and name in plans:
-                found[field] = sqnr_db(self.signal, noises[name])
-        return found
+                figures[field] = sqnr_db(self.signal, noises[name])
+        return figures

@@ -105,9 +105,9 @@ def layer_times(
     samples = batch_size(inputs)
     owners = {"float_ms": _float_owners(layers), "int8_ms": _int8_owners(layers, model)}
     times: list[dict[str, float]] = [{} for _ in layers]
-    for name, found in rounds.items():
-        spent = [[0.0] * len(layers) for _ in found]
-        for seconds, total in zip(found, spent, strict=True):
+    for name, runs in rounds.items():
+        spent = [[0.0] * len(layers) for _ in runs]
+        for seconds, total in zip(runs, spent, strict=True):
             for node, value in seconds.items():
                 owner = owners[name].get(site(node) if name == "float_ms" else origin(node))
                 if owner is not None:
@@ -120,7 +120,7 @@ def layer_times(
 
 def _race(contenders: dict[str, _Stopwatch], inputs: dict[str, Any]) -> dict[str, list[dict[fx.Node, float]]]:
     """The times of each contender's operators, round by round; they take turns, so that noise disturbs all alike."""
-    found: dict[str, list[dict[fx.Node, float]]] = {name: [] for name in contenders}
+    rounds: dict[str, list[dict[fx.Node, float]]] = {name: [] for name in contenders}
     deadline = float("inf")
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for index in range(_WARMUP + _MOST):
@@ -132,8 +132,8 @@ def _race(contenders: dict[str, _Stopwatch], inputs: dict[str, Any]) -> dict[str
                 copies = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, list(inputs.values()))
                 contender.run(*copies)
                 if index >= _WARMUP:
-                    found[name].append(dict(contender.seconds))
-    return found
+                    rounds[name].append(dict(contender.seconds))
+    return rounds
 
 
 def _int8_network(model: nn.Module, int8: Int8Module | None, inputs: dict[str, Any]) -> _Stopwatch:
@@ -149,8 +149,8 @@ def _int8_network(model: nn.Module, int8: Int8Module | None, inputs: dict[str, A
 
 def _converted(model: nn.Module) -> Int8Module:
     """The INT8 network of a model that is left as it is."""
-    found = {name: q for name, q in quantizers(model).items() if isinstance(q, WeightQuantizer)}
-    kept = {q: ([(b, b.clone()) for b in q.buffers()], q.calibrated) for q in found.values()}
+    weights = {name: q for name, q in quantizers(model).items() if isinstance(q, WeightQuantizer)}
+    kept = {q: ([(b, b.clone()) for b in q.buffers()], q.calibrated) for q in weights.values()}
     try:
         return convert(model)
     finally:  # a weight's range was brought up to date

@@ -84,9 +84,9 @@ def check_image_folder(root: Path) -> tuple[str, ...]:
         raise DatasetNotFoundError(f"data_dir={str(root)!r} {problem}. {_LAYOUT}")
     missing = [split for split in SPLITS if not (root / split).is_dir()]
     if missing:
-        found = _some(sorted(entry.name for entry in root.iterdir()))
+        entries = _some(sorted(entry.name for entry in root.iterdir()))
         raise DatasetNotFoundError(
-            f"data_dir={str(root)!r} has no folder {' and no folder '.join(missing)}; it holds {found}. {_LAYOUT}"
+            f"data_dir={str(root)!r} has no folder {' and no folder '.join(missing)}; it holds {entries}. {_LAYOUT}"
         )
     train, val = (_class_folders(root, split) for split in SPLITS)
     if train != val:

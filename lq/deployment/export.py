@@ -313,34 +313,34 @@ def _verify(
         outputs = loaded(**inputs)
     except Exception as error:
         raise UnreadableError(runtime, error) from error
-    found = compare(runtime, outputs, expected)
+    verification = compare(runtime, outputs, expected)
     wrong = None
     if isinstance(loaded, Int8Module):
         tensors = _tensors(int8)
         check_program(loaded, tensors, integers, expected, inputs)
         if not has_onednn_int8():
-            return found
+            return verification
         try:
             check_kernels(loaded, tensors, integers, expected, inputs)
         except ExportMismatchError as error:
             wrong = str(error)
-    elif found.relative_difference > OUTPUT_TOLERANCE:
-        found = replace(found, allowed=allowed_difference(int8, inputs, expected))
-        if found.relative_difference > found.allowed:
-            wrong = f"the exported file does not compute what the INT8 network does: {found}"
+    elif verification.relative_difference > OUTPUT_TOLERANCE:
+        verification = replace(verification, allowed=allowed_difference(int8, inputs, expected))
+        if verification.relative_difference > verification.allowed:
+            wrong = f"the exported file does not compute what the INT8 network does: {verification}"
     if wrong is None:
-        return found
+        return verification
     # The process's own kernels are not given the convolutions that others are not right with.
     is_known = overflows_here(int8) if loaded.runtime == "torch" else for_this_cpu(int8) is not int8
     if loaded.runtime != "aoti" and is_known:
         # The file as it is written was checked already: what differs are the kernels of this CPU.
         warnings.warn(
-            f"lq: {found}. The file is right, but INT8 kernels of this CPU are not with it: without VNNI they sum in "
-            f"16 bits, which 8-bit weights overflow, or they take a strided 1x1 convolution with a number of input "
-            f"channels that is no multiple of 16. Against the first, calibrate or train for target='x86_avx2'",
+            f"lq: {verification}. The file is right, but INT8 kernels of this CPU are not with it: without VNNI they "
+            f"sum in 16 bits, which 8-bit weights overflow, or they take a strided 1x1 convolution with a number of "
+            f"input channels that is no multiple of 16. Against the first, calibrate or train for target='x86_avx2'",
             stacklevel=2,
         )
-        return found
+        return verification
     raise ExportMismatchError(wrong)
 
 

@@ -148,8 +148,8 @@ def allowed_difference(model: Int8Module, inputs: Mapping[str, Any], outputs: An
         x, scale, *rest = args
         # Uniform within a of either side it moves a/2 of the integers.
         noise = torch.rand(x.shape, generator=generator).mul_(2).sub_(1).mul_(2 * LAYER_TOLERANCE * scale)
-        found: Tensor = QUANTIZE(x + noise, scale, *rest)
-        return found
+        quantized: Tensor = QUANTIZE(x + noise, scale, *rest)
+        return quantized
 
     spread = [
         compare("noise", _Simulation(model, quantize).outputs(inputs), outputs).relative_difference
@@ -207,11 +207,11 @@ def check_program(
         computed.append(QUANTIZE(*args))
         return next(given, computed[-1])
 
-    found = _Simulation(loaded, quantize).outputs(inputs)
+    actual = _Simulation(loaded, quantize).outputs(inputs)
     if len(computed) != len(expected):
         raise ExportMismatchError(f"the .pt2 file quantizes {len(computed)} tensors, the INT8 network {len(expected)}")
     _check_layers("the .pt2 file", zip(names, computed, expected, strict=True))
-    _check_last_layer("the .pt2 file", found, outputs)
+    _check_last_layer("the .pt2 file", actual, outputs)
 
 
 def check_kernels(
@@ -234,14 +234,14 @@ def check_kernels(
         given = wanted[index].clone()  # a kernel may write over it
         return given.contiguous(memory_format=torch.channels_last) if given.dim() == 4 else given
 
-    found = lower(graph, loaded, list(inputs.values()), watch).outputs
+    actual = lower(graph, loaded, list(inputs.values()), watch).outputs
     pairs = ((names[index], value, wanted[index]) for index, value in sorted(computed.items()))
     _check_layers("what this CPU's INT8 kernels make of it", pairs)
-    _check_last_layer("what this CPU's INT8 kernels make of it", found, outputs)
+    _check_last_layer("what this CPU's INT8 kernels make of it", actual, outputs)
 
 
-def _check_last_layer(what: str, found: Any, outputs: Any) -> None:
-    compared = compare(what, found, outputs)
+def _check_last_layer(what: str, actual: Any, outputs: Any) -> None:
+    compared = compare(what, actual, outputs)
     if compared.relative_difference > FLOAT_TOLERANCE:
         raise ExportMismatchError(f"{what} differs from the INT8 network in its last layer: {compared}")
 
@@ -292,5 +292,5 @@ def check_onnx(model: Any, names: list[str], expected: list[Tensor], outputs: An
         for name, output in computed.items()
     )
     _check_layers("the ONNX file", pairs)
-    found = [torch.from_numpy(results[value.name]) for value in model.graph.output]
-    _check_last_layer("the ONNX file", found, outputs)
+    actual = [torch.from_numpy(results[value.name]) for value in model.graph.output]
+    _check_last_layer("the ONNX file", actual, outputs)

@@ -51,9 +51,9 @@ def crop_kernels(network: _Network, inputs: Mapping[str, Any]) -> _Network:
     if not any(windows):
         return network
     cropped = copy.deepcopy(network)
-    for node, found in zip(list(_graph(cropped).nodes), windows, strict=True):
-        if found:
-            _crop(cropped, node, found)
+    for node, node_windows in zip(list(_graph(cropped).nodes), windows, strict=True):
+        if node_windows:
+            _crop(cropped, node, node_windows)
     if isinstance(cropped, fx.GraphModule):
         cropped.recompile()
     return cropped

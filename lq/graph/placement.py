@@ -183,15 +183,15 @@ class _Placer:
                 self.placement.chains.append(Chain(op, name))
 
     def _attach_batch_norms(self) -> None:
-        found = {chain.op.node: self._foldable_batch_norm(chain) for chain in self.placement.chains}
+        foldable = {chain.op.node: self._foldable_batch_norm(chain) for chain in self.placement.chains}
         norms_of: dict[str, set[str | None]] = {}
         for chain in self.placement.chains:
-            norm = found[chain.op.node]
+            norm = foldable[chain.op.node]
             norms_of.setdefault(chain.name, set()).add(_norm_name(norm) if norm is not None else None)
         for chain in self.placement.chains:
             # A layer that is called twice has one weight: it takes in a batch norm only if it is the same both times.
             if len(norms_of[chain.name]) == 1:
-                chain.batch_norm = found[chain.op.node]
+                chain.batch_norm = foldable[chain.op.node]
 
     def _foldable_batch_norm(self, chain: Chain) -> fx.Node | None:
         node = _next(chain.op.node)

@@ -176,7 +176,7 @@ class _Lowering:
         self.results: dict[fx.Node, Any] = {}
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.chains = {chain.end: chain for node in graph.nodes if (chain := self._match(node)) is not None}
-        self.moved = {node: found for node in graph.nodes if (found := self._moved(node)) is not None}
+        self.moved = {node: between for node in graph.nodes if (between := self._moved(node)) is not None}
         self.kernels = {chain.op for chain in self.chains.values()}
         self.inner = {
             node
@@ -263,7 +263,7 @@ class _Lowering:
         """For each node of the source, at which one's place it is written, and with that what it reads is read."""
         positions: dict[fx.Node, int] = {}
         # A pool whose places are read, too, is computed where it stands, and once more on the integers.
-        again = {between: self.order[node] for node, found in self.moved.items() for between in found}
+        again = {between: self.order[node] for node, operators in self.moved.items() for between in operators}
         for node in reversed(self.source.nodes):
             positions[node] = max(self.order[node], again.get(node, 0))
             if self._is_skipped(node):

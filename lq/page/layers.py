@@ -36,13 +36,13 @@ _SCHEMES = (
 
 def layer_table(report: QuantizationReport, analysis: Analysis | None) -> Table:
     """A row for each layer, most harmful first where that is known, else in the order of the graph."""
-    found = {} if analysis is None else {layer.name: layer for layer in analysis.layers}
-    columns = [_LAYER, *_REPORT, *(_NUMBERS if found else ()), *_SCHEMES]
+    analyzed = {} if analysis is None else {layer.name: layer for layer in analysis.layers}
+    columns = [_LAYER, *_REPORT, *(_NUMBERS if analyzed else ()), *_SCHEMES]
     order = {} if analysis is None else {layer.name: rank for rank, layer in enumerate(analysis.by_harm())}
     layers = sorted(report.layers, key=lambda layer: order.get(layer.name, len(order)))
     rows = []
     for layer in layers:
-        numbers = _numbers(found.get(layer.name), analysis) if found else ()
+        numbers = _numbers(analyzed.get(layer.name), analysis) if analyzed else ()
         runs_in = Cell("INT8" if layer.precision == "int8" else "float", css=layer.precision)
         rows.append([layer.name, layer.kind, runs_in, *numbers, layer.weight, layer.input, layer.note])
     advised = set() if analysis is None else {advice.layer for advice in analysis.advice()}

@@ -250,17 +250,17 @@ def _run_row(row: str, config: Config, folder: Path) -> None:
     contenders: dict[str, Callable[[], Model]] = {FLOAT: partial(float_network, name)}
     contenders |= _ours(name, size, config.threads, folder)
     contenders |= _theirs(name, size, batch_size, config)
-    found: dict[str, dict[str, Measurement]] = {}
+    measurements: dict[str, dict[str, Measurement]] = {}
     failed: dict[str, ContenderError] = {}
     for way, sleep in WAYS.items():
         results = race(
             contenders, [images(size, batch_size)], threads=config.threads, seconds=config.seconds, sleep=sleep
         )
-        found[way] = {label: result for label, result in results.items() if isinstance(result, Measurement)}
+        measurements[way] = {label: result for label, result in results.items() if isinstance(result, Measurement)}
         failed |= {label: result for label, result in results.items() if isinstance(result, ContenderError)}
     console = Console(width=120)
-    console.print(_table(row, found, config.threads))
-    console.print(_by_engine(found))
+    console.print(_table(row, measurements, config.threads))
+    console.print(_by_engine(measurements))
     for contender, error in failed.items():
         print(f"{contender} did not run: {str(error).strip().splitlines()[-1]}")
 
@@ -307,19 +307,19 @@ def _theirs(name: str, size: int, batch_size: int, config: Config) -> dict[str, 
     return {label: make for peer in config.peers for label, make in makers[peer].items()}
 
 
-def _table(row: str, found: Mapping[str, Mapping[str, Measurement]], threads: int) -> Table:
+def _table(row: str, measurements: Mapping[str, Mapping[str, Measurement]], threads: int) -> Table:
     """The contenders, fastest first, called in each way."""
     name, size, batch_size = ROWS[row]
     table = Table(title=f"{name}, {size}x{size}, batch {batch_size}, {threads} threads, {cpu_name()}")
     table.add_column("contender")
-    for way in found:
+    for way in measurements:
         for header in (f"p50 ms, {way}", "p95 ms", "against float"):
             table.add_column(header, justify="right")
     table.add_column("memory MB", justify="right")
-    first = next(iter(found.values()))
+    first = next(iter(measurements.values()))
     for label, result in sorted(first.items(), key=lambda item: item[1].timing.p50_ms):
         cells: list[str] = []
-        for measured in found.values():
+        for measured in measurements.values():
             if label not in measured:
                 cells += ["", "", ""]
                 continue
@@ -331,19 +331,19 @@ def _table(row: str, found: Mapping[str, Mapping[str, Measurement]], threads: in
     return table
 
 
-def _by_engine(found: Mapping[str, Mapping[str, Measurement]]) -> Table:
+def _by_engine(measurements: Mapping[str, Mapping[str, Measurement]]) -> Table:
     """lq against the peer on the same engine, and the best of lq against the best of the peers: medians, ms."""
     table = Table(title="on the same engine, p50 ms: lq / peer")
     table.add_column("engine")
     table.add_column("peer")
-    for way in found:
+    for way in measurements:
         table.add_column(way, justify="right")
     for engine, (ours, theirs) in ENGINES.items():
-        cells = [_against(measured.get(ours), measured.get(theirs)) for measured in found.values()]
+        cells = [_against(measured.get(ours), measured.get(theirs)) for measured in measurements.values()]
         if any(cells):
             table.add_row(engine, theirs, *cells)
     cells = []
-    for measured in found.values():
+    for measured in measurements.values():
         mine = [result for label, result in measured.items() if label.startswith("lq,")]
         others = [result for label, result in measured.items() if label != FLOAT and not label.startswith("lq,")]
         cells.append(_against(*(min(each, key=_p50) if each else None for each in (mine, others))))

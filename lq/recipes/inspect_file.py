@@ -125,11 +125,11 @@ def _checkpoint(path: Path, trusted: bool) -> str:
     except Exception as error:
         hint = "" if trusted else "; if it holds pickled objects and you trust it, add trusted=true"
         raise ValueError(f"it cannot be loaded{hint} ({' '.join(str(error).split())[:200]})") from error
-    found = section_of(checkpoint) if isinstance(checkpoint, dict) else None
-    if found is None:
+    saved = section_of(checkpoint) if isinstance(checkpoint, dict) else None
+    if saved is None:
         raise ValueError("it holds a float model: there is nothing of quantization in it")
-    preparation: dict[str, Any] = found["preparation"] or {}
-    quantizers = saved_quantizers(found)
+    preparation: dict[str, Any] = saved["preparation"] or {}
+    quantizers = saved_quantizers(saved)
     console = RichTable(title=f"{path.name}: {len(quantizers)} quantizers")
     rows = [_row(quantizer) for quantizer in quantizers]
     for column in _COLUMNS:
@@ -138,7 +138,7 @@ def _checkpoint(path: Path, trusted: bool) -> str:
         console.add_row(*row)
     Console(width=150).print(console)
     settings = {
-        "stage": found["stage"],
+        "stage": saved["stage"],
         "epoch": checkpoint.get("epoch", "unknown"),
         "step": checkpoint.get("global_step", "unknown"),
         **{name: value for name, value in preparation.items() if name != "target"},
@@ -151,7 +151,7 @@ def _checkpoint(path: Path, trusted: bool) -> str:
     table = Table(_COLUMNS, rows, "A click on a header sorts by it.", sortable=True)
     mode, target = preparation.get("mode", "unknown"), preparation.get("target", {}).get("name", "unknown")
     sections = [section("Ranges", table.markup()), section("Settings", settings_table(settings).markup())]
-    lead = f"{mode.upper()} for {target}, {found['stage']}: {len(quantizers)} quantizers."
+    lead = f"{mode.upper()} for {target}, {saved['stage']}: {len(quantizers)} quantizers."
     return page(f"Checkpoint {path.name}", lead, sections, ["Ranges", "Settings"])
 
 

@@ -86,10 +86,10 @@ def _find(name: str, key: str) -> Callable[..., Any]:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-        found: Any = module
+        member: Any = module
         for part in attribute.split("."):
-            found = getattr(found, part)
-        return found  # type: ignore[no-any-return]
+            member = getattr(member, part)
+        return member  # type: ignore[no-any-return]
     except (ImportError, AttributeError, ValueError, OSError) as error:
         raise ConfigError(f"{key}={name!r}: {error}; give MODULE:NAME or FILE.py:NAME") from error
 

@@ -151,8 +151,8 @@ class Analysis:
         for layer in self.layers:
             if layer.in_int8 and layer.all_but_sqnr_db is not None:
                 calls.setdefault(layer.name, []).append(layer)
-        found = [self._advice(name, rows) for name, rows in calls.items()]
-        worth = [advice for advice in found if advice.gain_db >= MIN_GAIN_DB]
+        candidates = [self._advice(name, rows) for name, rows in calls.items()]
+        worth = [advice for advice in candidates if advice.gain_db >= MIN_GAIN_DB]
         return tuple(sorted(worth, key=lambda advice: -advice.gain_db)[:limit])
 
     def _advice(self, name: str, calls: list[LayerAnalysis]) -> Advice:

@@ -135,8 +135,8 @@ class QuantizationReport:
 def timed(layers: Sequence[L], times: Sequence[Mapping[str, float]]) -> tuple[L, ...]:
     """Rows of layers with their ``float_ms`` and ``int8_ms``, as far as they are there, in order."""
     return tuple(
-        replace(layer, float_ms=found.get("float_ms"), int8_ms=found.get("int8_ms"))
-        for layer, found in zip(layers, times, strict=True)
+        replace(layer, float_ms=measured.get("float_ms"), int8_ms=measured.get("int8_ms"))
+        for layer, measured in zip(layers, times, strict=True)
     )
 
 

@@ -75,13 +75,13 @@ class Overrides:
 
     def find(self, *names: str) -> LayerSpec | None:
         """The spec of what goes by all of ``names``; the default one where nothing matches."""
-        found: list[tuple[tuple[int, int, int, str], LayerSpec | None]] = []
+        matches: list[tuple[tuple[int, int, int, str], LayerSpec | None]] = []
         for pattern, spec in self.specs:
             if any(_matches(pattern, name) for name in names):
                 parts = pattern.split(".")
                 literal = sum(not any(c in part for c in "*?[") for part in parts)
-                found.append(((len(parts), literal, len(pattern), pattern), spec))
-        return max(found, key=lambda item: item[0])[1] if found else LayerSpec()
+                matches.append(((len(parts), literal, len(pattern), pattern), spec))
+        return max(matches, key=lambda item: item[0])[1] if matches else LayerSpec()
 
     @property
     def calibrators(self) -> set[str]:

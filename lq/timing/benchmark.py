@@ -202,10 +202,12 @@ def benchmark(
             for path, runtime in pairs:
                 contenders[f"{names[path]}, {runtime}"] = partial(load, path, runtime, threads=count)
             inputs = samples.repeat(-(-batch_size // len(samples)), *[1] * (samples.dim() - 1))[:batch_size]
-            found = race(contenders, [inputs], threads=count, seconds=seconds, samples=list(samples.split(batch_size)))
-            reference = found.get(FLOAT)
+            results = race(
+                contenders, [inputs], threads=count, seconds=seconds, samples=list(samples.split(batch_size))
+            )
+            reference = results.get(FLOAT)
             sizes = {f"{names[path]}, {runtime}": path.stat().st_size for path, runtime in pairs}
-            for name, result in found.items():
+            for name, result in results.items():
                 if isinstance(result, ContenderError):
                     failures[f"{name}, batch {batch_size}"] = str(result)
                     continue
@@ -249,7 +251,9 @@ def _state_bytes(model: nn.Module) -> int:
     return sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
 
-def _row(name: str, found: Measurement, reference: Any, batch_size: int, threads: int, size_bytes: int) -> BenchmarkRow:
+def _row(
+    name: str, measured: Measurement, reference: Any, batch_size: int, threads: int, size_bytes: int
+) -> BenchmarkRow:
     model, _, runtime = name.rpartition(", ")
     compares = isinstance(reference, Measurement)
     return BenchmarkRow(
@@ -257,11 +261,11 @@ def _row(name: str, found: Measurement, reference: Any, batch_size: int, threads
         runtime=runtime if model else "eager",
         batch_size=batch_size,
         threads=threads,
-        p50_ms=found.timing.p50_ms,
-        p95_ms=found.timing.p95_ms,
-        throughput=found.timing.throughput,
-        speedup=reference.timing.p50_ms / found.timing.p50_ms if compares else None,
-        memory_mb=found.memory_bytes / 1e6,
+        p50_ms=measured.timing.p50_ms,
+        p95_ms=measured.timing.p95_ms,
+        throughput=measured.timing.throughput,
+        speedup=reference.timing.p50_ms / measured.timing.p50_ms if compares else None,
+        memory_mb=measured.memory_bytes / 1e6,
         file_mb=size_bytes / 1e6,
-        top1_agreement=float((found.classes == reference.classes).double().mean()) if compares else None,
+        top1_agreement=float((measured.classes == reference.classes).double().mean()) if compares else None,
     )

@@ -74,4 +74,4 @@ def measure(
             times[name] += turns[name].turn()
             time.sleep(PAUSE)
         rounds += 1
-    return {name: Timing.of(found, batch_size) for name, found in times.items()}
+    return {name: Timing.of(durations, batch_size) for name, durations in times.items()}

@@ -68,7 +68,7 @@ def race(
         A measurement for each contender, or what went wrong in its process.
     """
     context = multiprocessing.get_context("spawn")
-    found: dict[str, Measurement | ContenderError] = {}
+    results: dict[str, Measurement | ContenderError] = {}
     with ExitStack() as stack:
         runners: dict[str, _Runner] = {}
         for name, make in contenders.items():
@@ -78,7 +78,7 @@ def race(
             try:
                 runner.call("prepare", (tuple(inputs), sleep))
             except ContenderError as error:
-                found[name] = error
+                results[name] = error
                 del runners[name]
         times: dict[str, list[float]] = {name: [] for name in runners}
         order = list(runners)
@@ -91,7 +91,7 @@ def race(
                 try:
                     times[name] += runners[name].call("turn", None)
                 except ContenderError as error:
-                    found[name] = error
+                    results[name] = error
                     order.remove(name)
                 time.sleep(PAUSE)
             rounds += 1
@@ -99,10 +99,10 @@ def race(
             try:
                 memory = runners[name].call("memory", None)
                 classes = torch.from_numpy(runners[name].call("classes", tuple(samples)))
-                found[name] = Measurement(Timing.of(times[name], len(tree_leaves(inputs)[0])), memory, classes)
+                results[name] = Measurement(Timing.of(times[name], len(tree_leaves(inputs)[0])), memory, classes)
             except ContenderError as error:
-                found[name] = error
-    return {name: found[name] for name in contenders}
+                results[name] = error
+    return {name: results[name] for name in contenders}
 
 
 class _Runner:
@@ -176,12 +176,12 @@ class _Server:
         return self._memory
 
     def classes(self, samples: tuple[Any, ...]) -> np.ndarray:
-        found = [np.empty(0, dtype=np.int64)]
+        classes = [np.empty(0, dtype=np.int64)]
         for batch in samples:
             arguments = batch if isinstance(batch, tuple) else (batch,)
             scores = tree_leaves(self._model(*tree_map(torch.from_numpy, arguments)))[0]
-            found.append(np.asarray(scores.argmax(1)))
-        return np.concatenate(found)
+            classes.append(np.asarray(scores.argmax(1)))
+        return np.concatenate(classes)
 
 
 def _memory(key: str) -> int:

@@ -78,7 +78,7 @@ def _sums_in_32_bits() -> bool:
     image = q.reshape(1, channels, 1, 1).expand(1, channels, 4, 4).contiguous(memory_format=torch.channels_last)
     packed = onednn.qconv_prepack(weight[:, :, None, None], scales, 1.0, 0, *geometry, list(image.shape))
     convolution = onednn.qconv2d_pointwise(image, 1.0, 0, packed, scales, zeros, None, *geometry, *out)
-    return all(bool((found == 255 * 127 * channels).all()) for found in (linear, convolution))
+    return all(bool((sums == 255 * 127 * channels).all()) for sums in (linear, convolution))
 
 
 @contextmanager

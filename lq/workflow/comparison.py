@@ -170,8 +170,8 @@ def _sum_over_processes(values: Tensor, model: nn.Module) -> Tensor:
 @contextmanager
 def _keeping_ranges(model: nn.Module) -> Iterator[None]:
     """Ranges, calibrators and states of the quantizers as they are now, on the way out."""
-    found = activation_quantizers(model)
-    kept = {q: (q.scale.clone(), q.zero_point.clone(), q.calibrator) for q in found.values()}
+    activations = activation_quantizers(model)
+    kept = {q: (q.scale.clone(), q.zero_point.clone(), q.calibrator) for q in activations.values()}
     states = {q: q.state for q in quantizers(model).values()}
     try:
         yield

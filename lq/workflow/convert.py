@@ -48,14 +48,14 @@ def convert(model: nn.Module, target: str | Target | None = None) -> Int8Module:
             raise ValueError(f"parameter {name!r} is {parameter.dtype}; call model.float() before lq.convert(model)")
     check_calibrated(model, "lq.convert(model)")
     analysis = forward.analyse(resolved)
-    found = _quantizers_for(forward.scheme(resolved), model, analysis)
+    chosen = _quantizers_for(forward.scheme(resolved), model, analysis)
     with quantizers_off(model), without_quantizers(model), evaluating(model):
         difference, _ = check_fold(model, forward, analysis)
-        emitted = emit(model, analysis, found)
+        emitted = emit(model, analysis, chosen)
     int8 = Int8Module(emitted.root, emitted.graph)
     int8.fix_call(forward.signature, forward.settings)
     int8.guards = analysis.captured.guards
-    int8.report = make_report(model, analysis, found, resolved, difference)
+    int8.report = make_report(model, analysis, chosen, resolved, difference)
     int8.example_inputs = tree_map(lambda v: v.detach().cpu() if isinstance(v, Tensor) else v, forward.inputs)
     return int8
 
@@ -67,25 +67,25 @@ def check_calibrated(model: nn.Module, before: str) -> None:
         model: prepared by :func:`lq.prepare`.
         before: the call that needs the ranges, for the message.
     """
-    found = quantizers(model)
-    missing = [n for n, q in found.items() if q.rounds and not q.calibrated and not isinstance(q, WeightQuantizer)]
+    by_name = quantizers(model)
+    missing = [n for n, q in by_name.items() if q.rounds and not q.calibrated and not isinstance(q, WeightQuantizer)]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(found)} quantizers have no range yet ({missing[0]!r} is the first): call "
+            f"{len(missing)} of {len(by_name)} quantizers have no range yet ({missing[0]!r} is the first): call "
             f"lq.calibrate(model, batches), or train the model, before {before}"
         )
 
 
 def _quantizers_for(scheme: Scheme, model: nn.Module, analysis: GraphAnalysis) -> dict[str, Quantizer]:
     """The quantizers of ``model`` that the scheme's target needs, on its grids."""
-    found = quantizers(model)
+    by_name = quantizers(model)
     chosen: dict[str, Quantizer] = {}
     for node in analysis.placement.activations:
         name = site(node)
         grid = scheme.activation(*analysis.placement.names_of(node))
-        chosen[name] = on_grid(grid, found[name], name, scheme.target)
+        chosen[name] = on_grid(grid, by_name[name], name, scheme.target)
     for chain in analysis.placement.chains:
-        quantizer = found[chain.weight_key]
+        quantizer = by_name[chain.weight_key]
         assert isinstance(quantizer, WeightQuantizer)
         weight: Tensor = analysis.values[chain.op.weight]
         grid = scheme.weight(chain.name)

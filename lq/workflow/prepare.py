@@ -331,12 +331,12 @@ def _put_on_weights(forward: PreparedForward, tree: QuantizerTree, analysis: Gra
 
 def _check_training(model: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuse a prepared model that trains otherwise than the float model, its quantizers off."""
-    found = training_differences(model, partial(unprepared, model), inputs, settings)
-    if found is not None:
+    mismatch = training_differences(model, partial(unprepared, model), inputs, settings)
+    if mismatch is not None:
         name = type(unprepare(model)).__name__
         raise CaptureError(
-            f"prepared, {name} does not train as it did: {found}. Name a part of the model that does not depend on how "
-            f"it is called, or report this with the forward's code"
+            f"prepared, {name} does not train as it did: {mismatch}. Name a part of the model that does not depend on "
+            f"how it is called, or report this with the forward's code"
         )
 
 
@@ -344,11 +344,11 @@ def _check_registered(
     model: nn.Module, captured: CapturedGraph, inputs: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> None:
     """Refuse a registered function that computes something else than the layer it stands for."""
-    found = disagreement(captured, model, inputs, settings, tolerance=_REGISTERED_TOLERANCE, as_registered=False)
-    if found is not None:
+    mismatch = disagreement(captured, model, inputs, settings, tolerance=_REGISTERED_TOLERANCE, as_registered=False)
+    if mismatch is not None:
         raise ValueError(
             f"with the functions registered for {', '.join(sorted(captured.registered))} the model computes "
-            f"something else ({found}): lq.register_layer(cls, forward) needs a forward that does what that of the "
+            f"something else ({mismatch}): lq.register_layer(cls, forward) needs a forward that does what that of the "
             f"class does in evaluation mode"
         )
 

@@ -79,9 +79,9 @@ def ranges(model: nn.Module) -> RangeTable:
     Raises:
         ValueError: where ``model`` is not prepared.
     """
-    found = quantizers(model)
+    by_name = quantizers(model)
     refresh_weights(model)
-    return RangeTable(tuple(_row(name, quantizer) for name, quantizer in found.items()))
+    return RangeTable(tuple(_row(name, quantizer) for name, quantizer in by_name.items()))
 
 
 def clipped_share(quantizer: Quantizer) -> float | None:

@@ -112,7 +112,7 @@ def linear_for_single_positions(model: Int8Module) -> Int8Module:
     with torch.no_grad():
         shapes = _Shapes(model)
         shapes.run(*examples(model).values())
-    found = []
+    pointwise = []
     for node in shapes.graph.nodes:
         if node.op != "call_function" or node.target is not aten.conv2d.default or node.name not in shapes.shapes:
             continue
@@ -122,12 +122,12 @@ def linear_for_single_positions(model: Int8Module) -> Int8Module:
             continue
         is_pointwise = tuple(lookup(model, weight.args[0].target).shape[2:]) == (1, 1)
         if is_pointwise and tuple(shapes.shapes[node.name][2:]) == (1, 1):
-            found.append(node.name)
-    if not found:
+            pointwise.append(node.name)
+    if not pointwise:
         return model
     adjusted = copy.deepcopy(model)
     for node in list(adjusted.graph.nodes):
-        if node.name in found:
+        if node.name in pointwise:
             _make_linear(adjusted, node)
     return adjusted
 

@@ -123,9 +123,9 @@ def _rename_quantized(model: Any, sites: list[str]) -> None:
     renamed: dict[str, str] = {}
     for node in model.graph.node:
         if node.op_type == "QuantizeLinear":
-            found = re.fullmatch(r"quantize_per_tensor(?:_(\d+))?", node.output[0])
-            if found is not None:
-                renamed[node.output[0]] = f"{sites[int(found.group(1) or 0)]}.quantized"
+            match = re.fullmatch(r"quantize_per_tensor(?:_(\d+))?", node.output[0])
+            if match is not None:
+                renamed[node.output[0]] = f"{sites[int(match.group(1) or 0)]}.quantized"
     taken = {name for node in model.graph.node for name in node.output} - set(renamed)
     renamed = {old: new for old, new in renamed.items() if new not in taken}
     made_by = {name: node for node in model.graph.node for name in node.output}

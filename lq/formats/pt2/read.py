@@ -187,10 +187,10 @@ def _check(value: Any, key: str) -> None:
 def _check_operator(target: str) -> None:
     if _SIZES.fullmatch(target) or _HIGHER_ORDER.fullmatch(target):
         return
-    found = _OPERATOR.fullmatch(target)
-    if found is not None and found["namespace"] in _NAMESPACES and found["name"] not in _WITH_FILES:
+    match = _OPERATOR.fullmatch(target)
+    if match is not None and match["namespace"] in _NAMESPACES and match["name"] not in _WITH_FILES:
         return
-    if found is not None and not _OF_TORCH.fullmatch(found["namespace"]) and found["namespace"] not in _NAMESPACES:
+    if match is not None and not _OF_TORCH.fullmatch(match["namespace"]) and match["namespace"] not in _NAMESPACES:
         return  # what the user's own program registered
     raise ValueError(f"its program calls {target!r}, which is no operator on tensors")
 

@@ -39,11 +39,11 @@ def difference(expected: Any, actual: Any, tolerance: float = _OUTPUTS) -> str |
         if isinstance(one, Tensor) != isinstance(other, Tensor):
             return f"a {type(other).__name__} instead of a {type(one).__name__}"
         if isinstance(one, Tensor):
-            found = _tensor_difference(one.detach(), other.detach(), tolerance)
+            mismatch = _tensor_difference(one.detach(), other.detach(), tolerance)
         else:
-            found = None if _same(one, other) else f"{other!r} instead of {one!r}"
-        if found is not None:
-            return found
+            mismatch = None if _same(one, other) else f"{other!r} instead of {one!r}"
+        if mismatch is not None:
+            return mismatch
     return None
 
 
@@ -176,18 +176,18 @@ def _capture_faithfully(
         for one in (inputs, None if fixed else sample):
             if one is None:
                 continue
-            found = disagreement(captured, module, one, settings)
-            if found is None:
+            mismatch = disagreement(captured, module, one, settings)
+            if mismatch is None:
                 continue
             path = _smallest(captured, module, one, settings, known)
             if path:
-                float_leaves = {**known, path: f"captured as a graph it computes something else ({found})"}
+                float_leaves = {**known, path: f"captured as a graph it computes something else ({mismatch})"}
                 break
             if one is sample:
                 captured.guards = (*captured.guards, *(f"size({name!r}, 0) >= 2" for name in _names(inputs)))
                 continue
             raise CaptureError(
-                f"the graph captured from {type(module).__name__} does not compute what its forward does: {found}. "
+                f"the graph captured from {type(module).__name__} does not compute what its forward does: {mismatch}. "
                 f"Move the code that differs into a submodule of its own (that one then stays in float), or quantize "
                 f"only a part of the model by naming it"
             )
@@ -282,9 +282,9 @@ def training_differences(
         except Exception as error:
             return f"a training step fails with {type(error).__name__}: {error}".splitlines()[0]
     for (what, one), (_, other) in zip(expected, actual, strict=True):
-        found = difference(one, other, _OUTPUTS if what == "outputs" else _GRADIENTS)
-        if found is not None:
-            return f"{what} of a training step: {found}"
+        mismatch = difference(one, other, _OUTPUTS if what == "outputs" else _GRADIENTS)
+        if mismatch is not None:
+            return f"{what} of a training step: {mismatch}"
     return None
 
 

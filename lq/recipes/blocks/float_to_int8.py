@@ -85,8 +85,8 @@ def float_to_int8(config: FloatToInt8Config, network_for: Callable[[ImageData], 
         engines = lq.benchmark(
             result.exports, float_model=float_network, folded=True, batch_sizes=config.benchmark, samples=samples
         )
-    found = {"data": data.name, "float_before_qat": before, "result": result, "engines": engines}
-    notes["results"] = str(save_results(output, config, found))
+    results = {"data": data.name, "float_before_qat": before, "result": result, "engines": engines}
+    notes["results"] = str(save_results(output, config, results))
     print_result(result, data.name, notes)
     if engines is not None:
         print(engines)

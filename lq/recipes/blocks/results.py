@@ -23,19 +23,19 @@ def print_result(result: QuantizationResult, data: str, notes: dict[str, str]) -
         print(f"{name + ':':20s} {value}")
 
 
-def save_results(output: Path, config: Any, found: Mapping[str, Any]) -> Path:
+def save_results(output: Path, config: Any, results: Mapping[str, Any]) -> Path:
     """Write what a recipe found to ``results.json``, with its config and the machine.
 
     Args:
         output: the folder.
         config: of the recipe, a dataclass.
-        found: dataclasses, paths and plain values by name; what is None is left out.
+        results: dataclasses, paths and plain values by name; what is None is left out.
 
     Returns:
         The path of the file.
     """
     versions = {"torch": torch.__version__, "lightning": lightning.__version__}
-    values = {name: value for name, value in found.items() if value is not None}
+    values = {name: value for name, value in results.items() if value is not None}
     everything = {"config": config, "machine": cpu_name(), "versions": versions, **values}
     path = output / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
