@@ -53,7 +53,7 @@ def analyze(
         seconds: about how long the sensitivity may take, or None for as long as it does. The layers whose weights and
             inputs are the noisiest come first; what was left out is ``left_out`` of the result. Fewer samples are
             looked at before a layer is left out.
-        forward: runs the model on one batch; for batches of any other form. What the model returns is analysed, and
+        forward: runs the model on one batch; for batches of any other form. What the model returns is analyzed, and
             not what is made of it.
         progress: whether to show a progress bar.
 
@@ -81,7 +81,7 @@ def analyze(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     # Loaders draw seeds, and what is random in a network draws numbers: none of that is to be felt afterwards.
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-        analysis = prepared.analyse()
+        analysis = prepared.analyze()
         roundings = Roundings(model, analysis)
         layers = layers_of(report_rows(model, analysis, quantizers(model)), analysis, roundings)
         chunks = model_inputs(model, batches, num_samples or default_num_samples(analysis), forward)

@@ -1,4 +1,4 @@
-"""From batches to the inputs that a model is analysed on."""
+"""From batches to the inputs that a model is analyzed on."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def model_inputs(
                 seen += batch_size(chunk)
 
     with unprepared(model), evaluating(model), torch.no_grad():
-        # Before hooks of the user's own: what they do to the inputs is part of what is analysed.
+        # Before hooks of the user's own: what they do to the inputs is part of what is analyzed.
         handle = model.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
         try:
             for batch in batches:

@@ -61,7 +61,7 @@ def time_layers(model: nn.Module, int8: Int8Module, inputs: dict[str, Any]) -> l
         int8: from :func:`lq.convert`, for the model's own target.
         inputs: what to run it on, by name.
     """
-    analysis = prepared_forward(model).analyse()
+    analysis = prepared_forward(model).analyze()
     rows = report_rows(model, analysis, quantizers(model))
     layers = layers_of(rows, analysis, Roundings(model, analysis))
     return layer_times(model, analysis, layers, inputs, int8)

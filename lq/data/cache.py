@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lq.data.image_tree import ImageTree, read_image_tree
-from lq.data.splits import ImageData, LabelledImages
+from lq.data.splits import ImageData, LabeledImages
 from lq.util.archives import checked_members
 from lq.util.files import write_atomically
 
@@ -78,7 +78,7 @@ def _read(path: Path, tree: ImageTree) -> ImageData | None:
             if str(arrays["key"]) != _key(tree):
                 return None
             train, test = (
-                LabelledImages(torch.from_numpy(arrays[f"{split}_images"]), torch.from_numpy(arrays[f"{split}_labels"]))
+                LabeledImages(torch.from_numpy(arrays[f"{split}_images"]), torch.from_numpy(arrays[f"{split}_labels"]))
                 for split in ("train", "test")
             )
             return ImageData(train, test, tree.class_names)

@@ -12,7 +12,7 @@ import torchvision
 from lq.data.cache import default_cache_dir, read_cached
 from lq.data.image_tree import ImageTree, open_image_tree
 from lq.data.in_memory import InMemoryDataModule
-from lq.data.splits import ImageData, LabelledImages
+from lq.data.splits import ImageData, LabeledImages
 from lq.errors import DatasetNotFoundError
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -136,7 +136,7 @@ class CIFAR10(InMemoryDataModule):
         except RuntimeError as error:
             # torchvision checks MD5 sums before it unpickles anything.
             raise self._not_found(f"holds a damaged {_BATCHES} ({error})") from error
-        return ImageData(_labelled(train), _labelled(test), CLASS_NAMES)
+        return ImageData(_labeled(train), _labeled(test), CLASS_NAMES)
 
     def _not_found(self, problem: str) -> DatasetNotFoundError:
         return DatasetNotFoundError(
@@ -146,7 +146,7 @@ class CIFAR10(InMemoryDataModule):
         )
 
 
-def _labelled(split: torchvision.datasets.CIFAR10) -> LabelledImages:
+def _labeled(split: torchvision.datasets.CIFAR10) -> LabeledImages:
     # torchvision keeps (N, H, W, C).
     images = torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous()
-    return LabelledImages(images, torch.tensor(split.targets, dtype=torch.int64))
+    return LabeledImages(images, torch.tensor(split.targets, dtype=torch.int64))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lq.data.splits import ImageData, LabelledImages
+from lq.data.splits import ImageData, LabeledImages
 
 SPLITS = ("train", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -150,7 +150,7 @@ def _class_names(path: Path, files: list[tuple[str, str, str]]) -> tuple[str, ..
     return tuple(sorted(train))
 
 
-def _decode_split(tree: ImageTree, split: str, archive: zipfile.ZipFile | None) -> LabelledImages:
+def _decode_split(tree: ImageTree, split: str, archive: zipfile.ZipFile | None) -> LabeledImages:
     members = tree.members[split]
     images = torch.empty(len(members), 3, SIZE, SIZE, dtype=torch.uint8)
     pixels = images.numpy()
@@ -161,7 +161,7 @@ def _decode_split(tree: ImageTree, split: str, archive: zipfile.ZipFile | None) 
         except DECODE_ERRORS as error:
             raise ValueError(f"cannot read the image {name} of {tree.path}: {error}; repair or remove it") from error
         pixels[position] = decoded.transpose(2, 0, 1)
-    return LabelledImages(images, torch.tensor([label for _, label in members], dtype=torch.int64))
+    return LabeledImages(images, torch.tensor([label for _, label in members], dtype=torch.int64))
 
 
 def _decode(content: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

@@ -10,7 +10,7 @@ import torchvision
 
 from lq.data.idx import find_idx, read_idx
 from lq.data.in_memory import InMemoryDataModule
-from lq.data.splits import ImageData, LabelledImages
+from lq.data.splits import ImageData, LabeledImages
 from lq.errors import DatasetNotFoundError
 
 _SIDE = 28
@@ -116,7 +116,7 @@ class MNIST(InMemoryDataModule):
         missing = min((_missing(folder) for folder in (self._raw, self._root)), key=len)
         return "holds no data set" if len(missing) == len(_FILES) else f"lacks {', '.join(missing)}"
 
-    def _read(self, folder: Path, prefix: str) -> LabelledImages:
+    def _read(self, folder: Path, prefix: str) -> LabeledImages:
         images_path, labels_path = (find_idx(folder, name) for name in _FILES if name.startswith(prefix))
         assert images_path is not None and labels_path is not None
         images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
@@ -126,7 +126,7 @@ class MNIST(InMemoryDataModule):
             raise ValueError(f"{images_path} has {len(images)} images and {labels_path} {len(labels)} labels")
         if labels.max() >= self.num_classes:
             raise ValueError(f"{labels_path} has the label {labels.max()}; {self.name} has 0 to {self.num_classes - 1}")
-        return LabelledImages(images[:, None], labels.to(torch.int64))
+        return LabeledImages(images[:, None], labels.to(torch.int64))
 
     def _not_found(self, problem: str) -> DatasetNotFoundError:
         return DatasetNotFoundError(

@@ -153,9 +153,9 @@ def _contrast(rng: np.random.Generator, n: int, low: float, high: float) -> Arra
 
 
 def _grid() -> tuple[Array, Array]:
-    """Pixel centres in [-1, 1]: x ``(1, 1, 1, 32)`` and y ``(1, 1, 32, 1)``."""
-    centres = ((np.arange(SIZE, dtype=np.float32) + 0.5) * 2 / SIZE - 1).astype(np.float32)
-    return centres.reshape(1, 1, 1, SIZE), centres.reshape(1, 1, SIZE, 1)
+    """Pixel centers in [-1, 1]: x ``(1, 1, 1, 32)`` and y ``(1, 1, 32, 1)``."""
+    centers = ((np.arange(SIZE, dtype=np.float32) + 0.5) * 2 / SIZE - 1).astype(np.float32)
+    return centers.reshape(1, 1, 1, SIZE), centers.reshape(1, 1, SIZE, 1)
 
 
 def _texture(rng: np.random.Generator, n: int, low: float, high: float) -> Array:

@@ -8,7 +8,7 @@ import torch
 
 from lq.data.in_memory import InMemoryDataModule
 from lq.data.shapes import SHAPES, generate
-from lq.data.splits import ImageData, LabelledImages
+from lq.data.splits import ImageData, LabeledImages
 
 _TRAIN_STREAM, _TEST_STREAM = 0, 1
 
@@ -73,7 +73,7 @@ class Shapes10(InMemoryDataModule):
     def load(self) -> ImageData:
         """Draw both splits, from random streams of their own."""
         train, test = (
-            LabelledImages(*map(torch.from_numpy, generate(size, self.seed, stream)))
+            LabeledImages(*map(torch.from_numpy, generate(size, self.seed, stream)))
             for size, stream in ((self.train_size, _TRAIN_STREAM), (self.test_size, _TEST_STREAM))
         )
         return ImageData(train, test, self.class_names)

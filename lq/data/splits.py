@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class LabeledImages:
     """Images with their classes.
 
     Args:
@@ -23,9 +23,9 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, indices: Tensor) -> LabelledImages:
+    def take(self, indices: Tensor) -> LabeledImages:
         """The images at ``indices``, in that order."""
-        return LabelledImages(self.images[indices], self.labels[indices])
+        return LabeledImages(self.images[indices], self.labels[indices])
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class ImageData:
         class_names: what the labels mean.
     """
 
-    train: LabelledImages
-    test: LabelledImages
+    train: LabeledImages
+    test: LabeledImages
     class_names: tuple[str, ...]
 
 
@@ -69,7 +69,7 @@ def stratified_order(labels: Tensor, seed: int) -> Tensor:
     return shuffled[torch.argsort(due, stable=True)]
 
 
-def hold_out(data: LabelledImages, fraction: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
+def hold_out(data: LabeledImages, fraction: float, seed: int) -> tuple[LabeledImages, LabeledImages]:
     """Split off a stratified share.
 
     Args:

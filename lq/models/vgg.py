@@ -93,7 +93,7 @@ def build_vgg(
         features = network.features
     else:
         features = _features(layers, batch_norm, in_channels)
-        _initialise(features)
+        _initialize(features)
     return _assemble(features, layers, num_classes, classifier, hidden, dropout)
 
 
@@ -146,7 +146,7 @@ def _pretrained(
     network: VGG = torchvision.models.get_model(name, weights=choices[weights], dropout=dropout)
     if num_classes != _IMAGENET_CLASSES:
         network.classifier[-1] = nn.Linear(_IMAGENET_WIDTH, num_classes)
-        _initialise(network.classifier[-1])
+        _initialize(network.classifier[-1])
     return network
 
 
@@ -194,11 +194,11 @@ def _assemble(
             nn.Dropout(dropout),
             nn.Linear(hidden, num_classes),
         )
-    _initialise(network.classifier)
+    _initialize(network.classifier)
     return network
 
 
-def _initialise(part: nn.Module) -> None:
+def _initialize(part: nn.Module) -> None:
     """As torchvision initialises a VGG: a standard deviation of 0.01 for linear layers, He et al. for convolutions."""
     for module in part.modules():
         if isinstance(module, nn.Conv2d):

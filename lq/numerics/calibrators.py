@@ -142,7 +142,7 @@ class Percentile(HistogramCalibrator):
 class MSE(HistogramCalibrator):
     """The range with the least mean squared error of rounding and clipping together.
 
-    ``argmin over (low, high) of sum_i n_i * (x_i - q(x_i))**2`` over the bins' centres ``x_i`` with ``n_i`` elements,
+    ``argmin over (low, high) of sum_i n_i * (x_i - q(x_i))**2`` over the bins' centers ``x_i`` with ``n_i`` elements,
     ``q`` the rounding of the grid that the range really gives (Sung et al. 2015, "Resiliency of deep neural networks
     under quantization", section 3; Nagel et al. 2021, "A white paper on neural network quantization", eq. 27).
     Each end is searched among equal steps from 0 to the farthest value; two ends of an affine range in turn,

@@ -50,10 +50,10 @@ class Histogram:
         """The range, widened to contain zero."""
         return self.low.clamp(max=0.0), self.high.clamp(min=0.0)
 
-    def centres(self) -> Tensor:
+    def centers(self) -> Tensor:
         """Middle of each bin; where nothing is negative, bin 0 holds exact zeros."""
-        centres = self.upper - self.width / 2
-        return torch.where(self.upper.eq(0) & self.low.ge(0), 0.0, centres)
+        centers = self.upper - self.width / 2
+        return torch.where(self.upper.eq(0) & self.low.ge(0), 0.0, centers)
 
     def magnitudes(self) -> Histogram:
         """The histogram of the absolute values."""
@@ -134,7 +134,7 @@ def divergence(histogram: Histogram, low: Tensor, high: Tensor, spec: QuantSpec)
 
 
 def _candidates(histogram: Histogram, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Bins' centres, and scale and zero point of each range as columns; in bin widths, whose squares are finite."""
+    """Bins' centers, and scale and zero point of each range as columns; in bin widths, whose squares are finite."""
     scale, zero_point = choose_qparams(low, high, spec)
-    x = (histogram.centres() / histogram.width).float()
+    x = (histogram.centers() / histogram.width).float()
     return x, (scale / histogram.width).unsqueeze(1), zero_point.unsqueeze(1)

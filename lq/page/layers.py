@@ -25,7 +25,7 @@ _NUMBERS = (
     Column("float, ms", "time in the float model, per sample", True),
     Column("INT8, ms", "time in the INT8 model, per sample", True),
     Column("range of the input", "smallest and largest value on the grid", css="name"),
-    Column("observed", "smallest and largest value in the analysed data", css="name"),
+    Column("observed", "smallest and largest value in the analyzed data", css="name"),
 )
 _SCHEMES = (
     Column("weight", css="long"),

@@ -46,7 +46,7 @@ class LayerAnalysis:
         cosine: cosine similarity of these two outputs, in [-1, 1].
         clipped: share of the input's values more than half a step outside the range, in [0, 1].
         range: smallest and largest real value on the grid of the input.
-        observed: smallest and largest value of the input in the analysed data.
+        observed: smallest and largest value of the input in the analyzed data.
         only_sqnr_db: of the model's outputs where this layer alone is quantized. The lower, the more sensitive.
         all_but_sqnr_db: of the model's outputs where all layers but this one are quantized. None also where leaving it
             in float would need the range of a tensor that has no statistics.

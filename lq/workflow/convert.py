@@ -47,7 +47,7 @@ def convert(model: nn.Module, target: str | Target | None = None) -> Int8Module:
         if parameter.is_floating_point() and parameter.dtype is not torch.float32:
             raise ValueError(f"parameter {name!r} is {parameter.dtype}; call model.float() before lq.convert(model)")
     check_calibrated(model, "lq.convert(model)")
-    analysis = forward.analyse(resolved)
+    analysis = forward.analyze(resolved)
     chosen = _quantizers_for(forward.scheme(resolved), model, analysis)
     with quantizers_off(model), without_quantizers(model), evaluating(model):
         difference, _ = check_fold(model, forward, analysis)

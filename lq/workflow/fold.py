@@ -61,7 +61,7 @@ def folded_float(prepared: nn.Module) -> fx.GraphModule:
         FoldError: where folding changes an output by more than 1e-3.
     """
     forward = prepared_forward(prepared)
-    analysis = forward.analyse()
+    analysis = forward.analyze()
     with quantizers_off(prepared), without_quantizers(prepared), evaluating(prepared):
         difference, emitted = check_fold(prepared, forward, analysis)
     folded = fx.GraphModule(emitted.root, emitted.graph)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from lq.errors import CaptureError, NothingToQuantizeError
-from lq.graph.analysis import GraphAnalysis, analyse
+from lq.graph.analysis import GraphAnalysis, analyze_graph
 from lq.graph.capture.agreement import capture_faithfully, disagreement, training_differences
 from lq.graph.capture.calls import follow, unfollow
 from lq.graph.capture.capture import CapturedGraph
@@ -86,7 +86,7 @@ class PreparedForward(QuantizedForward):
         """What each tensor is rounded to, for the module's own target or another one."""
         return Scheme(target or self.target, self.overrides)
 
-    def analyse(self, target: Target | None = None) -> GraphAnalysis:
+    def analyze(self, target: Target | None = None) -> GraphAnalysis:
         """The float graph of the module as it is now, run on the example inputs with all quantizers off.
 
         The graph is captured anew where the module computes something else by now: a callback changed an attribute, a
@@ -104,7 +104,7 @@ class PreparedForward(QuantizedForward):
             if captured is None or disagreement(captured, self.module, inputs, self.settings) is not None:
                 captured = capture_faithfully(self.module, inputs, self.settings)
             self.captured = captured
-            analysis = analyse(captured, self.module, inputs, self.scheme(target))
+            analysis = analyze_graph(captured, self.module, inputs, self.scheme(target))
         self._check_known(analysis)
         return analysis
 
@@ -269,7 +269,7 @@ def prepare(
         captured = capture_faithfully(model, inputs, settings)
         if captured.registered:
             _check_registered(model, captured, inputs, settings)
-        analysis = analyse(captured, model, inputs, scheme)
+        analysis = analyze_graph(captured, model, inputs, scheme)
     paths = [path for path, _ in model.named_modules() if path]
     scheme.overrides.check([*paths, *(site(node) for node in analysis.graph.nodes)])
     placement = analysis.placement

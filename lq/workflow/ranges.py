@@ -100,8 +100,8 @@ def clipped_share(quantizer: Quantizer) -> float | None:
     if not isinstance(observer, HistogramObserver):
         return None
     histogram = Histogram.of(observer)
-    centres = histogram.centres()
-    outside = (centres < low.cpu()) | (centres > high.cpu())
+    centers = histogram.centers()
+    outside = (centers < low.cpu()) | (centers > high.cpu())
     return float(histogram.counts[outside].sum() / histogram.counts.sum())
 
 

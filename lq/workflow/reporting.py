@@ -130,4 +130,4 @@ def report(model: nn.Module) -> QuantizationReport:
     if not is_prepared(model):
         raise ValueError(f"this {type(model).__name__} is neither prepared by lq.prepare nor converted by lq.convert")
     forward = prepared_forward(model)
-    return make_report(model, forward.analyse(), quantizers(model), forward.target)
+    return make_report(model, forward.analyze(), quantizers(model), forward.target)

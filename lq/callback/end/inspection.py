@@ -136,7 +136,7 @@ def inspect_unit(
     if not batches:
         rank_zero_info("lq: there are no data to analyse the layers with")
     with going_on("reading the graph"):
-        graph = prepared_forward(unit).analyse()
+        graph = prepared_forward(unit).analyze()
         found = Findings(weights=_weights(unit, graph), inputs=_inputs(unit, graph), graph=graph, graph_root=unit)
     with going_on("analysing the layers"):
         if batches:
