@@ -40,21 +40,21 @@ def analyze(
     The float model and its INT8 simulation run on the same samples, and so does, for ``sensitivity``, the model with
     one layer alone in INT8, and with one layer alone in float: just what :func:`~lq.prepare` makes of it with
     ``overrides``, on the ranges it has now. ``model``, its ranges, their statistics, its mode and the random number
-    generators are afterwards as before.
+    generators are left as they were.
 
     Args:
         model: a prepared module that has ranges, from :func:`~lq.calibrate` or training.
         batches: inputs for the model, of the forms that :func:`~lq.calibrate` takes.
-        num_samples: at most so many. By default 32, or fewer where the network is large: so many that the
-            sensitivity takes about 10^12 multiplications (4 samples for a ResNet-50 at 224 pixels).
+        num_samples: an upper limit. By default 32, or fewer where the network is large: as many as keep the
+            sensitivity at about 10^12 multiplications (4 samples for a ResNet-50 at 224 pixels).
         sensitivity: whether to measure it: two partial runs of the model for each layer and sample.
         timing: whether to measure times, of the float model and of ``lq.convert(model)``, node by node on up to 8
             samples at once; where the model is on the CPU, in float32, and torch has INT8 kernels for this CPU.
-        seconds: about how long the sensitivity may take, or None for as long as it does. The layers whose weights and
-            inputs are the noisiest come first; what was left out is ``left_out`` of the result. Fewer samples are
-            looked at before a layer is left out.
-        forward: runs the model on one batch; for batches of any other form. What the model returns is analyzed, and
-            not what is made of it.
+        seconds: about how long the sensitivity may take, or None for no limit. The layers whose weights and
+            inputs are the noisiest come first; what was left out is ``left_out`` of the result. The number of samples
+            is reduced before a layer is left out.
+        forward: runs the model on one batch; for batches of any other form. What the model returns is analyzed, not
+            what ``forward`` makes of it.
         progress: whether to show a progress bar.
 
     Returns:
@@ -62,7 +62,7 @@ def analyze(
 
     Raises:
         ValueError: where ``model`` is not prepared or has no ranges, ``batches`` has no samples, or the float model's
-            outputs on them are not finite or no floating-point tensors.
+            outputs on them are not finite or not floating-point tensors.
         FoldError: see :func:`~lq.convert`, for ``timing``.
 
     Example:
@@ -79,7 +79,7 @@ def analyze(
     prepared = prepared_forward(model)
     check_calibrated(model, "lq.analyze(model, batches)")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    # Loaders draw seeds, and what is random in a network draws numbers: none of that is to be felt afterwards.
+    # Loaders draw seeds, and what is random in a network draws numbers: none of that may have an effect afterwards.
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         analysis = prepared.analyze()
         roundings = Roundings(model, analysis)
@@ -114,7 +114,7 @@ def _weight_noise(layers: list[Layer], analysis: GraphAnalysis, roundings: Round
 
 
 def _figures(model: nn.Module, layer: Layer, analysis: GraphAnalysis, roundings: Roundings) -> dict[str, Any]:
-    """What is known of a layer by itself."""
+    """The figures of a layer by itself."""
     weight = weight_figures(layer.kernel, analysis, roundings) if isinstance(layer.kernel, Chain) else {}
     output = {"output_sqnr_db": layer.output.sqnr_db, "cosine": layer.output.cosine}
     return {**elements(model, layer, analysis), **weight, **layer.input_figures(), **output}

@@ -51,7 +51,7 @@ class InputStatistics:
         self.count += x.numel()
 
     def figures(self) -> dict[str, Any]:
-        """The fields of a :class:`~lq.LayerAnalysis` that they fill."""
+        """The fields of a :class:`~lq.LayerAnalysis` that these statistics fill."""
         low, high = self.quantizer.quantized_range()
         return {
             "input_sqnr_db": self.rounded.sqnr_db,
@@ -133,7 +133,7 @@ def watch_outputs(layers: list[Layer], floats: Values) -> dict[fx.Node, Callable
 
 
 def weight_figures(chain: Chain, analysis: GraphAnalysis, roundings: Roundings) -> dict[str, Any]:
-    """SQNR of a weight, with batch norm folded: channels count as much as they do in what the layer puts out."""
+    """SQNR of a weight, with batch norm folded: channels are weighted as they are in the layer's output."""
     norm = None if chain.batch_norm is None else BatchNormStatistics.of(chain.batch_norm, analysis.values)
     quantizer = roundings.weight_quantizers[chain.weight_key]
     folded = fold(roundings.weight(chain), None, norm, quantizer)
@@ -145,7 +145,7 @@ def weight_figures(chain: Chain, analysis: GraphAnalysis, roundings: Roundings) 
 
 
 def elements(model: nn.Module, layer: Layer, analysis: GraphAnalysis) -> dict[str, int]:
-    """How many a layer's weight and bias have, and its weight alone (0 where it is no convolution or linear layer)."""
+    """How many a layer's weight and bias have, and its weight alone (0 unless it is a convolution or linear layer)."""
     op = None if layer.node is None else weighted_op(layer.node)
     if op is not None:
         tensors = [analysis.values[op.weight], None if op.bias is None else analysis.values[op.bias]]

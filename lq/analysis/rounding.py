@@ -31,7 +31,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class _InFloat(Overrides):
-    """Overrides that say more layers stay in float: told by a set, which is found in faster than names match."""
+    """Overrides that keep more layers in float: a set of them, because a lookup is faster than matching names."""
 
     names: frozenset[str] = frozenset()
 
@@ -43,7 +43,7 @@ class Roundings:
     """The variants of a prepared model.
 
     A variant is what :func:`lq.prepare` makes of the model with other ``overrides``: its placement is worked out anew,
-    for a layer in float may leave its residual add to another. Quantizers are only read, never run.
+    because a layer in float may leave its residual add to another one. Quantizers are only read, never run.
 
     Args:
         model: prepared, with ranges.
@@ -82,8 +82,8 @@ class Roundings:
     def only(self, name: str) -> Rounding:
         """As if ``overrides`` kept all layers in float but ``name``.
 
-        A residual add that is a kernel of its own is one between convolutions in INT8 alone, so that no ``overrides``
-        leave nothing but it: its own tensors, operands and sum, are then rounded.
+        A residual add is a kernel of its own only between convolutions in INT8, so no ``overrides`` can leave it alone
+        in INT8: for such an add, its own tensors (operands and sum) are rounded.
         """
         kernel = self._kernels[name]
         base = self._analysis.placement
@@ -115,7 +115,7 @@ class Roundings:
     def _on_grid(self, scheme: Scheme, name: str, names: tuple[str, ...]) -> Quantizer:
         grid = scheme.activation(*names)
         key = (name, grid)
-        if key not in self._regridded:  # one object for each grid: variants are compared by it
+        if key not in self._regridded:  # variants are compared by identity: one object for each grid
             self._regridded[key] = on_grid(grid, self._quantizers[name], name, scheme.target)
         return self._regridded[key]
 
@@ -138,5 +138,5 @@ def _up_to_date(quantizer: Quantizer, weight: Tensor) -> Quantizer:
 
 
 def rounded(x: Tensor, quantizer: Quantizer) -> Tensor:
-    """``x`` on the grid of ``quantizer``, whatever that one's state; its observer does not see it."""
+    """``x`` on the grid of ``quantizer``, whatever its state; its observer does not see ``x``."""
     return fake_quantize(x, quantizer.scale, quantizer.zero_point, quantizer.spec)

@@ -21,7 +21,7 @@ class Study:
     """The runs of all variants of a model, and the noise of each in the outputs.
 
     A variant with one layer alone in INT8 is the float model up to there, and one with all others in INT8 is the INT8
-    model: each runs what lies behind the layer, on values that those two runs left.
+    model: each runs what comes after the layer, on values that those two runs kept.
 
     Args:
         model: without quantizers, in evaluation mode.
@@ -57,7 +57,7 @@ class Study:
         self.only = {name: simulator.plan(roundings.only(name), Rounding()) for name in names}
         variants = {name: roundings.all_but(name) for name in names}
         self.all_but = {name: simulator.plan(v, roundings.whole) for name, v in variants.items() if v is not None}
-        # What the float and the INT8 run have to leave behind for those that start from them.
+        # What the float and the INT8 run have to keep for the runs that start from them.
         starting = [self.int8_plan, *self.only.values()]
         self.float_kept = {node for plan in starting for node in (*plan.made, *plan.read)}
         self.float_kept |= {layer.end for layer in layers if layer.end is not None}
@@ -65,7 +65,7 @@ class Study:
         self.int8_made = {node for plan in self.all_but.values() for node in plan.made}
         self.int8_read = {node for plan in self.all_but.values() for node in plan.read}
         reached = {node for node, _ in self.int8_plan.steps}
-        self.same_in_both = (self.int8_made | self.int8_read) - reached  # in front of all rounding
+        self.same_in_both = (self.int8_made | self.int8_read) - reached  # before all rounding
         self.float_kept |= self.same_in_both
         self.signal = 0.0
         self.noise = 0.0
@@ -82,7 +82,7 @@ class Study:
 
         Args:
             chunks: inputs by name.
-            seconds: about how long it may take: there are fewer chunks then, and of the first one fewer layers.
+            seconds: about how long it may take: chunks are dropped first, then layers of the first chunk.
         """
         begun = time.perf_counter()
         for inputs in chunks:
@@ -103,7 +103,7 @@ class Study:
         return suspicion
 
     def _in_time(self, plans: dict[str, Plan], order: Mapping[str, float], until: float | None) -> Iterator[str]:
-        """Names of the variants to run, lowest ``order`` first; those that there is no time for are dropped."""
+        """Names of the variants to run, lowest ``order`` first, as many as there is time for."""
         for name in sorted(plans, key=lambda name: order.get(name, SQNR_LIMIT_DB)):
             if until is not None and time.perf_counter() > until:
                 del plans[name]

@@ -27,7 +27,7 @@ from lq.workflow.convert import convert
 from lq.workflow.prepare import prepared_forward, quantizers, unprepared
 from lq.workflow.reporting import report_rows
 
-#: Rounds that warm caches up, that are made at least, and at most within so many seconds.
+#: Warm-up rounds, the least and the most rounds that are timed, and a limit on their time, seconds.
 _WARMUP, _FEWEST, _MOST, _SECONDS = 2, 5, 50, 3.0
 
 
@@ -85,11 +85,11 @@ def layer_times(
         analysis: its float graph.
         layers: its layers.
         inputs: what to run it on, by name.
-        int8: what it was converted to; converted anew where it is not given.
+        int8: what it was converted to; converted here if it is not given.
 
     Returns:
-        For each layer a dict, without what was not measured: all of it where the model is not on the CPU or not in
-        float32, ``int8_ms`` where torch has no INT8 kernels for this CPU.
+        A dict for each layer: empty if the model is not on the CPU or not in float32, without ``int8_ms`` if torch
+        has no INT8 kernels for this CPU.
     """
     tensors = [*model.parameters(), *model.buffers()]
     floats = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
@@ -153,7 +153,7 @@ def _converted(model: nn.Module) -> Int8Module:
     kept = {q: ([(b, b.clone()) for b in q.buffers()], q.calibrated) for q in weights.values()}
     try:
         return convert(model)
-    finally:  # a weight's range was brought up to date
+    finally:  # the conversion updated the weights' ranges
         for quantizer, (buffers, calibrated) in kept.items():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -22,7 +22,7 @@ _BINS = 160
 def tensor_histogram(
     name: str, quantizer: Quantizer, theme: str | Theme = "light", observer: HistogramObserver | None = None
 ) -> Figure:
-    """The values that a quantizer has seen (log scale), with its range drawn in and another colour outside.
+    """The values that a quantizer has seen (log scale), with its range marked and another colour outside it.
 
     Args:
         name: of the quantizer.
@@ -82,7 +82,7 @@ def _finish(axes: Any, theme: Theme, xlabel: str) -> None:
 
 
 def _coarse(histogram: Histogram) -> tuple[Tensor, Tensor, float]:
-    """Centres, counts and width of no more than so many bins."""
+    """Centres, counts and width of at most :data:`_BINS` bins."""
     merged = max(1, -(-len(histogram.counts) // _BINS))
     padding = -len(histogram.counts) % merged
     counts = torch.nn.functional.pad(histogram.counts, (0, padding)).reshape(-1, merged).sum(1)

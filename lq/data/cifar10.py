@@ -33,9 +33,9 @@ class CIFAR10(InMemoryDataModule):
             - a folder with ``train/CLASS/*.jpg`` and ``test/CLASS/*.jpg`` (or ``.jpeg``, ``.png``);
             - a zip file of such a folder.
 
-            ``train`` and ``test`` may lie in one folder inside of it. Classes are numbered by their sorted names.
+            ``train`` and ``test`` may lie in one folder inside it. Classes are numbered by their sorted names.
         batch_size: images per batch and process.
-        num_workers: loader processes; batches are made so fast that 0, none, is the best choice nearly always.
+        num_workers: loader processes; batches are made so fast that 0 (none) is nearly always best.
         download: fetch the files into ``data_dir`` if there is no data set.
         val_fraction: share of the training split to validate on, the same share of every class. With 0 the **test
             split is the validation split** too: fine for fixed recipes, not for choosing among them.
@@ -116,7 +116,7 @@ class CIFAR10(InMemoryDataModule):
         return (self._root / _BATCHES).is_dir() or self._find_tree() is not None
 
     def _find_tree(self) -> ImageTree | None:
-        # Listed once: 60,000 entries take half a second. Not remembered where there is none, since one may come.
+        # Listed once: 60,000 entries take half a second. A missing data set is not remembered, since one may be added.
         if self._tree is None and self._root.exists() and not (self._root / _BATCHES).is_dir():
             self._tree = open_image_tree(self._root)
         return self._tree

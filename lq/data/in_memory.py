@@ -21,7 +21,7 @@ class InMemoryDataset(Dataset[Batch]):
 
     A loader of it fetches a batch with one call of ``__getitems__``, which does the work on the batch as a whole, and
     must not collate again: give it ``collate_fn=ready_batch``. An augmented batch of 128 images takes about 2 ms on one
-    CPU core that way; torchvision's transforms on one PIL image after the other take 35 ms.
+    CPU core that way; torchvision's transforms on one PIL image after another take 35 ms.
 
     Args:
         data: images, uint8, ``(N, C, H, W)``, and labels.
@@ -79,7 +79,7 @@ class InMemoryDataModule(LightningDataModule):
 
     Args:
         batch_size: images per batch and process.
-        num_workers: loader processes; batches are made so fast that 0, none, is the best choice nearly always.
+        num_workers: loader processes; batches are made so fast that 0 (none) is nearly always best.
         val_fraction: share of the training split to validate on, the same share of every class. With 0 the **test
             split is the validation split** too: fine for fixed recipes, not for choosing among them.
         augment: random crops (4 pixels) and horizontal flips of train batches.
@@ -94,7 +94,7 @@ class InMemoryDataModule(LightningDataModule):
     mean: ClassVar[tuple[float, ...]]
     std: ClassVar[tuple[float, ...]]
     input_shape: ClassVar[tuple[int, int, int]] = (3, 32, 32)
-    #: Whether a mirrored image is still one of its class.
+    #: Whether a mirrored image still belongs to its class.
     flip: ClassVar[bool] = True
 
     def __init__(

@@ -106,7 +106,7 @@ def generate(count: int, seed: int, stream: int) -> tuple[NDArray[np.uint8], NDA
         stream: number of the split; different streams of one seed share no random numbers.
 
     Returns:
-        Images ``(count, 3, 32, 32)`` and labels ``(count,)``. Every run of 100 images holds each class 10 times.
+        Images ``(count, 3, 32, 32)`` and labels ``(count,)``. Every 100 consecutive images hold each class 10 times.
     """
     images = np.empty((count, 3, SIZE, SIZE), dtype=np.uint8)
     labels = np.empty(count, dtype=np.int64)

@@ -28,7 +28,7 @@ class Shapes10(InMemoryDataModule):
         train_size: number of training images; a smaller set is a prefix of a larger one.
         test_size: number of test images.
         batch_size: images per batch and process.
-        num_workers: loader processes; batches are made so fast that 0, none, is the best choice nearly always.
+        num_workers: loader processes; batches are made so fast that 0 (none) is nearly always best.
         val_fraction: share of the training split to validate on, the same share of every class. With 0 the **test
             split is the validation split** too: fine for fixed recipes, not for choosing among them.
         augment: random crops (4 pixels) and horizontal flips of train batches.

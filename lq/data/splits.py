@@ -1,4 +1,4 @@
-"""What a labelled image data set is before it is batched, and how a part of it is chosen."""
+"""A labelled image data set before it is batched, and how a part of it is chosen."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ImageData:
 
 
 def stratified_order(labels: Tensor, seed: int) -> Tensor:
-    """A seeded shuffle of which every prefix has the classes in the proportions of the whole.
+    """A seeded shuffle in which every prefix has the classes in the proportions of the whole.
 
     Args:
         labels: int64, ``(N,)``.
@@ -78,7 +78,7 @@ def hold_out(data: LabeledImages, fraction: float, seed: int) -> tuple[LabeledIm
         seed: which images are chosen.
 
     Returns:
-        The rest, then the share held out. Both are in an order of which every prefix is stratified too.
+        The rest, then the share held out. Both are in an order in which every prefix is stratified too.
     """
     order = stratified_order(data.labels, seed)
     count = round(len(data) * fraction)

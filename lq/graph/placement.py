@@ -21,10 +21,10 @@ class Chain:
     Args:
         op: the convolution or linear layer.
         name: the layer's path in the module, for people and for state dicts.
-        batch_norm: the batch norm behind it that its weight takes in.
-        add: the residual add that the kernel does on its way out.
+        batch_norm: the batch norm after it that is folded into its weight.
+        add: the residual add that the kernel fuses.
         residual: the add's other operand.
-        clamp: the ReLU (or a relative) behind it.
+        clamp: the ReLU (or a relative) after it.
     """
 
     op: WeightedOp
@@ -51,11 +51,11 @@ class Chain:
 
 @dataclass
 class Sum:
-    """A residual add that is a kernel of its own, with the clamp behind it.
+    """A residual add that is a kernel of its own, with the clamp after it.
 
     Args:
         add: the add of two quantized tensors.
-        clamp: the ReLU (or a relative) behind it.
+        clamp: the ReLU (or a relative) after it.
     """
 
     add: fx.Node
@@ -72,7 +72,7 @@ class Placement:
 
     Args:
         chains: in the order of the graph.
-        sums: residual adds that no chain takes in, in the order of the graph.
+        sums: residual adds that no chain fuses, in the order of the graph.
         activations: the nodes whose output gets a quantizer; the quantizer's name is the node's ``meta["site"]``.
         float_layers: reason why a layer stays float, by its path.
     """
@@ -87,7 +87,7 @@ class Placement:
         return [*self.chains, *self.sums]
 
     def names_of(self, node: fx.Node) -> tuple[str, ...]:
-        """What a tensor goes by: its quantizer's name, and that of the layer whose kernel makes it."""
+        """The names of a tensor: its quantizer's, and that of the layer whose kernel makes it."""
         return (site(node), *(chain.name for chain in self.chains if chain.end is node))
 
     def chain_of(self) -> dict[fx.Node, Chain]:
@@ -100,7 +100,7 @@ def site(node: fx.Node) -> str:
 
 
 def source_of(node: fx.Node) -> fx.Node:
-    """The tensor whose grid ``node`` lies on: after it are only operators that move or select values."""
+    """The tensor whose grid ``node`` lies on: only operators that move or select values are in between."""
     while classify(node) in MOVES and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
@@ -116,7 +116,7 @@ def _is_float_tensor(value: Any) -> bool:
 
 
 def depends_on_input(node: fx.Node) -> bool:
-    """Whether what ``node`` computes is another one for another input."""
+    """Whether what ``node`` computes depends on the input."""
     pending, seen = [node], set()
     while pending:
         current = pending.pop()
@@ -170,7 +170,7 @@ class _Placer:
             if self.in_float(name):
                 self.placement.float_layers[name] = "overrides keep it in float"
             elif not _is_float_tensor(self.values[op.input]):
-                self.placement.float_layers[name] = "its input is no floating-point tensor"
+                self.placement.float_layers[name] = "its input is not a floating-point tensor"
             elif op.kind is OpKind.CONV and self.values[op.input].dim() != op.spatial_dims + 2:
                 self.placement.float_layers[name] = "its input has no batch axis"
             elif depends_on_input(op.weight):
@@ -189,7 +189,7 @@ class _Placer:
             norm = foldable[chain.op.node]
             norms_of.setdefault(chain.name, set()).add(_norm_name(norm) if norm is not None else None)
         for chain in self.placement.chains:
-            # A layer that is called twice has one weight: it takes in a batch norm only if it is the same both times.
+            # A layer that is called twice has one weight: a batch norm is folded in only if it is the same both times.
             if len(norms_of[chain.name]) == 1:
                 chain.batch_norm = foldable[chain.op.node]
 
@@ -227,7 +227,7 @@ class _Placer:
             if candidates and self.residual == "operands":
                 self.placement.sums.append(Sum(node))
             elif candidates:
-                # The kernel adds what is there already, so the convolution that runs last is the one that adds.
+                # The kernel adds to what is computed already, so the convolution that runs last does the add.
                 _, chain, residual = max(candidates, key=lambda candidate: candidate[0])
                 chain.add, chain.residual = node, residual
 
@@ -251,7 +251,7 @@ class _Placer:
 
 
 def _norm_name(norm: fx.Node) -> str:
-    """What tells a batch norm from another one: its statistics."""
+    """What identifies a batch norm: its statistics."""
     mean = norm.args[3]
     return str(mean.target) if isinstance(mean, fx.Node) else site(norm)
 
@@ -262,7 +262,7 @@ def place(captured: CapturedGraph, values: Mapping[fx.Node, Any], scheme: Scheme
     conv → batch norm → ReLU is one kernel. Where the kernel does a residual add as well (oneDNN, OpenVINO, TensorRT),
     only the operand that is *not* its own convolution is quantized; where the add is a kernel of its own (ONNX
     Runtime), both operands and the sum are. Operators that move or select values share the grid of their input; each
-    distinct tensor has one quantizer at most; the classifier's output, which no INT8 kernel reads, stays float.
+    distinct tensor has at most one quantizer; the classifier's output, which no INT8 kernel reads, stays float.
 
     Args:
         captured: the graph of evaluation mode.

@@ -1,4 +1,4 @@
-"""A graph as values that pickle: torch's own does not, for the operators in it."""
+"""A graph as values that pickle: torch's own does not, because of its operators."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Reference:
 
 
 def graph_state(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """What :func:`graph_from_state` makes the same graph of; what nodes were noted with is left out."""
+    """Plain values from which :func:`graph_from_state` rebuilds the graph, without the nodes' ``meta``."""
     places = {node: index for index, node in enumerate(graph.nodes)}
 
     def plain(value: Any) -> Any:
@@ -44,7 +44,7 @@ def graph_state(graph: fx.Graph) -> list[tuple[Any, ...]]:
 
 
 def graph_from_state(state: list[tuple[Any, ...]]) -> fx.Graph:
-    """The graph that :func:`graph_state` was given."""
+    """The graph from the values that :func:`graph_state` gave."""
     graph = fx.Graph()
     nodes: list[fx.Node] = []
 

@@ -11,9 +11,9 @@ runs, back to back; best runtime of lq against the best peer, ms: resnet18 32x32
 cropped kernels, batch 128 26.9 / 27.4, 224x224 batch 1 13.6 / 13.7, resnet50 224x224 batch 1 29.9 / 30.1, batch 32
 923 / 930.
 
-The networks have random weights and are calibrated on random images: speed does not depend on what they know. Every
+The networks have random weights and are calibrated on random images: speed does not depend on the weights. Every
 contender lives in a process of its own, and the processes take turns. Peers need their packages
-(pip install 'lightning-quantization[peers]'); those that are not installed are left out, and named.
+(pip install 'lightning-quantization[peers]'); those that are not installed are named and left out.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ ROWS = {
     "resnet50_224_b32": ("resnet50", 224, 32),
 }
 
-#: Those that are measured where none are named; the last one takes longer than all of them.
+#: Those that are measured by default; the last one takes longer than all of them.
 DEFAULT_ROWS = list(ROWS)[:-1]
 
 #: Ways of calling: seconds of sleep before each call.
@@ -121,7 +121,7 @@ def _scripted(network: nn.Module, x: Tensor) -> Model:
 
 
 def torchao_pt2e(name: str, size: int, batch_size: int, ahead_of_time: bool) -> Model:
-    """torchao's PT2E flow with X86InductorQuantizer, compiled by Inductor, in time or ahead of it."""
+    """torchao's PT2E flow with X86InductorQuantizer, compiled by Inductor, just in time or ahead of time."""
     from torch._inductor import aoti_compile_and_package, aoti_load_package
     from torch._inductor import config as inductor_config
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -131,7 +131,7 @@ def torchao_pt2e(name: str, size: int, batch_size: int, ahead_of_time: bool) -> 
     logging.disable(logging.WARNING)
     x = images(size, batch_size)
     with torch.no_grad():
-        # Not strict, this quantizer fails on torchvision's residual networks.
+        # In non-strict mode, this quantizer fails on torchvision's residual networks.
         exported = torch.export.export(float_network(name), (x,), strict=True).module()
         quantizer = x86.X86InductorQuantizer()
         quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
@@ -221,7 +221,7 @@ PEERS = (
     "nncf",
 )
 
-#: One for each engine of lq; the others are slower than these, or TorchScript, which is deprecated.
+#: One for each engine of lq; the others are slower, or use the deprecated TorchScript.
 DEFAULT_PEERS = ("torch_ao_fx", "pt2e_aoti", "ort_static", "nncf")
 
 
@@ -308,7 +308,7 @@ def _theirs(name: str, size: int, batch_size: int, config: Config) -> dict[str, 
 
 
 def _table(row: str, measurements: Mapping[str, Mapping[str, Measurement]], threads: int) -> Table:
-    """The contenders, fastest first, called in each way."""
+    """The contenders, fastest first, for each way of calling."""
     name, size, batch_size = ROWS[row]
     table = Table(title=f"{name}, {size}x{size}, batch {batch_size}, {threads} threads, {cpu_name()}")
     table.add_column("contender")

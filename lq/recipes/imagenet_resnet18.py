@@ -1,7 +1,7 @@
 """ResNet-18 on ImageNet: PTQ with settings per module, a debug network in float arithmetic, before and after saving.
 
 python -m lq.recipes.imagenet_resnet18 data.dir=PATH                                             all layers in INT8
-python -m lq.recipes.imagenet_resnet18 data.dir=PATH "overrides={layer4: {weight_bits: 6}}"      a submodule otherwise
+python -m lq.recipes.imagenet_resnet18 data.dir=PATH "overrides={layer4: {weight_bits: 6}}"      one submodule
 python -m lq.recipes.imagenet_resnet18 data.dir=PATH "overrides={layer4.0.conv1: null, fc: null}"  layers in float
 
 The debug network simulates INT8 in float arithmetic and keeps its float weights where they were:

@@ -45,7 +45,7 @@ class Config(RunConfig):
 
     ckpt: str | None = field(None, help="float checkpoint to quantize instead of training one")
     targets: list[str] = field(["auto", "xnnpack"], help=f"engine families, of {', '.join(TARGET_CHOICES)}")
-    calibrators: list[str] = field(list(CALIBRATORS), help="those to compare; percentile:99.9 is one, too")
+    calibrators: list[str] = field(list(CALIBRATORS), help="those to compare; also percentile:99.9 and the like")
     num_batches: int = field(32, help="training batches to calibrate on")
     output_dir: str = field("runs/mnist_resnet18", help="folder for checkpoints, INT8 networks, table and chart")
     data: DataConfig = field(DataConfig(name="mnist"), help="the images")

@@ -97,7 +97,7 @@ def _quantizers_for(scheme: Scheme, model: nn.Module, analysis: GraphAnalysis) -
 
 
 def on_grid(grid: QuantSpec, quantizer: Quantizer, name: str, target: Target) -> Quantizer:
-    """``quantizer`` itself where it has that ``grid`` and a range, else one of its own from the same statistics.
+    """``quantizer`` itself where it has that ``grid`` and a range, else a new one from the same statistics.
 
     Raises:
         ValueError: where there are no statistics.
@@ -111,7 +111,7 @@ def on_grid(grid: QuantSpec, quantizer: Quantizer, name: str, target: Target) ->
             f"target={target.name!r} needs the range of {name!r}, whose quantizer holds no statistics: calibrate or "
             f"train the model, or load its statistics (lq.load_statistics), before it is converted for another target"
         )
-    # One of its own: what the prepared model rounds to is its own target's affair.
+    # A new one: the prepared model keeps the grid of its own target.
     retargeted = Quantizer(grid, quantizer.observer, quantizer.calibrator)
     retargeted.update_qparams()
     return _finite(retargeted, name)
@@ -121,6 +121,6 @@ def _finite(quantizer: Quantizer, name: str) -> Quantizer:
     if not torch.isfinite(quantizer.scale).all():
         raise CalibrationError(
             f"the range of {name!r} is not finite (scale {quantizer.scale:g}): training met a NaN or an infinity "
-            f"there, or in front of it. Go back to a checkpoint from before that"
+            f"there, or before it. Go back to a checkpoint from before that"
         )
     return quantizer

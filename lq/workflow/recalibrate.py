@@ -1,4 +1,4 @@
-"""Recalibrate: other ranges from the statistics a model already holds."""
+"""Recalibrate: new ranges from the statistics a model already holds."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def recalibrate(model: M, calibrator: str | Calibrator, layers: Iterable[str] | None = None) -> M:
-    """Take ranges anew, with another calibrator, from the statistics the model already holds.
+    """Recompute ranges with another calibrator from the statistics the model already holds.
 
     Args:
         model: a calibrated module.
         calibrator: as in :func:`calibrate`, without ``"auto"``, which needs data.
         layers: names of quantizers (see :func:`~lq.quantizers`), or of modules for all quantizers inside them; by
-            default every activation's, but for those that have a calibrator of their own (see ``overrides`` of
-            :func:`~lq.prepare`). A weight's range always is its own, per channel, and nothing is clipped.
+            default every activation's, except those that have their own calibrator (see ``overrides`` of
+            :func:`~lq.prepare`). A weight's range always covers it, per channel, so nothing is clipped.
 
     Returns:
         ``model`` itself.
@@ -55,7 +55,7 @@ def _named(quantizers: dict[str, Quantizer], names: list[str]) -> dict[str, Quan
         if not matches:
             near = difflib.get_close_matches(name, quantizers, n=5, cutoff=0.4) or list(quantizers)[:5]
             raise ValueError(
-                f"layers: no activation's quantizer is called {name!r} or lies in a module of that name; near are "
+                f"layers: no activation's quantizer is called {name!r} or lies in a module of that name; similar are "
                 f"{', '.join(map(repr, near))}"
             )
         chosen |= matches

@@ -29,7 +29,7 @@ def _range(quantizer: Quantizer) -> str:
 _FLOAT_REASONS = {
     OpKind.BATCH_NORM: "no convolution or linear layer right before it to fold into",
     OpKind.AVG_POOL: "pooling averages in float, between an INT8 input and an INT8 output",
-    OpKind.ADD: "no convolution's own output among its operands",
+    OpKind.ADD: "none of its operands is a convolution's own output",
     OpKind.OTHER: "no INT8 kernel for this operator",
 }
 
@@ -77,7 +77,7 @@ def report_rows(
             kind = classify(node)
             name = site(node)
             layer = node.meta["layer"]
-            path = name if layer is None else layer  # a module's second call has a name of its own
+            path = name if layer is None else layer  # a module's second call has its own name
             reason = placement.float_layers.get(path, _FLOAT_REASONS.get(kind, "its input or weight has no INT8 form"))
             layers.append((LayerReport(name, operator_label(node, model), "float", reason=reason), node))
     reached = {node.meta["path"] for node in analysis.graph.nodes if node.op.startswith("call")}
@@ -102,7 +102,7 @@ def _sum_row(total: Sum, model: nn.Module, quantizers: Mapping[str, Quantizer]) 
 
 
 def operator_label(node: fx.Node, model: nn.Module) -> str:
-    """What a node computes, for people: the class of the layer whose output it is, or else the function's name."""
+    """What a node computes, for people to read: the class of the layer whose output it is, else the function's name."""
     layer = node.meta["layer"]
     if node.op == "call_module":
         return type(model.get_submodule(str(node.target))).__name__
@@ -112,7 +112,7 @@ def operator_label(node: fx.Node, model: nn.Module) -> str:
 
 
 def _computes(node: fx.Node) -> bool:
-    """Whether a node does arithmetic worth a row: not a move of values, not a look at a shape."""
+    """Whether a node does arithmetic worth a row: it neither moves values nor reads a shape."""
     if node.op not in ("call_module", "call_function"):
         return False
     return classify(node) not in (*MOVES, OpKind.SHAPE) and node.target is not operator.getitem

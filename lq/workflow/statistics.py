@@ -1,4 +1,4 @@
-"""Statistics as files of their own, apart from the weights: calibrate on one machine, quantize on another."""
+"""Statistics in their own files, apart from the weights: calibrate on one machine, quantize on another."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def save_statistics(model: nn.Module, path: str | Path) -> None:
     ensure_writable_dir(path.parent, "path")
 
     def write(beside: Path) -> None:
-        with beside.open("wb") as file:  # given a path, numpy would put .npz behind its name
+        with beside.open("wb") as file:  # given a path, numpy would append .npz to its name
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
     write_atomically(path, write)
@@ -82,8 +82,8 @@ def load_statistics(model: M, path: str | Path, calibrator: str | Calibrator | N
 
     Raises:
         FileNotFoundError: where there is no file.
-        ValueError: where ``model`` is not prepared, the file is none of statistics or is damaged, or it is of another
-            model: then with the names that differ. The model is as before.
+        ValueError: where ``model`` is not prepared, the file holds no statistics or is damaged, or it is of another
+            model: then with the names that differ. The model is left as it was.
     """
     quantizers = activation_quantizers(model)
     model_name, saved, arrays = _read(Path(path), len(quantizers))
@@ -125,7 +125,7 @@ def _read(path: Path, count: int) -> tuple[str, dict[str, tuple[str, str]], dict
         raise FileNotFoundError(f"path={str(path)!r}: no such file")
     tensors: dict[str, dict[str, Tensor]] = {}
     try:
-        # numpy does not close a file that it opened itself and then found to be damaged.
+        # numpy does not close a file that it opened and found damaged.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             largest = count * _QUANTIZER_BYTES + _HEADER_BYTES + _COMPRESSION * path.stat().st_size
             checked_members(arrays.zip, max_bytes=largest)
