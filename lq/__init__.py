@@ -90,7 +90,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What needs Lightning is imported when it is asked for: a process that only runs a model need not wait for it."""
+    """What needs Lightning is imported on first use: a process that only runs a model need not wait for it."""
     if name in ("QuantizationCallback", "QuantizationResult", "quantize_checkpoint"):
         from lq import callback
 

@@ -16,7 +16,7 @@ class CompilerError(RuntimeError):
 
 
 class ConfigError(ValueError):
-    """What the user gave does not make a config. The message is one line and says what to change."""
+    """What the user gave is not a valid config. The message is one line and says what to change."""
 
 
 class ContenderError(RuntimeError):
@@ -24,7 +24,7 @@ class ContenderError(RuntimeError):
 
 
 class DatasetNotFoundError(FileNotFoundError):
-    """A data set is not where it was looked for, and could not be downloaded if that was asked for."""
+    """A data set is not in the given place, and could not be downloaded if that was asked for."""
 
 
 class ExportMismatchError(RuntimeError):
@@ -36,7 +36,7 @@ class FoldError(ValueError):
 
 
 class GuardError(ValueError):
-    """Text that is no guard."""
+    """The text is not a guard."""
 
 
 class MissingRuntimeError(ImportError):

@@ -147,7 +147,7 @@ def test_file_or_group_with_everything_commented_out_changes_nothing(
         (["nam=x"], r"unknown key 'nam'; did you mean name\?"),
         (["batch_size=4"], r"unknown key 'batch_size'; did you mean data\.batch_size\?"),
         (["data.batchsize=4"], r"unknown key 'data\.batchsize'; did you mean data\.batch_size\?"),
-        (["zzz=4"], r"unknown key 'zzz'; no key is near it; --help lists all keys"),
+        (["zzz=4"], r"unknown key 'zzz'; no key is similar; --help lists all keys"),
         (["data=4"], r"'data' is a group of keys; set one of data\.root, data\.batch_size"),
         (["lr=fast"], r"lr=fast: expected float"),
         (["data.batch_size=1.5"], r"data\.batch_size=1\.5: expected int"),

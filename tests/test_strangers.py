@@ -144,8 +144,8 @@ PROGRAMS: dict[str, tuple[Callable[[str], Callable[[Any], Any]], str]] = {
     "function": (lambda code: in_node(target="torch.os.system"), "calls 'torch.os.system'"),
     "operator of Python": (lambda code: in_node(target="_operator.methodcaller"), "calls '_operator.methodcaller'"),
     "library": (lambda code: in_node(target="torch.ops.load_library"), "calls 'torch.ops.load_library'"),
-    "file": (lambda code: in_node(target="torch.ops.aten.from_file.default"), "no operator on tensors"),
-    "torch's own": (lambda code: in_node(target="torch.ops.image.read_file.default"), "no operator on tensors"),
+    "file": (lambda code: in_node(target="torch.ops.aten.from_file.default"), "not an operator on tensors"),
+    "torch's own": (lambda code: in_node(target="torch.ops.image.read_file.default"), "not an operator on tensors"),
     "name of a node": (lambda code: in_node(name=f"x = {code}"), "has the name"),
     "name of an input": (lambda code: renamed("x", f"x={code}"), "has the (name|text)"),
     "name of a weight": (lambda code: renamed("stem.weight", f'a"){code}#'), "has the name"),
@@ -170,7 +170,7 @@ def test_programs_that_would_run_something(name: str, folder: Path, tmp_path: Pa
     path = tmp_path / "int8.pt2"
     write_archive(path, changed(folder / "int8.pt2", MODEL, change(f"open({str(trap)!r}, 'w').close()")))
     assert "antigravity" not in sys.modules
-    with pytest.raises(ValueError, match=f"is no INT8 network written by lq, or is damaged: .*{said}"):
+    with pytest.raises(ValueError, match=f"is not an INT8 network written by lq, or is damaged: .*{said}"):
         lq.load(path)
     assert "antigravity" not in sys.modules
 
@@ -197,20 +197,20 @@ def test_guards_are_left_out(folder: Path, tmp_path: Path, trap: Path) -> None:
 def test_pickles_stay_closed(place: str, folder: Path, tmp_path: Path, trap: Path) -> None:
     original, path = folder / "int8.pt2", tmp_path / "int8.pt2"
     if place == "samples":
-        members, said = members_of(original) | {SAMPLES: pickled(trap)}, "example inputs are no plain tensors"
+        members, said = members_of(original) | {SAMPLES: pickled(trap)}, "example inputs are not plain tensors"
     elif place == "weights":
         members = changed(original, WEIGHTS, lambda config: first_weight(config).update(use_pickle=True))
         members["archive/data/weights/weight_0"] = pickled(trap, Trap(trap))
-        said = "is no plain tensor"
+        said = "is not a plain tensor"
     elif place in ("constants", "custom"):
         file = "tensor_0" if place == "constants" else "opaque_obj_0"
         payload = {"path_name": file, "is_param": False, "use_pickle": True, "tensor_meta": None}
         members = changed(original, CONSTANTS, lambda config: {"config": {"c": payload}})
         members[f"archive/data/constants/{file}"] = pickle.dumps(Trap(trap))
-        said = "is no plain tensor" if place == "constants" else "is none that lq writes"
+        said = "is not a plain tensor" if place == "constants" else "lq writes no member"
     elif place == "legacy weights":
         members = members_of(original) | {"archive/data/weights/model.pt": pickled(trap, {"a": Trap(trap)})}
-        said = "is none that lq writes"
+        said = "lq writes no member"
     else:
         names = ("serialized_exported_program.json", "serialized_state_dict.pt", "serialized_example_inputs.pt")
         members = {"version": b"8.20"} | dict.fromkeys(names, pickled(trap))
@@ -256,7 +256,7 @@ def test_metadata_of_a_stranger(name: str, folder: Path, tmp_path: Path) -> None
     values = json.loads(members_of(folder / "int8.pt2")["archive/extra/lq"])
     spec = json.dumps([1, {"type": "collections.defaultdict", "context": DEFAULTDICT, "children_spec": []}])
     refused(write(json.dumps(values | {"out_spec": spec})), "names a module to import")
-    refused(write(json.dumps(values | {"inputs": ["x, y=print('hello')"]})), "name an input that is no argument")
+    refused(write(json.dumps(values | {"inputs": ["x, y=print('hello')"]})), "name an input that is not an argument")
     refused(write("[" * 100_000), "metadata|damaged")
     refused(write(json.dumps({"lq": 1})), "metadata are not lq's")
     assert "antigravity" not in sys.modules

@@ -40,21 +40,21 @@ def analyze(
     The float model and its INT8 simulation run on the same samples, and so does, for ``sensitivity``, the model with
     one layer alone in INT8, and with one layer alone in float: just what :func:`~lq.prepare` makes of it with
     ``overrides``, on the ranges it has now. ``model``, its ranges, their statistics, its mode and the random number
-    generators are afterwards as before.
+    generators are left as they were.
 
     Args:
         model: a prepared module that has ranges, from :func:`~lq.calibrate` or training.
         batches: inputs for the model, of the forms that :func:`~lq.calibrate` takes.
-        num_samples: at most so many. By default 32, or fewer where the network is large: so many that the
-            sensitivity takes about 10^12 multiplications (4 samples for a ResNet-50 at 224 pixels).
+        num_samples: an upper limit. By default 32, or fewer where the network is large: as many as keep the
+            sensitivity at about 10^12 multiplications (4 samples for a ResNet-50 at 224 pixels).
         sensitivity: whether to measure it: two partial runs of the model for each layer and sample.
         timing: whether to measure times, of the float model and of ``lq.convert(model)``, node by node on up to 8
             samples at once; where the model is on the CPU, in float32, and torch has INT8 kernels for this CPU.
-        seconds: about how long the sensitivity may take, or None for as long as it does. The layers whose weights and
-            inputs are the noisiest come first; what was left out is ``left_out`` of the result. Fewer samples are
-            looked at before a layer is left out.
-        forward: runs the model on one batch; for batches of any other form. What the model returns is analysed, and
-            not what is made of it.
+        seconds: about how long the sensitivity may take, or None for no limit. The layers whose weights and
+            inputs are the noisiest come first; what was left out is ``left_out`` of the result. The number of samples
+            is reduced before a layer is left out.
+        forward: runs the model on one batch; for batches of any other form. What the model returns is analyzed, not
+            what ``forward`` makes of it.
         progress: whether to show a progress bar.
 
     Returns:
@@ -62,7 +62,7 @@ def analyze(
 
     Raises:
         ValueError: where ``model`` is not prepared or has no ranges, ``batches`` has no samples, or the float model's
-            outputs on them are not finite or no floating-point tensors.
+            outputs on them are not finite or not floating-point tensors.
         FoldError: see :func:`~lq.convert`, for ``timing``.
 
     Example:
@@ -79,9 +79,9 @@ def analyze(
     prepared = prepared_forward(model)
     check_calibrated(model, "lq.analyze(model, batches)")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    # Loaders draw seeds, and what is random in a network draws numbers: none of that is to be felt afterwards.
+    # Loaders draw seeds, and what is random in a network draws numbers: none of that may have an effect afterwards.
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-        analysis = prepared.analyse()
+        analysis = prepared.analyze()
         roundings = Roundings(model, analysis)
         layers = layers_of(report_rows(model, analysis, quantizers(model)), analysis, roundings)
         chunks = model_inputs(model, batches, num_samples or default_num_samples(analysis), forward)
@@ -93,9 +93,9 @@ def analyze(
             figures = [_figures(model, layer, analysis, roundings) for layer in layers]
         times = layer_times(model, analysis, layers, chunks[0]) if timing else [{} for _ in layers]
     rows = []
-    for layer, found, time in zip(layers, figures, times, strict=True):
+    for layer, numbers, time in zip(layers, figures, times, strict=True):
         row = layer.row
-        measured: dict[str, Any] = {**found, **study.figures(layer), **time}
+        measured: dict[str, Any] = {**numbers, **study.figures(layer), **time}
         rows.append(LayerAnalysis(row.name, row.kind, row.precision, row.reason, **measured))
     samples = sum(batch_size(chunk) for chunk in chunks[: study.chunks])
     return Analysis(
@@ -105,16 +105,16 @@ def analyze(
 
 def _weight_noise(layers: list[Layer], analysis: GraphAnalysis, roundings: Roundings) -> dict[str, float]:
     """SQNR of the weights by the layers' names, dB."""
-    found = {
+    sqnr = {
         layer.row.name: weight_figures(layer.kernel, analysis, roundings)["weight_sqnr_db"]
         for layer in layers
         if isinstance(layer.kernel, Chain)
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in sqnr.items() if value is not None}
 
 
 def _figures(model: nn.Module, layer: Layer, analysis: GraphAnalysis, roundings: Roundings) -> dict[str, Any]:
-    """What is known of a layer by itself."""
+    """The figures of a layer by itself."""
     weight = weight_figures(layer.kernel, analysis, roundings) if isinstance(layer.kernel, Chain) else {}
     output = {"output_sqnr_db": layer.output.sqnr_db, "cosine": layer.output.cosine}
     return {**elements(model, layer, analysis), **weight, **layer.input_figures(), **output}

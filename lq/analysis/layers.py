@@ -51,7 +51,7 @@ class InputStatistics:
         self.count += x.numel()
 
     def figures(self) -> dict[str, Any]:
-        """The fields of a :class:`~lq.LayerAnalysis` that they fill."""
+        """The fields of a :class:`~lq.LayerAnalysis` that these statistics fill."""
         low, high = self.quantizer.quantized_range()
         return {
             "input_sqnr_db": self.rounded.sqnr_db,
@@ -92,7 +92,7 @@ class Layer:
     def input_figures(self) -> dict[str, Any]:
         """Of an add, those of the operand that suffers most from its rounding."""
         figures = [statistics.figures() for statistics in self.inputs]
-        return min(figures, key=lambda found: _or_infinity(found["input_sqnr_db"]), default={})
+        return min(figures, key=lambda operand: _or_infinity(operand["input_sqnr_db"]), default={})
 
 
 def _or_infinity(value: float | None) -> float:
@@ -128,24 +128,24 @@ def watch_outputs(layers: list[Layer], floats: Values) -> dict[fx.Node, Callable
 
 
 def weight_figures(chain: Chain, analysis: GraphAnalysis, roundings: Roundings) -> dict[str, Any]:
-    """SQNR of a weight, with batch norm folded: channels count as much as they do in what the layer puts out."""
+    """SQNR of a weight, with batch norm folded: channels are weighted as they are in the layer's output."""
     norm = None if chain.batch_norm is None else BatchNormStatistics.of(chain.batch_norm, analysis.values)
     quantizer = roundings.weight_quantizers[chain.weight_key]
     folded = fold(roundings.weight(chain), None, norm, quantizer)
     assert folded.weight_int is not None and folded.weight_scale is not None
     column = folded.weight_scale.reshape(-1, *[1] * (folded.weight.dim() - 1))
-    found = Likeness()
-    found.add(folded.weight, folded.weight_int * column)
-    return {"weight_sqnr_db": found.sqnr_db}
+    likeness = Likeness()
+    likeness.add(folded.weight, folded.weight_int * column)
+    return {"weight_sqnr_db": likeness.sqnr_db}
 
 
 def elements(model: nn.Module, layer: Layer, analysis: GraphAnalysis) -> dict[str, int]:
-    """How many a layer's weight and bias have, and its weight alone (0 where it is no convolution or linear layer)."""
+    """How many a layer's weight and bias have, and its weight alone (0 unless it is a convolution or linear layer)."""
     op = None if layer.node is None else weighted_op(layer.node)
     if op is not None:
         tensors = [analysis.values[op.weight], None if op.bias is None else analysis.values[op.bias]]
-        found = [tensor.numel() for tensor in tensors if isinstance(tensor, Tensor)]
-        return {"parameters": sum(found), "weights": found[0]}
+        sizes = [tensor.numel() for tensor in tensors if isinstance(tensor, Tensor)]
+        return {"parameters": sum(sizes), "weights": sizes[0]}
     name = layer.row.name if layer.node is None else layer.node.meta["layer"]
     if name is None or (layer.node is not None and layer.row.kind == layer.node.meta["name"]):
         return {}

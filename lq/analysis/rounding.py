@@ -31,7 +31,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class _InFloat(Overrides):
-    """Overrides that say more layers stay in float: told by a set, which is found in faster than names match."""
+    """Overrides that keep more layers in float: a set of them, because a lookup is faster than matching names."""
 
     names: frozenset[str] = frozenset()
 
@@ -43,7 +43,7 @@ class Roundings:
     """The variants of a prepared model.
 
     A variant is what :func:`lq.prepare` makes of the model with other ``overrides``: its placement is worked out anew,
-    for a layer in float may leave its residual add to another. Quantizers are only read, never run.
+    because a layer in float may leave its residual add to another one. Quantizers are only read, never run.
 
     Args:
         model: prepared, with ranges.
@@ -57,12 +57,12 @@ class Roundings:
         self._model = model
         self._analysis = analysis
         self._scheme = prepared_forward(model).scheme()
-        self._found = quantizers(model)
+        self._quantizers = quantizers(model)
         self._regridded: dict[Any, Quantizer] = {}
         base = analysis.placement
         self._kernels = {kernel.name: kernel for kernel in base.kernels}
         self.weight_quantizers = {
-            c.weight_key: _up_to_date(self._found[c.weight_key], self.weight(c)) for c in base.chains
+            c.weight_key: _up_to_date(self._quantizers[c.weight_key], self.weight(c)) for c in base.chains
         }
         self._weights = {
             chain.op.weight: rounded(self.weight(chain), self.weight_quantizers[chain.weight_key])
@@ -77,7 +77,7 @@ class Roundings:
 
     def of(self, node: fx.Node) -> Quantizer | None:
         """The quantizer of the tensor whose grid ``node`` lies on, where it has one."""
-        return self._found.get(site(source_of(node)))
+        return self._quantizers.get(site(source_of(node)))
 
     def only(self, name: str) -> Rounding:
         """As if ``overrides`` kept all layers in float but ``name``.
@@ -89,7 +89,7 @@ class Roundings:
         base = self._analysis.placement
         if isinstance(kernel, Operator):
             nodes = [*map(source_of, kernel.reads), kernel.end]
-            return Rounding({node: self._found[site(node)] for node in nodes if site(node) in self._found})
+            return Rounding({node: self._quantizers[site(node)] for node in nodes if site(node) in self._quantizers})
         others = frozenset(self._kernels) - {name}
         placement = self._place(replace(self._scheme, overrides=_InFloat(self._scheme.overrides.specs, others)))
         # On the grids of the model as it is: fewer bits that a tensor's maker asks for are part of what is measured.
@@ -115,8 +115,8 @@ class Roundings:
     def _on_grid(self, scheme: Scheme, name: str, names: tuple[str, ...]) -> Quantizer:
         grid = scheme.activation(*names)
         key = (name, grid)
-        if key not in self._regridded:  # one object for each grid: variants are compared by it
-            self._regridded[key] = on_grid(grid, self._found[name], name, scheme.target)
+        if key not in self._regridded:  # variants are compared by identity: one object for each grid
+            self._regridded[key] = on_grid(grid, self._quantizers[name], name, scheme.target)
         return self._regridded[key]
 
 
@@ -133,5 +133,5 @@ def _up_to_date(quantizer: Quantizer, weight: Tensor) -> Quantizer:
 
 
 def rounded(x: Tensor, quantizer: Quantizer) -> Tensor:
-    """``x`` on the grid of ``quantizer``, whatever that one's state; its observer does not see it."""
+    """``x`` on the grid of ``quantizer``, whatever its state; its observer does not see ``x``."""
     return fake_quantize(x, quantizer.scale, quantizer.zero_point, quantizer.spec)

@@ -1,4 +1,4 @@
-"""From batches to the inputs that a model is analysed on."""
+"""From batches to the inputs that a model is analyzed on."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lq.util.modes import evaluating
 from lq.workflow.calibrate import batch_size, default_forward
 from lq.workflow.prepare import prepared_forward, unprepared
 
-#: Samples that are run at once: enough to keep a CPU busy, few enough to keep their values in memory.
+#: Samples that run at once: enough to keep a CPU busy, few enough to keep their values in memory.
 CHUNK = 8
 
-#: By default so many samples, or fewer (though not fewer than so many): what sensitivity costs is to stay within so
-#: many multiplications. Two CPU cores do 10 to 20 * 10**9 of them a second.
+#: Default number of samples, its lower limit for large networks, and the number of multiplications that measuring
+#: sensitivity should stay within. Two CPU cores do 10 to 20 * 10**9 of them a second.
 MOST_SAMPLES, FEWEST_SAMPLES, MULTIPLICATIONS = 32, 2, 10**12
 
 
 def default_num_samples(analysis: GraphAnalysis) -> int:
-    """As many as :data:`MULTIPLICATIONS` allow: each layer takes two runs of what lies behind it, half the network."""
+    """As many as :data:`MULTIPLICATIONS` allow: each layer takes two runs of what follows it, half of all."""
     chains = analysis.placement.chains
     one = 0.0
     for chain in chains:
@@ -55,9 +55,9 @@ def model_inputs(
     """What ``model`` is called with on ``batches``: inputs by name, up to :data:`CHUNK` samples in each.
 
     Args:
-        model: prepared; the float model runs, once on each batch.
+        model: prepared; its float model runs once on each batch.
         batches: see :func:`lq.calibrate`.
-        num_samples: at most so many.
+        num_samples: an upper limit.
         forward: see :func:`lq.calibrate`.
 
     Raises:
@@ -78,12 +78,12 @@ def model_inputs(
             )
         for chunk in _chunks(first_samples(inputs, num_samples - seen)):
             if seen < num_samples:
-                # Copies: the model, or a loader that fills one buffer again and again, may overwrite its inputs.
+                # Copies: the model, or a loader that reuses one buffer, may overwrite its inputs.
                 chunks.append(tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, chunk))
                 seen += batch_size(chunk)
 
     with unprepared(model), evaluating(model), torch.no_grad():
-        # Before hooks of the user's own: what they do to the inputs is part of what is analysed.
+        # Before hooks of the user's own: what they do to the inputs is part of what is analyzed.
         handle = model.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
         try:
             for batch in batches:

@@ -1,4 +1,4 @@
-"""Running a float graph with some of its tensors and weights rounded, from where that makes a difference."""
+"""Running a float graph with some of its tensors and weights rounded, starting where that makes a difference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lq.graph.interpret import run_node
 
 @dataclass
 class Values:
-    """What a run leaves behind of some nodes.
+    """The values of some nodes that a run keeps.
 
     Args:
         made: as the operator made it.
@@ -29,7 +29,7 @@ class Values:
 
 @dataclass(frozen=True)
 class Plan:
-    """The part of a graph to run for one rounding, where the values for another are at hand.
+    """The part of a graph to run for one rounding, given the values of another.
 
     Args:
         rounding: the one to run.
@@ -46,7 +46,7 @@ class Plan:
 
 
 class Simulator:
-    """Runs the evaluation graph of a float module; every value that has been read for the last time is let go.
+    """Runs the evaluation graph of a float module; every value is dropped after its last use.
 
     Args:
         root: the module, without quantizers.
@@ -64,7 +64,7 @@ class Simulator:
                 self._dying[max(node.users, key=order.__getitem__)].append(node)
 
     def plan(self, rounding: Rounding, base: Rounding | None = None) -> Plan:
-        """What to run for ``rounding``, after a run of ``base``; all of it without one."""
+        """What to run for ``rounding``, after a run of ``base``; the whole graph if there is none."""
         steps: list[tuple[fx.Node, bool]] = []
         differs: set[fx.Node] = set()
         made: set[fx.Node] = set()

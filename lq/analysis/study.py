@@ -21,7 +21,7 @@ class Study:
     """The runs of all variants of a model, and the noise of each in the outputs.
 
     A variant with one layer alone in INT8 is the float model up to there, and one with all others in INT8 is the INT8
-    model: each runs what lies behind the layer, on values that those two runs left.
+    model: each runs what comes after the layer, on values that those two runs kept.
 
     Args:
         model: without quantizers, in evaluation mode.
@@ -57,7 +57,7 @@ class Study:
         self.only = {name: simulator.plan(roundings.only(name), Rounding()) for name in names}
         variants = {name: roundings.all_but(name) for name in names}
         self.all_but = {name: simulator.plan(v, roundings.whole) for name, v in variants.items() if v is not None}
-        # What the float and the INT8 run have to leave behind for those that start from them.
+        # What the float and the INT8 run have to keep for the runs that start from them.
         starting = [self.int8_plan, *self.only.values()]
         self.float_kept = {node for plan in starting for node in (*plan.made, *plan.read)}
         self.float_kept |= {layer.end for layer in layers if layer.end is not None}
@@ -65,7 +65,7 @@ class Study:
         self.int8_made = {node for plan in self.all_but.values() for node in plan.made}
         self.int8_read = {node for plan in self.all_but.values() for node in plan.read}
         reached = {node for node, _ in self.int8_plan.steps}
-        self.same_in_both = (self.int8_made | self.int8_read) - reached  # in front of all rounding
+        self.same_in_both = (self.int8_made | self.int8_read) - reached  # before all rounding
         self.float_kept |= self.same_in_both
         self.signal = 0.0
         self.noise = 0.0
@@ -82,7 +82,7 @@ class Study:
 
         Args:
             chunks: inputs by name.
-            seconds: about how long it may take: there are fewer chunks then, and of the first one fewer layers.
+            seconds: about how long it may take: chunks are dropped first, then layers of the first chunk.
         """
         begun = time.perf_counter()
         for inputs in chunks:
@@ -94,15 +94,16 @@ class Study:
 
     def _suspicion(self) -> dict[str, float]:
         """The SQNR of the worse of weight and input, dB, by layer: the lower, the sooner it is looked at."""
-        found: dict[str, float] = {}
+        suspicion: dict[str, float] = {}
         for layer in self.layers:
             inputs = [s.rounded.sqnr_db for s in layer.inputs if s.rounded.sqnr_db is not None]
             name = layer.row.name
-            found[name] = min([*inputs, self.weight_sqnr.get(name, SQNR_LIMIT_DB), found.get(name, SQNR_LIMIT_DB)])
-        return found
+            weight = self.weight_sqnr.get(name, SQNR_LIMIT_DB)
+            suspicion[name] = min([*inputs, weight, suspicion.get(name, SQNR_LIMIT_DB)])
+        return suspicion
 
     def _in_time(self, plans: dict[str, Plan], order: Mapping[str, float], until: float | None) -> Iterator[str]:
-        """Names of the variants to run, lowest ``order`` first; those that there is no time for are dropped."""
+        """Names of the variants to run, lowest ``order`` first, as many as there is time for."""
         for name in sorted(plans, key=lambda name: order.get(name, SQNR_LIMIT_DB)):
             if until is not None and time.perf_counter() > until:
                 del plans[name]
@@ -124,16 +125,16 @@ class Study:
         yield
 
         def noise(plan: Plan, base: Values, otherwise: float) -> float:
-            found, _ = self.simulator.run(plan, base)
-            return otherwise if found is None else error_energy(reference, float_leaves(found))
+            noisy, _ = self.simulator.run(plan, base)
+            return otherwise if noisy is None else error_energy(reference, float_leaves(noisy))
 
         watch = watch_outputs(self.layers, floats)
-        found, int8 = self.simulator.run(self.int8_plan, floats, self.int8_made, self.int8_read, watch)
+        int8_outputs, int8 = self.simulator.run(self.int8_plan, floats, self.int8_made, self.int8_read, watch)
         for node in watch.keys() - {node for node, _ in self.int8_plan.steps}:
             watch[node](floats.read[node])
         same = {node: floats.read[node] for node in self.same_in_both}
         int8 = Values({**same, **int8.made}, {**same, **int8.read})
-        whole = 0.0 if found is None else error_energy(reference, float_leaves(found))
+        whole = 0.0 if int8_outputs is None else error_energy(reference, float_leaves(int8_outputs))
         self.noise += whole
         yield
         now = time.perf_counter()
@@ -166,12 +167,12 @@ class Study:
 
     def figures(self, layer: Layer) -> dict[str, float]:
         """The sensitivity of a layer, as far as it was measured."""
-        found = {}
+        figures = {}
         name = layer.row.name
         for field, plans, noises in (
             ("only_sqnr_db", self.only, self.only_noise),
             ("all_but_sqnr_db", self.all_but, self.all_but_noise),
         ):
             if layer.kernel is not None and name in plans:
-                found[field] = sqnr_db(self.signal, noises[name])
-        return found
+                figures[field] = sqnr_db(self.signal, noises[name])
+        return figures

@@ -27,7 +27,7 @@ from lq.workflow.convert import convert
 from lq.workflow.prepare import prepared_forward, quantizers, unprepared
 from lq.workflow.reporting import report_rows
 
-#: Rounds that warm caches up, that are made at least, and at most within so many seconds.
+#: Warm-up rounds, the least and the most rounds that are timed, and a limit on their time, seconds.
 _WARMUP, _FEWEST, _MOST, _SECONDS = 2, 5, 50, 3.0
 
 
@@ -61,7 +61,7 @@ def time_layers(model: nn.Module, int8: Int8Module, inputs: dict[str, Any]) -> l
         int8: from :func:`lq.convert`, for the model's own target.
         inputs: what to run it on, by name.
     """
-    analysis = prepared_forward(model).analyse()
+    analysis = prepared_forward(model).analyze()
     rows = report_rows(model, analysis, quantizers(model))
     layers = layers_of(rows, analysis, Roundings(model, analysis))
     return layer_times(model, analysis, layers, inputs, int8)
@@ -85,11 +85,11 @@ def layer_times(
         analysis: its float graph.
         layers: its layers.
         inputs: what to run it on, by name.
-        int8: what it was converted to; converted anew where it is not given.
+        int8: what it was converted to; converted here if it is not given.
 
     Returns:
-        For each layer a dict, without what was not measured: all of it where the model is not on the CPU or not in
-        float32, ``int8_ms`` where torch has no INT8 kernels for this CPU.
+        A dict for each layer: empty if the model is not on the CPU or not in float32, without ``int8_ms`` if torch
+        has no INT8 kernels for this CPU.
     """
     tensors = [*model.parameters(), *model.buffers()]
     floats = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
@@ -105,9 +105,9 @@ def layer_times(
     samples = batch_size(inputs)
     owners = {"float_ms": _float_owners(layers), "int8_ms": _int8_owners(layers, model)}
     times: list[dict[str, float]] = [{} for _ in layers]
-    for name, found in rounds.items():
-        spent = [[0.0] * len(layers) for _ in found]
-        for seconds, total in zip(found, spent, strict=True):
+    for name, runs in rounds.items():
+        spent = [[0.0] * len(layers) for _ in runs]
+        for seconds, total in zip(runs, spent, strict=True):
             for node, value in seconds.items():
                 owner = owners[name].get(site(node) if name == "float_ms" else origin(node))
                 if owner is not None:
@@ -120,7 +120,7 @@ def layer_times(
 
 def _race(contenders: dict[str, _Stopwatch], inputs: dict[str, Any]) -> dict[str, list[dict[fx.Node, float]]]:
     """The times of each contender's operators, round by round; they take turns, so that noise disturbs all alike."""
-    found: dict[str, list[dict[fx.Node, float]]] = {name: [] for name in contenders}
+    rounds: dict[str, list[dict[fx.Node, float]]] = {name: [] for name in contenders}
     deadline = float("inf")
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for index in range(_WARMUP + _MOST):
@@ -132,8 +132,8 @@ def _race(contenders: dict[str, _Stopwatch], inputs: dict[str, Any]) -> dict[str
                 copies = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, list(inputs.values()))
                 contender.run(*copies)
                 if index >= _WARMUP:
-                    found[name].append(dict(contender.seconds))
-    return found
+                    rounds[name].append(dict(contender.seconds))
+    return rounds
 
 
 def _int8_network(model: nn.Module, int8: Int8Module | None, inputs: dict[str, Any]) -> _Stopwatch:
@@ -149,11 +149,11 @@ def _int8_network(model: nn.Module, int8: Int8Module | None, inputs: dict[str, A
 
 def _converted(model: nn.Module) -> Int8Module:
     """The INT8 network of a model that is left as it is."""
-    found = {name: q for name, q in quantizers(model).items() if isinstance(q, WeightQuantizer)}
-    kept = {q: ([(b, b.clone()) for b in q.buffers()], q.calibrated) for q in found.values()}
+    weights = {name: q for name, q in quantizers(model).items() if isinstance(q, WeightQuantizer)}
+    kept = {q: ([(b, b.clone()) for b in q.buffers()], q.calibrated) for q in weights.values()}
     try:
         return convert(model)
-    finally:  # a weight's range was brought up to date
+    finally:  # the conversion updated the weights' ranges
         for quantizer, (buffers, calibrated) in kept.items():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -77,7 +77,7 @@ def tell_of_a_change(staged: StagedUnit) -> None:
     if change is None:
         return
     try:
-        forward.analyse()
+        forward.analyze()
         then = "its INT8 network will be of the forward as it is by then"
     except CaptureError as error:
         then = f"it cannot be converted as it is now: {error}"

@@ -1,4 +1,4 @@
-"""Which charts there are of what was found."""
+"""The charts that can be drawn of a run's results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lq.results.analysis import Analysis
 def gallery(
     comparisons: Sequence[Comparison] = (), analysis: Analysis | None = None, predictions: Predictions | None = None
 ) -> list[Chart]:
-    """The charts that can be drawn of what is given.
+    """The charts for what is given.
 
     Args:
         comparisons: of float and INT8.
@@ -51,6 +51,6 @@ def gallery(
         caption = "On the diagonal blue is gained and orange is lost; elsewhere blue is a new confusion."
         charts.append(Chart("confusion", caption, partial(confusion_difference, predictions), is_picture=True))
         if predictions.images is not None and len(predictions.changed):
-            caption = "Images that INT8 sees otherwise than float does."
+            caption = "Images that INT8 classifies differently from float."
             charts.append(Chart("changed", caption, partial(changed_predictions, predictions), is_picture=True))
     return charts

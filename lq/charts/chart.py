@@ -1,4 +1,4 @@
-"""A chart that can be drawn in any theme, with what it is called."""
+"""A chart that can be drawn in any theme, with its name and caption."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Chart:
         name: for tags and anchors: lower case, ``/`` between parts.
         caption: what it shows and how it is read, a sentence or two.
         draw: makes the figure in a theme.
-        is_picture: whether it holds pixels or a colour map, which are no lines in the theme's colours.
+        is_picture: whether it holds pixels or a colour map, which the theme does not colour.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Chart:
         buffer = io.BytesIO()
         figure = self.draw(theme)
         figure.set_dpi(dpi)
-        FigureCanvasAgg(figure).print_png(buffer)  # as savefig does, which draws everything twice
+        FigureCanvasAgg(figure).print_png(buffer)  # not savefig, which draws everything twice
         return buffer.getvalue()
 
     def svg(self) -> tuple[bytes, bytes]:

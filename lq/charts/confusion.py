@@ -1,4 +1,4 @@
-"""Which classes INT8 confuses that float did not, and the other way round."""
+"""Which classes INT8 confuses and float does not, and the reverse."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from matplotlib.ticker import MaxNLocator
 from lq.charts.predictions import Predictions
 from lq.charts.theme import Theme, get_theme, new_figure, nothing_to_show, short_names, style
 
-#: Most classes that have a row; of more, those that changed most.
+#: At most so many classes have a row: those that changed most.
 _CLASSES = 24
 
-#: Most classes with a number in each cell.
+#: Up to so many classes, each cell has its number.
 _NUMBERS = 16
 
 
 def confusion_difference(predictions: Predictions, theme: str | Theme = "light") -> Figure:
     """Confusion matrix of the INT8 model minus that of the float model.
 
-    On the diagonal blue is gained and orange is lost; elsewhere blue is a new confusion and orange one less. Of many
-    classes only those that changed most are shown.
+    On the diagonal blue is gained and orange is lost; elsewhere blue is a new confusion and orange one less. If there
+    are many classes, only those that changed most are shown.
 
     Args:
         predictions: of both models.

@@ -1,4 +1,4 @@
-"""Images that INT8 sees otherwise than float does."""
+"""Images that INT8 classifies differently from float."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def layer_latency(analysis: Analysis, theme: str | Theme = "light", limit: int |
     Args:
         analysis: of the model, with its times.
         theme: ``"light"`` or ``"dark"``.
-        limit: only so many layers.
+        limit: show at most so many layers.
     """
     theme = get_theme(theme)
     layers = [layer for layer in analysis.layers if layer.float_ms is not None or layer.int8_ms is not None]

@@ -19,7 +19,7 @@ class Predictions:
         int8_classes: what the INT8 model says, likewise.
         num_classes: how many classes there are.
         changed: indices of some samples whose prediction changed, int64 of shape ``(K,)``.
-        images: those samples, float32 in [0, 1] of shape ``(K, C, H, W)``; None where they are no images.
+        images: those samples, float32 in [0, 1] of shape ``(K, C, H, W)``; None where the samples are not images.
         names: of the classes, or None.
     """
 
@@ -32,7 +32,7 @@ class Predictions:
     names: Sequence[str] | None = None
 
     def name(self, label: int) -> str:
-        """Of a class; its number where it has none."""
+        """The name of a class, or its number where it has none."""
         return self.names[label] if self.names is not None and 0 <= label < len(self.names) else str(label)
 
     @property

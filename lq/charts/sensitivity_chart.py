@@ -11,7 +11,7 @@ from lq.results.analysis import Analysis, LayerAnalysis
 
 TITLE = "Sensitivity against size"
 
-#: Layers that are called by their names.
+#: Number of layers that are labelled with their names.
 _NAMED = 6
 
 
@@ -63,7 +63,7 @@ def _name(axes: object, theme: Theme, layers: Sequence[LayerAnalysis], x: Sequen
     order = sorted(range(len(layers)), key=lambda i: -y[i])
     names = short_names([layers[i].name for i in order], 30)
     low, high = axes.get_ylim()  # type: ignore[attr-defined]
-    # In a fraction of the height, from which the distance of two lines of text is known.
+    # As a fraction of the height, which gives the distance of two lines of text.
     places = [(y[i] - low) / (high - low) for i in order]
     step = 0.11
     for index in range(1, len(places)):

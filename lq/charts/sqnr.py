@@ -18,14 +18,14 @@ TITLE = "SQNR by layer, most harmful first"
 def layer_sqnr(analysis: Analysis, theme: str | Theme = "light", limit: int | None = None) -> Figure:
     """Horizontal bars: how well each layer's input survives rounding and clipping, the most harmful layer on top.
 
-    Beside the bar a diamond for the layer's weight and a tick for its output, which carries the errors of all layers
-    in front; on the right what the SQNR of the model's outputs gains where the layer stays in float. The layers that
-    the analysis advises to leave in float are in another colour.
+    Beside the bar are a diamond for the layer's weight and a tick for its output, which carries the errors of all
+    earlier layers; on the right is what the SQNR of the model's outputs gains if the layer stays in float. The layers
+    that the analysis advises to leave in float are in another colour.
 
     Args:
         analysis: of the model.
         theme: ``"light"`` or ``"dark"``.
-        limit: only so many layers.
+        limit: show at most so many layers.
     """
     theme = get_theme(theme)
     layers = [layer for layer in analysis.by_harm() if layer.precision == "int8" and layer.input_sqnr_db is not None]
@@ -46,7 +46,7 @@ def layer_sqnr(analysis: Analysis, theme: str | Theme = "light", limit: int | No
     axes.barh([0], [0], color=theme.alarm, label="input; advised to stay in float")
     for values, marker, color, label in (
         ([layer.weight_sqnr_db for layer in layers], "D", theme.extra, "weight"),
-        ([layer.output_sqnr_db for layer in layers], "|", theme.text, "output, with all errors in front"),
+        ([layer.output_sqnr_db for layer in layers], "|", theme.text, "output, with all earlier errors"),
     ):
         known = [(value, row) for row, value in zip(rows, values, strict=True) if value is not None]
         if known:

@@ -32,7 +32,7 @@ class Comparison:
 
     @property
     def texts(self) -> tuple[str, str]:
-        """Both as they are read: four digits, and no powers of ten below a billion."""
+        """Both as text: four digits, and no powers of ten below a billion."""
         float_, int8 = (f"{v:,.0f}" if 1e4 <= abs(v) < 1e9 else f"{v:.4g}" for v in (self.float_, self.int8))
         return float_, int8
 

@@ -22,7 +22,7 @@ _BINS = 160
 def tensor_histogram(
     name: str, quantizer: Quantizer, theme: str | Theme = "light", observer: HistogramObserver | None = None
 ) -> Figure:
-    """The values that a quantizer has seen (log scale), with its range drawn in and another colour outside.
+    """The values that a quantizer has seen (log scale), with its range marked and another colour outside it.
 
     Args:
         name: of the quantizer.
@@ -41,18 +41,18 @@ def tensor_histogram(
     total = float(histogram.counts.sum())
     if not total:
         return nothing_to_show(theme, name, "nothing was observed")
-    centres, counts, width = _coarse(histogram)
+    centers, counts, width = _coarse(histogram)
     figure, axes = _panel(theme, name)
     outside = torch.zeros(len(counts), dtype=torch.bool)
     if quantizer.calibrated:
         low, high = (float(end) for end in quantizer.quantized_range())
         step = float(quantizer.scale)
         # Values beyond the last step, but within half of one, are rounded and not clipped.
-        outside = (centres < low - step / 2) | (centres > high + step / 2)
+        outside = (centers < low - step / 2) | (centers > high + step / 2)
         look = {"color": theme.text, "linewidth": 1.2, "linestyle": (0, (4, 2))}
         axes.axvline(low, **look, label=f"range [{low:.4g}, {high:.4g}], step {step:.3g}")
         axes.axvline(high, **look)
-    edges = torch.cat([centres - width / 2, centres[-1:] + width / 2]).tolist()
+    edges = torch.cat([centers - width / 2, centers[-1:] + width / 2]).tolist()
     share = float(counts[outside].sum() / total)
     for chosen, color, label in (
         (~outside, theme.int8, "inside"),
@@ -82,14 +82,14 @@ def _finish(axes: Any, theme: Theme, xlabel: str) -> None:
 
 
 def _coarse(histogram: Histogram) -> tuple[Tensor, Tensor, float]:
-    """Centres, counts and width of no more than so many bins."""
+    """Centres, counts and width of at most :data:`_BINS` bins."""
     merged = max(1, -(-len(histogram.counts) // _BINS))
     padding = -len(histogram.counts) % merged
     counts = torch.nn.functional.pad(histogram.counts, (0, padding)).reshape(-1, merged).sum(1)
     width = float(histogram.width) * merged
     first = float(histogram.upper[0]) - float(histogram.width)
-    centres = first + width * (torch.arange(len(counts)).double() + 0.5)
-    return centres, counts, width
+    centers = first + width * (torch.arange(len(counts)).double() + 0.5)
+    return centers, counts, width
 
 
 def weight_histogram(name: str, weight: Tensor, quantizer: Quantizer, theme: str | Theme = "light") -> Figure:

@@ -21,7 +21,7 @@ class Theme:
         name: ``"light"`` or ``"dark"``.
         background: of the figure.
         text: of titles and labels.
-        muted: of axes, and of what is there for comparison.
+        muted: of axes, and of what is shown for comparison.
         grid: of lines behind the data.
         float_: of the float model.
         int8: of the INT8 model.
@@ -45,7 +45,7 @@ class Theme:
         return astuple(self)[1:]
 
     def diverging(self) -> LinearSegmentedColormap:
-        """From less (``float_``'s orange) by way of the background to more (``int8``'s blue)."""
+        """From less (``float_``'s orange) through the background to more (``int8``'s blue)."""
         return LinearSegmentedColormap.from_list("difference", [self.float_, self.background, self.int8])
 
 
@@ -75,7 +75,7 @@ def new_figure(theme: Theme, width: float, height: float, title: str) -> Figure:
         theme: its colours.
         width: in inches.
         height: likewise.
-        title: what it shows, over everything.
+        title: what it shows, at the top.
     """
     figure = Figure(figsize=(width, height), layout="constrained", facecolor=theme.background)
     figure.suptitle(title, fontsize=11, color=theme.text, x=0.01, ha="left")
@@ -111,7 +111,7 @@ def nothing_to_show(theme: Theme, title: str, reason: str) -> Figure:
 
 
 def short_names(names: Sequence[str], limit: int = 44) -> list[str]:
-    """Layer names of at most ``limit`` characters, their middle left out where they are longer; no two become one."""
+    """Layer names of at most ``limit`` characters, with the middle left out of longer ones; they stay distinct."""
     kept: list[str] = []
     for name in names:
         half = (limit - 1) // 2
@@ -136,4 +136,4 @@ def save_svg(figure: Figure, file: Any) -> None:
     """Write ``figure`` as SVG, the same bytes each time."""
     with _svg_settings():
         metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        FigureCanvasSVG(figure).print_svg(file, metadata=metadata)  # savefig does it, too, but draws everything twice
+        FigureCanvasSVG(figure).print_svg(file, metadata=metadata)  # savefig does this too, but draws everything twice

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from lq.data.image_tree import ImageTree, read_image_tree
-from lq.data.splits import ImageData, LabelledImages
+from lq.data.splits import ImageData, LabeledImages
 from lq.util.archives import checked_members
 from lq.util.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-# Raised when what is stored, or how images are decoded, changes.
+# Incremented when what is stored, or how images are decoded, changes.
 _VERSION = 1
 
 # A damaged file can fail in the zip container (BadZipFile), in an array's header (ValueError, EOFError) or for lack of
@@ -43,12 +43,12 @@ def default_cache_dir() -> Path | None:
 def read_cached(tree: ImageTree, cache_dir: Path | None) -> ImageData:
     """Decode a tree of images, or read what an earlier call decoded.
 
-    A cache that cannot be written, or read, or that belongs to an earlier state of the source, costs time and nothing
-    else. There is one file for each source, of the size of the decoded images (184 MB for CIFAR-10).
+    A cache that cannot be written, or read, or that belongs to an earlier state of the source, costs only
+    time. There is one file for each source, as large as the decoded images (184 MB for CIFAR-10).
 
     Args:
         tree: the listing of the source.
-        cache_dir: folder for the file; None does not cache.
+        cache_dir: folder for the file; None for no cache.
 
     Returns:
         The decoded images.
@@ -74,11 +74,11 @@ def _read(path: Path, tree: ImageTree) -> ImageData | None:
     try:
         # Zip members carry a CRC, which numpy's reader checks: a damaged array raises.
         with _READING, path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            checked_members(arrays.zip)  # stored as they are, so that none unpacks to more than the file
+            checked_members(arrays.zip)  # stored uncompressed, so that none unpacks to more than the file
             if str(arrays["key"]) != _key(tree):
                 return None
             train, test = (
-                LabelledImages(torch.from_numpy(arrays[f"{split}_images"]), torch.from_numpy(arrays[f"{split}_labels"]))
+                LabeledImages(torch.from_numpy(arrays[f"{split}_images"]), torch.from_numpy(arrays[f"{split}_labels"]))
                 for split in ("train", "test")
             )
             return ImageData(train, test, tree.class_names)

@@ -12,7 +12,7 @@ import torchvision
 from lq.data.cache import default_cache_dir, read_cached
 from lq.data.image_tree import ImageTree, open_image_tree
 from lq.data.in_memory import InMemoryDataModule
-from lq.data.splits import ImageData, LabelledImages
+from lq.data.splits import ImageData, LabeledImages
 from lq.errors import DatasetNotFoundError
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -33,9 +33,9 @@ class CIFAR10(InMemoryDataModule):
             - a folder with ``train/CLASS/*.jpg`` and ``test/CLASS/*.jpg`` (or ``.jpeg``, ``.png``);
             - a zip file of such a folder.
 
-            ``train`` and ``test`` may lie in one folder inside of it. Classes are numbered by their sorted names.
+            ``train`` and ``test`` may lie in one folder inside it. Classes are numbered by their sorted names.
         batch_size: images per batch and process.
-        num_workers: loader processes; batches are made so fast that 0, none, is the best choice nearly always.
+        num_workers: loader processes; batches are made so fast that 0 (none) is nearly always best.
         download: fetch the files into ``data_dir`` if there is no data set.
         val_fraction: share of the training split to validate on, the same share of every class. With 0 the **test
             split is the validation split** too: fine for fixed recipes, not for choosing among them.
@@ -116,7 +116,7 @@ class CIFAR10(InMemoryDataModule):
         return (self._root / _BATCHES).is_dir() or self._find_tree() is not None
 
     def _find_tree(self) -> ImageTree | None:
-        # Listed once: 60,000 entries take half a second. Not remembered where there is none, since one may come.
+        # Listed once: 60,000 entries take half a second. A missing data set is not remembered, since one may be added.
         if self._tree is None and self._root.exists() and not (self._root / _BATCHES).is_dir():
             self._tree = open_image_tree(self._root)
         return self._tree
@@ -136,7 +136,7 @@ class CIFAR10(InMemoryDataModule):
         except RuntimeError as error:
             # torchvision checks MD5 sums before it unpickles anything.
             raise self._not_found(f"holds a damaged {_BATCHES} ({error})") from error
-        return ImageData(_labelled(train), _labelled(test), CLASS_NAMES)
+        return ImageData(_labeled(train), _labeled(test), CLASS_NAMES)
 
     def _not_found(self, problem: str) -> DatasetNotFoundError:
         return DatasetNotFoundError(
@@ -146,7 +146,7 @@ class CIFAR10(InMemoryDataModule):
         )
 
 
-def _labelled(split: torchvision.datasets.CIFAR10) -> LabelledImages:
+def _labeled(split: torchvision.datasets.CIFAR10) -> LabeledImages:
     # torchvision keeps (N, H, W, C).
     images = torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous()
-    return LabelledImages(images, torch.tensor(split.targets, dtype=torch.int64))
+    return LabeledImages(images, torch.tensor(split.targets, dtype=torch.int64))

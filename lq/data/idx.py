@@ -14,7 +14,7 @@ from torch import Tensor
 # The third byte of a file; MNIST and its successors have no other type (http://yann.lecun.com/exdb/mnist).
 _UNSIGNED_BYTE = 0x08
 
-#: More than any data set in MNIST's format has: EMNIST, with 814,255 images, has 638 million.
+#: More than any data set in MNIST's format has: EMNIST, with 814,255 images, has 638 million bytes.
 MAX_BYTES = 1 << 30
 
 #: Bytes read beyond what the header says, to see that there are none.
@@ -37,15 +37,15 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
         The array, uint8.
 
     Raises:
-        ValueError: where the file cannot be unpacked, is no IDX file of bytes with so many dimensions, or is longer or
-            shorter than its header says; names the file.
+        ValueError: where the file cannot be unpacked, is not an IDX file of bytes with so many dimensions, or is longer
+            or shorter than its header says; names the file.
     """
     header = 4 * (1 + dimensions)
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read(header)
             shape = struct.unpack(f">{dimensions}I", content[4:]) if len(content) == header else ()
-            # No more than the header says is unpacked, of however little it would be.
+            # No more is unpacked than the header announces, however small the file is.
             content += file.read(min(prod(shape), MAX_BYTES) + _SURPLUS)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise _damaged(path, f"it cannot be unpacked ({error})") from error

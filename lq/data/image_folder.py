@@ -34,7 +34,7 @@ _JPEG = b"\xff\xd8"
 
 #: Bytes of a file that are read into memory: ten times those of the largest photographs.
 _MAX_BYTES = 1 << 30
-_NAMED = 5  # classes that an error names; there may be a thousand
+_NAMED = 5  # classes that an error names at most; there may be a thousand
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +42,11 @@ class ImageFolderDataset(Dataset[Batch]):
     """The images of one split; a loader of it needs ``collate_fn=ready_batch``, as for the data sets in memory.
 
     Images are bytes until they are a batch, which is then normalised as a whole: still in the loader's process, so that
-    whoever takes a batch has what the network takes.
+    a batch is ready for the network.
 
     Args:
         folder: the split's folder.
-        files: paths inside of it as the bytes that the system knows them by, ``(N,)``.
+        files: paths inside it, as bytes in the system's encoding, ``(N,)``.
         labels: int64, ``(N,)``.
         transform: maps uint8 ``(3, H, W)`` to uint8 of one size for all images.
         mean: one value per channel, for images in [0, 1].
@@ -84,9 +84,9 @@ def check_image_folder(root: Path) -> tuple[str, ...]:
         raise DatasetNotFoundError(f"data_dir={str(root)!r} {problem}. {_LAYOUT}")
     missing = [split for split in SPLITS if not (root / split).is_dir()]
     if missing:
-        found = _some(sorted(entry.name for entry in root.iterdir()))
+        entries = _some(sorted(entry.name for entry in root.iterdir()))
         raise DatasetNotFoundError(
-            f"data_dir={str(root)!r} has no folder {' and no folder '.join(missing)}; it holds {found}. {_LAYOUT}"
+            f"data_dir={str(root)!r} has no folder {' and no folder '.join(missing)}; it holds {entries}. {_LAYOUT}"
         )
     train, val = (_class_folders(root, split) for split in SPLITS)
     if train != val:
@@ -106,7 +106,7 @@ def check_image_folder(root: Path) -> tuple[str, ...]:
 
 
 def list_images(folder: Path, class_names: Sequence[str]) -> tuple[NDArray[np.bytes_], Tensor]:
-    """The images of one split, sorted: their paths inside of ``folder``, and their labels, int64, both ``(N,)``."""
+    """The images of one split, sorted: their paths inside ``folder``, and their labels, int64, both ``(N,)``."""
     files: list[bytes] = []
     labels: list[int] = []
     for label, name in enumerate(class_names):
@@ -130,14 +130,14 @@ def decode_rgb(path: Path) -> Tensor:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"it has {path.stat().st_size} bytes, and {_MAX_BYTES} are the most that are read")
         content = np.fromfile(path, dtype=np.uint8)
-        # PIL reads a file's header, and refuses one that says that it has too many pixels: torchvision takes any.
-        # torchvision announces the end of its decoders on every call.
+        # PIL reads a file's header, and refuses one that announces too many pixels; torchvision takes any.
+        # torchvision warns on every call that its decoders are deprecated.
         with Image.open(io.BytesIO(content.data), formats=FORMATS) as image, quiet():
             # PNG files by PIL: torchvision 0.29 ends the process with a segmentation fault where one is damaged.
             if content[:2].tobytes() == _JPEG:
                 return _decode_jpeg(content)
             if image.mode[0] in "IF":
-                # PIL would make 255 of all that is above.
+                # PIL would clip larger values to 255.
                 raise ValueError(f"its pixels have more than 8 bits (mode {image.mode})")
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
     except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
@@ -158,7 +158,7 @@ def _class_folders(root: Path, split: str) -> set[str]:
         raise ValueError(f"{root / split} is empty. {_LAYOUT}")
     hint = (
         f". Where {root} holds ImageNet's archives and no folder val, torchvision.datasets.ImageNet(..., split='val') "
-        "makes it with these folders"
+        "creates it with these folders"
     )
     raise ValueError(
         f"{root / split} holds {flat} images and no class folders, so that nothing tells their classes: move each of "

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lq.data.splits import ImageData, LabelledImages
+from lq.data.splits import ImageData, LabeledImages
 
 SPLITS = ("train", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png")
 SIZE = 32
 
-#: Formats that PIL may take a file for: it knows one that is a program, and others that start one.
+#: Formats that PIL may try: of its others, one is a program, and some start one.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 #: Bytes of a file that holds one image: 3 kB of pixels, and whatever a camera or a program writes beside them.
@@ -38,7 +38,7 @@ class ImageTree:
         path: the folder or the zip file.
         class_names: names of the class folders, sorted.
         members: for each split, ``(file inside path, label)``, sorted.
-        fingerprint: changes when a file of the tree does, as far as sizes and modification times tell.
+        fingerprint: changes when a file of the tree does, as far as sizes and modification times show it.
     """
 
     path: Path
@@ -120,7 +120,7 @@ def _zip_stamps(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _check_size(path: Path, name: str, size: int) -> None:
-    """Refuse a file before it is read: of a few thousand bytes in a zip file gigabytes could be unpacked."""
+    """Refuse a file before it is read: a few thousand bytes in a zip file could unpack to gigabytes."""
     if size > MAX_BYTES:
         raise ValueError(
             f"{name} of {path} has {size} bytes, and an image of {SIZE}x{SIZE} pixels at most {MAX_BYTES}; remove it"
@@ -150,7 +150,7 @@ def _class_names(path: Path, files: list[tuple[str, str, str]]) -> tuple[str, ..
     return tuple(sorted(train))
 
 
-def _decode_split(tree: ImageTree, split: str, archive: zipfile.ZipFile | None) -> LabelledImages:
+def _decode_split(tree: ImageTree, split: str, archive: zipfile.ZipFile | None) -> LabeledImages:
     members = tree.members[split]
     images = torch.empty(len(members), 3, SIZE, SIZE, dtype=torch.uint8)
     pixels = images.numpy()
@@ -161,7 +161,7 @@ def _decode_split(tree: ImageTree, split: str, archive: zipfile.ZipFile | None) 
         except DECODE_ERRORS as error:
             raise ValueError(f"cannot read the image {name} of {tree.path}: {error}; repair or remove it") from error
         pixels[position] = decoded.transpose(2, 0, 1)
-    return LabelledImages(images, torch.tensor([label for _, label in members], dtype=torch.int64))
+    return LabeledImages(images, torch.tensor([label for _, label in members], dtype=torch.int64))
 
 
 def _decode(content: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

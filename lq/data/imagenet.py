@@ -25,7 +25,7 @@ class ImageNet(LightningDataModule):
     Classes are numbered by the sorted names of their folders, which for ImageNet's own (``n01440764`` and so on) is
     the order that torchvision's networks were trained with. Batches are float32 images ``(N, 3, H, W)``, normalised,
     and int64 labels ``(N,)``. ImageNet publishes no labels of its test split: validation, test and prediction all run
-    over ``val``, so choose among models by something else.
+    over ``val``, so do not choose among models by it.
 
     For evaluation, images are resized and cropped as torchvision does it for the weights that are named. Train images
     are cropped at random, in place, size and shape, and half of them are flipped, as torchvision's references do.
@@ -36,7 +36,7 @@ class ImageNet(LightningDataModule):
         batch_size: images per batch and process.
         num_workers: processes that decode; None for one on each core that this process may use, shared among the
             Trainer's processes on the machine.
-        augment: random crops and flips of train batches; without, they are resized and cropped as for evaluation.
+        augment: random crops and flips of train batches; otherwise they are resized and cropped as for evaluation.
         weights: pretrained weights of a torchvision classifier whose sizes, interpolation, mean and standard deviation
             are used; they are not loaded. By default 224x224, the middle of an image whose shorter side is 256, with
             ImageNet's mean and standard deviation.
@@ -126,7 +126,7 @@ class ImageNet(LightningDataModule):
         return self._loader(self._split_named("val"))
 
     def calibration_dataloader(self, n: int = 512, seed: int = 0) -> DataLoader[Batch]:
-        """Training images as evaluation sees them, for ``lq.calibrate`` or the callback's ``calibration_dataloader``.
+        """Training images as for evaluation, for ``lq.calibrate`` or the callback's ``calibration_dataloader``.
 
         Args:
             n: how many images; all where there are fewer.
@@ -192,4 +192,4 @@ def _preset(weights: str) -> Any:
     ]
     near = difflib.get_close_matches(str(weights), names)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "give it as 'ResNet50_Weights.IMAGENET1K_V2'."
-    raise ValueError(f"weights={weights!r} is no classifier's of torchvision; {hint}")
+    raise ValueError(f"weights={weights!r} does not belong to a classifier of torchvision; {hint}")

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lq.data.splits import ImageData, LabelledImages, hold_out, stratified_order
+from lq.data.splits import ImageData, LabeledImages, hold_out, stratified_order
 from lq.data.transforms import normalize, random_crop_flip
 
 Batch = tuple[Tensor, Tensor]
@@ -21,7 +21,7 @@ class InMemoryDataset(Dataset[Batch]):
 
     A loader of it fetches a batch with one call of ``__getitems__``, which does the work on the batch as a whole, and
     must not collate again: give it ``collate_fn=ready_batch``. An augmented batch of 128 images takes about 2 ms on one
-    CPU core that way; torchvision's transforms on one PIL image after the other take 35 ms.
+    CPU core that way; torchvision's transforms on one PIL image after another take 35 ms.
 
     Args:
         data: images, uint8, ``(N, C, H, W)``, and labels.
@@ -31,7 +31,7 @@ class InMemoryDataset(Dataset[Batch]):
         flip: whether augmentation mirrors half of the images.
 
     Example:
-        >>> data = LabelledImages(torch.zeros(6, 3, 32, 32, dtype=torch.uint8), torch.arange(6))
+        >>> data = LabeledImages(torch.zeros(6, 3, 32, 32, dtype=torch.uint8), torch.arange(6))
         >>> dataset = InMemoryDataset(data, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
         >>> images, labels = next(iter(DataLoader(dataset, batch_size=4, collate_fn=ready_batch)))
         >>> images.shape, images.dtype, labels.tolist()
@@ -40,7 +40,7 @@ class InMemoryDataset(Dataset[Batch]):
 
     def __init__(
         self,
-        data: LabelledImages,
+        data: LabeledImages,
         mean: Sequence[float],
         std: Sequence[float],
         augment: bool = False,
@@ -79,7 +79,7 @@ class InMemoryDataModule(LightningDataModule):
 
     Args:
         batch_size: images per batch and process.
-        num_workers: loader processes; batches are made so fast that 0, none, is the best choice nearly always.
+        num_workers: loader processes; batches are made so fast that 0 (none) is nearly always best.
         val_fraction: share of the training split to validate on, the same share of every class. With 0 the **test
             split is the validation split** too: fine for fixed recipes, not for choosing among them.
         augment: random crops (4 pixels) and horizontal flips of train batches.
@@ -94,7 +94,7 @@ class InMemoryDataModule(LightningDataModule):
     mean: ClassVar[tuple[float, ...]]
     std: ClassVar[tuple[float, ...]]
     input_shape: ClassVar[tuple[int, int, int]] = (3, 32, 32)
-    #: Whether a mirrored image is still one of its class.
+    #: Whether a mirrored image still belongs to its class.
     flip: ClassVar[bool] = True
 
     def __init__(
@@ -123,7 +123,7 @@ class InMemoryDataModule(LightningDataModule):
         self.seed = seed
         self.max_train = max_train
         self.max_test = max_test
-        self._splits: dict[str, LabelledImages] | None = None
+        self._splits: dict[str, LabeledImages] | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -163,7 +163,7 @@ class InMemoryDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Batch]:
         return self._loader(self._split_named("test"))
 
-    def _split(self, data: ImageData) -> dict[str, LabelledImages]:
+    def _split(self, data: ImageData) -> dict[str, LabeledImages]:
         train, test = data.train, data.test
         if self.max_test is not None:
             test = test.take(stratified_order(test.labels, self.seed)[: self.max_test])
@@ -178,17 +178,17 @@ class InMemoryDataModule(LightningDataModule):
                     f"train on and {len(val)} to validate on; choose it so that both are at least 1"
                 )
         if self.max_train is not None:
-            train = LabelledImages(train.images[: self.max_train], train.labels[: self.max_train])
+            train = LabeledImages(train.images[: self.max_train], train.labels[: self.max_train])
         return {"train": train, "val": val, "test": test}
 
-    def _split_named(self, split: str) -> LabelledImages:
+    def _split_named(self, split: str) -> LabeledImages:
         # Works without a Trainer as well, where nobody calls setup.
         self.setup()
         assert self._splits is not None
         return self._splits[split]
 
     def _loader(
-        self, data: LabelledImages, augment: bool = False, shuffle: bool = False, drop_last: bool = False
+        self, data: LabeledImages, augment: bool = False, shuffle: bool = False, drop_last: bool = False
     ) -> DataLoader[Batch]:
         return DataLoader(
             InMemoryDataset(data, self.mean, self.std, augment, self.flip),

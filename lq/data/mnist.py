@@ -10,7 +10,7 @@ import torchvision
 
 from lq.data.idx import find_idx, read_idx
 from lq.data.in_memory import InMemoryDataModule
-from lq.data.splits import ImageData, LabelledImages
+from lq.data.splits import ImageData, LabeledImages
 from lq.errors import DatasetNotFoundError
 
 _SIDE = 28
@@ -28,11 +28,11 @@ class MNIST(InMemoryDataModule):
             ``t10k-images-idx3-ubyte`` and ``t10k-labels-idx1-ubyte``, each as it is or as ``.gz``: in ``MNIST/raw``,
             where torchvision keeps them and ``download`` puts them, or in the folder itself.
         batch_size: images per batch and process.
-        num_workers: loader processes; batches are made so fast that 0, none, is the best choice nearly always.
+        num_workers: loader processes; batches are made so fast that 0 (none) is nearly always best.
         download: fetch the files into ``data_dir`` if there is no data set.
         val_fraction: share of the training split to validate on, the same share of every class. With 0 the **test
             split is the validation split** too: fine for fixed recipes, not for choosing among them.
-        augment: random crops (4 pixels) of train batches, and no flips: a mirrored digit is none.
+        augment: random crops (4 pixels) of train batches, and no flips: a mirrored digit is not a digit.
         seed: which images are held out or kept by a limit. Shuffling and augmentation follow ``seed_everything``.
         max_train: keep only so many training images (stratified), for a quick try; None keeps all.
         max_test: the same for the test split.
@@ -116,7 +116,7 @@ class MNIST(InMemoryDataModule):
         missing = min((_missing(folder) for folder in (self._raw, self._root)), key=len)
         return "holds no data set" if len(missing) == len(_FILES) else f"lacks {', '.join(missing)}"
 
-    def _read(self, folder: Path, prefix: str) -> LabelledImages:
+    def _read(self, folder: Path, prefix: str) -> LabeledImages:
         images_path, labels_path = (find_idx(folder, name) for name in _FILES if name.startswith(prefix))
         assert images_path is not None and labels_path is not None
         images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
@@ -126,7 +126,7 @@ class MNIST(InMemoryDataModule):
             raise ValueError(f"{images_path} has {len(images)} images and {labels_path} {len(labels)} labels")
         if labels.max() >= self.num_classes:
             raise ValueError(f"{labels_path} has the label {labels.max()}; {self.name} has 0 to {self.num_classes - 1}")
-        return LabelledImages(images[:, None], labels.to(torch.int64))
+        return LabeledImages(images[:, None], labels.to(torch.int64))
 
     def _not_found(self, problem: str) -> DatasetNotFoundError:
         return DatasetNotFoundError(
@@ -140,7 +140,7 @@ class FashionMNIST(MNIST):
     """Fashion-MNIST: 60,000 training and 10,000 test images of clothes in MNIST's format (Xiao et al. 2017).
 
     The arguments are those of :class:`MNIST`, with ``FashionMNIST/raw`` where it has ``MNIST/raw``. Train batches are
-    flipped, too. In a folder itself the files of both data sets have the same names, and are taken for what is asked.
+    flipped, too. In the folder itself the files of both data sets have the same names, and are taken for this one's.
 
     Example:
         >>> FashionMNIST("data").class_names[:3]

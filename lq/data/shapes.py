@@ -106,7 +106,7 @@ def generate(count: int, seed: int, stream: int) -> tuple[NDArray[np.uint8], NDA
         stream: number of the split; different streams of one seed share no random numbers.
 
     Returns:
-        Images ``(count, 3, 32, 32)`` and labels ``(count,)``. Every run of 100 images holds each class 10 times.
+        Images ``(count, 3, 32, 32)`` and labels ``(count,)``. Every 100 consecutive images hold each class 10 times.
     """
     images = np.empty((count, 3, SIZE, SIZE), dtype=np.uint8)
     labels = np.empty(count, dtype=np.int64)
@@ -153,9 +153,9 @@ def _contrast(rng: np.random.Generator, n: int, low: float, high: float) -> Arra
 
 
 def _grid() -> tuple[Array, Array]:
-    """Pixel centres in [-1, 1]: x ``(1, 1, 1, 32)`` and y ``(1, 1, 32, 1)``."""
-    centres = ((np.arange(SIZE, dtype=np.float32) + 0.5) * 2 / SIZE - 1).astype(np.float32)
-    return centres.reshape(1, 1, 1, SIZE), centres.reshape(1, 1, SIZE, 1)
+    """Pixel centers in [-1, 1]: x ``(1, 1, 1, 32)`` and y ``(1, 1, 32, 1)``."""
+    centers = ((np.arange(SIZE, dtype=np.float32) + 0.5) * 2 / SIZE - 1).astype(np.float32)
+    return centers.reshape(1, 1, 1, SIZE), centers.reshape(1, 1, SIZE, 1)
 
 
 def _texture(rng: np.random.Generator, n: int, low: float, high: float) -> Array:

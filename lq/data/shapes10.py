@@ -8,7 +8,7 @@ import torch
 
 from lq.data.in_memory import InMemoryDataModule
 from lq.data.shapes import SHAPES, generate
-from lq.data.splits import ImageData, LabelledImages
+from lq.data.splits import ImageData, LabeledImages
 
 _TRAIN_STREAM, _TEST_STREAM = 0, 1
 
@@ -28,7 +28,7 @@ class Shapes10(InMemoryDataModule):
         train_size: number of training images; a smaller set is a prefix of a larger one.
         test_size: number of test images.
         batch_size: images per batch and process.
-        num_workers: loader processes; batches are made so fast that 0, none, is the best choice nearly always.
+        num_workers: loader processes; batches are made so fast that 0 (none) is nearly always best.
         val_fraction: share of the training split to validate on, the same share of every class. With 0 the **test
             split is the validation split** too: fine for fixed recipes, not for choosing among them.
         augment: random crops (4 pixels) and horizontal flips of train batches.
@@ -73,7 +73,7 @@ class Shapes10(InMemoryDataModule):
     def load(self) -> ImageData:
         """Draw both splits, from random streams of their own."""
         train, test = (
-            LabelledImages(*map(torch.from_numpy, generate(size, self.seed, stream)))
+            LabeledImages(*map(torch.from_numpy, generate(size, self.seed, stream)))
             for size, stream in ((self.train_size, _TRAIN_STREAM), (self.test_size, _TEST_STREAM))
         )
         return ImageData(train, test, self.class_names)

@@ -1,4 +1,4 @@
-"""What a labelled image data set is before it is batched, and how a part of it is chosen."""
+"""A labelled image data set before it is batched, and how a part of it is chosen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class LabeledImages:
     """Images with their classes.
 
     Args:
@@ -23,9 +23,9 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, indices: Tensor) -> LabelledImages:
+    def take(self, indices: Tensor) -> LabeledImages:
         """The images at ``indices``, in that order."""
-        return LabelledImages(self.images[indices], self.labels[indices])
+        return LabeledImages(self.images[indices], self.labels[indices])
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class ImageData:
         class_names: what the labels mean.
     """
 
-    train: LabelledImages
-    test: LabelledImages
+    train: LabeledImages
+    test: LabeledImages
     class_names: tuple[str, ...]
 
 
 def stratified_order(labels: Tensor, seed: int) -> Tensor:
-    """A seeded shuffle of which every prefix has the classes in the proportions of the whole.
+    """A seeded shuffle in which every prefix has the classes in the proportions of the whole.
 
     Args:
         labels: int64, ``(N,)``.
@@ -69,7 +69,7 @@ def stratified_order(labels: Tensor, seed: int) -> Tensor:
     return shuffled[torch.argsort(due, stable=True)]
 
 
-def hold_out(data: LabelledImages, fraction: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
+def hold_out(data: LabeledImages, fraction: float, seed: int) -> tuple[LabeledImages, LabeledImages]:
     """Split off a stratified share.
 
     Args:
@@ -78,7 +78,7 @@ def hold_out(data: LabelledImages, fraction: float, seed: int) -> tuple[Labelled
         seed: which images are chosen.
 
     Returns:
-        The rest, then the share held out. Both are in an order of which every prefix is stratified too.
+        The rest, then the share held out. Both are in an order in which every prefix is stratified too.
     """
     order = stratified_order(data.labels, seed)
     count = round(len(data) * fraction)

@@ -21,7 +21,7 @@ def random_crop_flip(
         images: ``(N, C, H, W)``, any dtype.
         padding: largest shift in pixels.
         generator: source of randomness; the default generator where None.
-        flip: whether to mirror, which is wrong for what reads in one direction.
+        flip: whether to mirror, which is wrong for text and digits.
 
     Returns:
         A new tensor of the shape and dtype of ``images``.

@@ -90,7 +90,7 @@ def export(
     """Write an INT8 network to a file that runs without its training code.
 
     * ``"pt2"``: a ``torch.export`` program. ``lq.load`` runs it on INT8 kernels; ``torch.export.load`` reads it too.
-    * ``"aoti"``: an AOTInductor package, compiled for this machine's CPU (which takes a C++ compiler and some ten
+    * ``"aoti"``: an AOTInductor package, compiled for this machine's CPU (which takes a C++ compiler and tens of
       seconds); it runs without Python model code.
     * ``"onnx"``: an ONNX file for OpenVINO, TensorRT and ONNX Runtime, its batch size free.
     * ``"onnxruntime"``: one for ONNX Runtime alone, with what lies between the convolutions (products, gates, SiLU,
@@ -105,8 +105,8 @@ def export(
     ONNX file has quantizers on both operands (OpenVINO runs that as fast) unless ``target`` says otherwise or is
     ``"tensorrt"``. All scales are those of ``model``.
 
-    The file is written beside its final name and renamed once it was verified: whatever goes wrong, nothing
-    half-written and nothing wrong stands under that name.
+    The file is written under another name and renamed once it has been verified: whatever goes wrong, no incomplete or
+    wrong file stands under the final name.
 
     Args:
         model: prepared by :func:`lq.prepare` and calibrated or trained; or from :func:`lq.convert`, which has the
@@ -124,8 +124,8 @@ def export(
         verify: whether to run the file on the engines that are installed, and to compare.
 
     Raises:
-        ValueError: where an argument is none of its choices, the model is not converted or calibrated, or the network
-            cannot be expressed in the format.
+        ValueError: where an argument is not one of its choices, the model is not converted or calibrated, or the
+            network cannot be expressed in the format.
         OSError: where the path cannot be written.
         MissingRuntimeError: where a package that the format needs is not installed; the message names the extra.
         CompilerError: where the format is ``"aoti"`` and there is no C++ compiler, or the network cannot be compiled.
@@ -158,7 +158,7 @@ def pays_off(model: nn.Module, name: FormatName) -> bool:
     target = placed(forward.target)
     if forward.mode == "qat" and target.operators != forward.target.operators:
         return False
-    kinds = {operator.kind for operator in forward.analyse(target).placement.operators}
+    kinds = {operator.kind for operator in forward.analyze(target).placement.operators}
     return not kinds <= {OpKind.ADD, OpKind.AVG_POOL}  # these two are in every file as they are there
 
 
@@ -248,10 +248,10 @@ def _metadata(
     )
     guards, notes = tuple(dict.fromkeys((*int8.guards, *program.guards))), program.notes
     _, out_spec = pytree.tree_flatten(outputs)
-    if int8.metadata is not None:  # it comes from a file, which says what the caller does not
+    if int8.metadata is not None:  # it was loaded from a file, whose metadata serve where the caller gives none
         labels = int8.metadata.labels if labels is None else labels
         preprocessing = int8.metadata.preprocessing if preprocessing is None else preprocessing
-        # Its program was made for some sizes, and goes on to be for no others.
+        # Its program was made for certain sizes, and stays restricted to them.
         tensors = tuple(
             replace(new, shape=tuple(b if a is None else a for a, b in zip(new.shape, old.shape, strict=True)))
             for new, old in zip(tensors, int8.metadata.tensors, strict=True)
@@ -301,7 +301,7 @@ def _write(
             return
         begun = time.perf_counter()
         if format.check_layers is not None:
-            with suppress(UnreadableError):  # the engines are asked once more, and each is told apart
+            with suppress(UnreadableError):  # the engines run it once more below, each with its own error
                 format.check_layers(beside, draft, integers, outputs, draft.metadata.flatten((), inputs))
         for runtime in format.installed_runtimes():
             try:
@@ -314,8 +314,7 @@ def _write(
         if not verifications:
             raise ValueError(
                 "none of the engines that are installed can run the file, so it cannot be verified; verify=False "
-                "writes it all the same: "
-                + "; ".join(f"{runtime} says: {reason}" for runtime, reason in unreadable.items())
+                "writes it anyway: " + "; ".join(f"{runtime} says: {reason}" for runtime, reason in unreadable.items())
             )
         verifying = time.perf_counter() - begun
 
@@ -330,41 +329,41 @@ def _write(
 def _verify(
     file: Path, runtime: str, int8: Int8Module, inputs: dict[str, Any], simulation: tuple[Any, list[Tensor]]
 ) -> Verification:
-    """Judge what an engine makes of a file: layer by layer where its layers can be had, by its outputs elsewhere."""
+    """Judge what an engine makes of a file: layer by layer where its layers are accessible, else by its outputs."""
     expected, integers = simulation
     try:
         loaded = load(file, runtime)
         outputs = loaded(**inputs)
     except Exception as error:
         raise UnreadableError(runtime, error) from error
-    found = compare(runtime, outputs, expected)
+    verification = compare(runtime, outputs, expected)
     wrong = None
     if isinstance(loaded, Int8Module):
         tensors = _tensors(int8)
         check_program(loaded, tensors, integers, expected, inputs)
         if not has_onednn_int8():
-            return found
+            return verification
         try:
             check_kernels(loaded, tensors, integers, expected, inputs)
         except ExportMismatchError as error:
             wrong = str(error)
-    elif found.relative_difference > OUTPUT_TOLERANCE:
-        found = replace(found, allowed=allowed_difference(int8, inputs, expected))
-        if found.relative_difference > found.allowed:
-            wrong = f"the exported file does not compute what the INT8 network does: {found}"
+    elif verification.relative_difference > OUTPUT_TOLERANCE:
+        verification = replace(verification, allowed=allowed_difference(int8, inputs, expected))
+        if verification.relative_difference > verification.allowed:
+            wrong = f"the exported file does not compute what the INT8 network does: {verification}"
     if wrong is None:
-        return found
-    # The process's own kernels are not given the convolutions that others are not right with.
+        return verification
+    # In process, convolutions that other engines' kernels get wrong are never given to a kernel.
     is_known = overflows_here(int8) if loaded.runtime == "torch" else for_this_cpu(int8) is not int8
     if loaded.runtime != "aoti" and is_known:
-        # The file as it is written was checked already: what differs are the kernels of this CPU.
+        # The file itself has been checked: only this CPU's kernels differ.
         warnings.warn(
-            f"lq: {found}. The file is right, but INT8 kernels of this CPU are not with it: without VNNI they sum in "
-            f"16 bits, which 8-bit weights overflow, or they take a strided 1x1 convolution with a number of input "
-            f"channels that is no multiple of 16. Against the first, calibrate or train for target='x86_avx2'",
+            f"lq: {verification}. The file is right, but this CPU's INT8 kernels get it wrong: without VNNI they sum "
+            f"in 16 bits, which 8-bit weights overflow, or they fail on a strided 1x1 convolution with a number of "
+            f"input channels that is not a multiple of 16. For the first, calibrate or train for target='x86_avx2'",
             stacklevel=2,
         )
-        return found
+        return verification
     raise ExportMismatchError(wrong)
 
 

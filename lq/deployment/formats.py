@@ -57,7 +57,7 @@ class Runtime:
     Args:
         name: what :func:`lq.load` calls it.
         load: a file and a number of threads (None: the engine's own choice) to the network.
-        package: that it needs.
+        package: the one it needs.
         runs_code: whether loading a file runs code that is in it, so that the user has to name the engine.
     """
 
@@ -77,7 +77,7 @@ class Format:
 
     Args:
         name: what :func:`lq.export` calls it.
-        description: with its article.
+        description: in words, with an article.
         suffix: what its files' names end in.
         file: what the callback calls its file.
         runtimes: the engines that run it, the preferred one first.
@@ -85,8 +85,8 @@ class Format:
         check: verifies a file's checksums, where reading it does not. Raises ValueError where it is damaged.
         read: the text of a file's metadata, or None; no code of the file runs.
         write: the draft, to a path.
-        check_dependencies: raises where something is missing that writing takes, and verifying where that is asked for.
-        adapt: the INT8 network as this format's engines compute it; what the file is compared with.
+        check_dependencies: raises where something is missing that writing (or, if asked for, verifying) needs.
+        adapt: gives the INT8 network as this format's engines compute it; the file is compared with that.
         layout: that network as it is written: its weights laid out or cut for the example's image size.
         check_layers: a file, its draft, the simulation's integers and outputs and the flat inputs: raises where a layer
             computes something else. None where the engine shows no layers.
@@ -141,7 +141,7 @@ def _read_package(path: Path) -> str | None:
 
 
 def _check_package(path: Path) -> None:
-    # torch unpacks it without a look at the checksums.
+    # torch unpacks it without checking the checksums.
     try:
         read_members(path)
     except ValueError as error:
@@ -259,15 +259,15 @@ def format_of(path: Path) -> Format:
 
     Raises:
         FileNotFoundError: where there is no such file.
-        ValueError: where it is of none.
+        ValueError: where it has none of the formats.
     """
     if not path.is_file():
         raise FileNotFoundError(f"path={str(path)!r}: no such file")
     known = [format for format in FORMATS.values() if format.suffix == path.suffix]
     if not (known and path.suffix != ".pt2") and not zipfile.is_zipfile(path):
         raise ValueError(
-            f"path={str(path)!r} is no INT8 network written by lq, or is damaged: it is no .onnx file and no zip "
-            f"archive, which a .pt2 file is"
+            f"path={str(path)!r} is not an INT8 network written by lq, or is damaged: it is neither an .onnx "
+            f"file nor a zip archive, which a .pt2 file is"
         )
     try:
         # A zip archive is known by what is in it, whatever its name.
@@ -291,7 +291,7 @@ def read_metadata(path: str | Path) -> Metadata:
     try:
         text = format.read(path)
         if text is None:
-            raise ValueError("it says nothing of its inputs: lq did not write it")
+            raise ValueError("it does not describe its inputs: lq did not write it")
         return Metadata.from_json(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"path={str(path)!r} is no INT8 network written by lq, or is damaged: {error}") from error

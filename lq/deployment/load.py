@@ -22,7 +22,7 @@ def load(path: str | Path, runtime: str = "auto", *, threads: int | None = None)
         path: written by :func:`lq.export`: a ``.pt2`` or an ``.onnx`` file (one from elsewhere will do as well).
         runtime: ``"torch"`` (a ``.pt2`` program, in process: an :class:`lq.Int8Module`), ``"aoti"`` (a ``.pt2``
             AOTInductor package), ``"openvino"`` or ``"onnxruntime"`` (an ``.onnx`` file); ``"auto"`` takes the one
-            that reads the file, for ``.onnx`` OpenVINO where it is installed, else ONNX Runtime, and none for an
+            that reads the file, for ``.onnx`` OpenVINO where it is installed, else ONNX Runtime, and never takes an
             AOTInductor package.
         threads: how many CPU threads run it, or None for the engine's own choice.
 
@@ -31,7 +31,7 @@ def load(path: str | Path, runtime: str = "auto", *, threads: int | None = None)
 
     Raises:
         FileNotFoundError: where there is no such file.
-        ValueError: where an argument is none of its choices, the runtime does not read such a file, or the file is
+        ValueError: where an argument is not one of its choices, the runtime does not read such a file, or the file is
             damaged or foreign.
         MissingRuntimeError: where the runtime's package is not installed; the message names the extra.
     """

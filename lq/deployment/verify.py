@@ -1,4 +1,4 @@
-"""Verification: an exported file against the network it was exported from, before anybody deploys it."""
+"""Verification: an exported file against the network it was exported from, before it is deployed."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from lq.graph.qdq import QUANTIZE, constant_qparams
 from lq.int8.module import Int8Module
 from lq.int8.onednn import lower
 
-#: Largest difference of the outputs, root mean square, as a share of the outputs', in a network that makes no more of
-#: a rounding: two engines round ties to neighbouring integers here and there, and that spreads through the layers.
+#: Largest RMS difference of the outputs, relative to their RMS, in a network that does not amplify rounding errors:
+#: engines round some ties to different neighbours, and that spreads through the layers.
 OUTPUT_TOLERANCE = 0.1
 
 #: Largest mean difference of a layer's integers, in steps of its grid, where it reads the same integers: those that
 #: lie next to the middle between two may round to either.
 LAYER_TOLERANCE = 0.05
 
-#: The same within one channel, where one integer among few weighs more.
+#: The same within one channel, where a single integer weighs more.
 CHANNEL_TOLERANCE = 0.5
 
-#: Integers of a channel below which their mean says nothing.
+#: Channels with fewer integers than this have no meaningful mean.
 _CHANNEL_SIZE = 16
 
-#: Largest difference of the outputs, root mean square, as a share of the outputs', where the same operators compute
-#: them from the same inputs.
+#: Largest RMS difference of the outputs, relative to their RMS, where the same operators compute them from the same
+#: inputs.
 FLOAT_TOLERANCE = 1e-3
 
 #: How often the network's own spread is drawn, and how much more than the largest draw is allowed.
@@ -40,11 +40,11 @@ _MARGIN = 2.0
 
 
 class UnreadableError(RuntimeError):
-    """An engine cannot run a file, which says nothing of whether the file is right."""
+    """An engine cannot run a file, which does not mean that the file is wrong."""
 
     def __init__(self, runtime: str, error: Exception) -> None:
         self.runtime = runtime
-        # Where an engine was asked to load it, its own words come first.
+        # If loading failed, the engine's own message comes first.
         self.reason = " ".join(str(error.__cause__ or error).split())
         super().__init__(f"{runtime} cannot run the file: {self.reason}")
 
@@ -55,12 +55,12 @@ class Verification:
 
     Args:
         runtime: the engine.
-        samples: on so many samples.
+        samples: how many samples were compared.
         max_difference: largest absolute difference of an output.
         relative_difference: root mean square of the differences over that of the outputs.
         top1_agreement: share of the samples with the same largest output, in [0, 1]; None where the outputs are not
             one matrix of scores.
-        allowed: the largest ``relative_difference`` that is put down to roundings, see :func:`allowed_difference`.
+        allowed: the largest ``relative_difference`` that roundings can explain, see :func:`allowed_difference`.
     """
 
     runtime: str
@@ -103,7 +103,7 @@ def compare(runtime: str, outputs: Any, expected: Any) -> Verification:
 
 
 class _Simulation(fx.Interpreter):
-    """Runs a quantize/dequantize graph with a say in every quantize node."""
+    """Runs a quantize/dequantize graph with its own function for every quantize node."""
 
     def __init__(self, model: Int8Module, quantize: Callable[[fx.Node, tuple[Any, ...]], Tensor]) -> None:
         super().__init__(model, graph=constant_qparams(model.graph, model))
@@ -131,11 +131,11 @@ def simulated(model: Int8Module, inputs: Mapping[str, Any]) -> tuple[Any, list[T
 
 
 def allowed_difference(model: Int8Module, inputs: Mapping[str, Any], outputs: Any) -> float:
-    """The relative difference of the outputs that an engine may have whose layers are all right.
+    """The relative difference of the outputs that an engine may have although all its layers are right.
 
-    A deep network makes a lot of a single rounding: with random weights 2 to 40 % of its outputs, as much as it makes
-    of many. So what it makes of them is measured: the simulation runs again with noise in front of each quantizer, of
-    a size that moves a layer's integers by as much as :data:`LAYER_TOLERANCE` allows in the mean.
+    A deep network amplifies a single rounding, with random weights to 2 to 40 % of its outputs, and many roundings no
+    more than one. So the amplification is measured: the simulation runs again with noise before each quantizer, large
+    enough to move a layer's integers by as much as :data:`LAYER_TOLERANCE` allows on average.
 
     Args:
         model: the INT8 network.
@@ -148,8 +148,8 @@ def allowed_difference(model: Int8Module, inputs: Mapping[str, Any], outputs: An
         x, scale, *rest = args
         # Uniform within a of either side it moves a/2 of the integers.
         noise = torch.rand(x.shape, generator=generator).mul_(2).sub_(1).mul_(2 * LAYER_TOLERANCE * scale)
-        found: Tensor = QUANTIZE(x + noise, scale, *rest)
-        return found
+        quantized: Tensor = QUANTIZE(x + noise, scale, *rest)
+        return quantized
 
     spread = [
         compare("noise", _Simulation(model, quantize).outputs(inputs), outputs).relative_difference
@@ -159,7 +159,7 @@ def allowed_difference(model: Int8Module, inputs: Mapping[str, Any], outputs: An
 
 
 def _check_layers(what: str, pairs: Iterable[tuple[str, Tensor, Tensor]]) -> None:
-    """Compare the integers that layers made of given integers with those that the simulation made of them.
+    """Compare the integers that layers computed from given integers with the simulation's.
 
     Raises:
         ExportMismatchError: where they differ; it names the first layer that does.
@@ -178,7 +178,7 @@ def _check_layers(what: str, pairs: Iterable[tuple[str, Tensor, Tensor]]) -> Non
         if steps.mean() > LAYER_TOLERANCE or is_off:
             raise ExportMismatchError(
                 f"{what} differs from the INT8 network in the layer that ends in {name!r}: its integers are "
-                f"{steps.mean():.2f} steps apart in the mean, {channels.max():.2f} in one channel, {steps.max():.0f} "
+                f"{steps.mean():.2f} steps apart on average, {channels.max():.2f} in one channel, {steps.max():.0f} "
                 f"at most"
             )
 
@@ -186,7 +186,7 @@ def _check_layers(what: str, pairs: Iterable[tuple[str, Tensor, Tensor]]) -> Non
 def check_program(
     loaded: Int8Module, names: list[str], expected: list[Tensor], outputs: Any, inputs: Mapping[str, Any]
 ) -> None:
-    """Compare what a ``.pt2`` program computes as it is written, which takes no kernels, with what the simulation does.
+    """Compare what a ``.pt2`` program computes as written, without kernels, with the simulation.
 
     Each layer is given the simulation's integers to read, as in :func:`check_onnx`.
 
@@ -207,17 +207,17 @@ def check_program(
         computed.append(QUANTIZE(*args))
         return next(given, computed[-1])
 
-    found = _Simulation(loaded, quantize).outputs(inputs)
+    actual = _Simulation(loaded, quantize).outputs(inputs)
     if len(computed) != len(expected):
         raise ExportMismatchError(f"the .pt2 file quantizes {len(computed)} tensors, the INT8 network {len(expected)}")
     _check_layers("the .pt2 file", zip(names, computed, expected, strict=True))
-    _check_last_layer("the .pt2 file", found, outputs)
+    _check_last_layer("the .pt2 file", actual, outputs)
 
 
 def check_kernels(
     loaded: Int8Module, names: list[str], expected: list[Tensor], outputs: Any, inputs: Mapping[str, Any]
 ) -> None:
-    """Compare what this CPU's kernels make of a network with what the simulation does, as :func:`check_program`.
+    """Compare what this CPU's kernels compute with the simulation, as :func:`check_program` does.
 
     Raises:
         ExportMismatchError: where they differ; it names the first layer that does.
@@ -234,14 +234,14 @@ def check_kernels(
         given = wanted[index].clone()  # a kernel may write over it
         return given.contiguous(memory_format=torch.channels_last) if given.dim() == 4 else given
 
-    found = lower(graph, loaded, list(inputs.values()), watch).outputs
+    actual = lower(graph, loaded, list(inputs.values()), watch).outputs
     pairs = ((names[index], value, wanted[index]) for index, value in sorted(computed.items()))
     _check_layers("what this CPU's INT8 kernels make of it", pairs)
-    _check_last_layer("what this CPU's INT8 kernels make of it", found, outputs)
+    _check_last_layer("what this CPU's INT8 kernels make of it", actual, outputs)
 
 
-def _check_last_layer(what: str, found: Any, outputs: Any) -> None:
-    compared = compare(what, found, outputs)
+def _check_last_layer(what: str, actual: Any, outputs: Any) -> None:
+    compared = compare(what, actual, outputs)
     if compared.relative_difference > FLOAT_TOLERANCE:
         raise ExportMismatchError(f"{what} differs from the INT8 network in its last layer: {compared}")
 
@@ -250,7 +250,7 @@ def check_onnx(model: Any, names: list[str], expected: list[Tensor], outputs: An
     """Compare what an ONNX model computes in each layer with what the simulation does.
 
     ONNX Runtime fuses nothing here, and each layer is given the simulation's integers to read: a rounding that went
-    the other way further up cannot hide behind, or be taken for, a layer that is wrong.
+    the other way further up can neither hide a wrong layer nor be taken for one.
 
     Args:
         model: the ``onnx.ModelProto``.
@@ -292,5 +292,5 @@ def check_onnx(model: Any, names: list[str], expected: list[Tensor], outputs: An
         for name, output in computed.items()
     )
     _check_layers("the ONNX file", pairs)
-    found = [torch.from_numpy(results[value.name]) for value in model.graph.output]
-    _check_last_layer("the ONNX file", found, outputs)
+    actual = [torch.from_numpy(results[value.name]) for value in model.graph.output]
+    _check_last_layer("the ONNX file", actual, outputs)

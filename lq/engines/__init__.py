@@ -1,1 +1,1 @@
-"""What runs a file: one class for each engine, all called alike."""
+"""What runs a file: one class for each engine, all with the same interface."""

@@ -19,20 +19,20 @@ class AotiModel(InferenceModel):
     runtime = "aoti"
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        from torch._inductor import aoti_load_package  # takes a second, which other runtimes need not wait for
+        from torch._inductor import aoti_load_package  # takes a second, which the other runtimes are spared
 
         try:
             self._package = aoti_load_package(str(path))
             metadata = Metadata.from_json(self._package.loader.get_metadata()[KEY])  # type: ignore[attr-defined]
         except Exception as error:
             raise ValueError(
-                f"path={str(path)!r} is no AOTInductor package written by lq, is damaged, or was compiled for another "
-                f"machine: {error}"
+                f"path={str(path)!r} is not an AOTInductor package written by lq, is damaged, or was compiled for "
+                f"another machine: {error}"
             ) from error
         super().__init__(metadata, threads)
 
     def _run(self, inputs: list[Tensor]) -> Sequence[Tensor]:
         with torch.no_grad(), torch_threads(self.threads):
-            # The compiled code reads memory as the example's lay, without a look at the strides.
+            # The compiled code assumes the example's memory layout and ignores strides.
             outputs = self._package.loader.run([x.contiguous() for x in inputs])  # type: ignore[attr-defined]
         return list(outputs)

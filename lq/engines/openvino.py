@@ -30,7 +30,7 @@ def import_openvino() -> Any:
 class OpenVinoModel(InferenceModel):
     """A network in an ONNX file on OpenVINO's CPU plugin.
 
-    It is compiled anew for each shape it meets: kernels for a shape that is known are the faster ones.
+    It is compiled for each shape it meets: kernels for a known shape are faster.
     """
 
     runtime = "openvino"
@@ -55,7 +55,7 @@ class OpenVinoModel(InferenceModel):
 
     def _run(self, inputs: list[Tensor]) -> Sequence[Tensor]:
         request = self._request(tuple(value.shape for value in inputs))
-        # The request's output buffers are written over by its next call.
+        # The next call overwrites the request's output buffers.
         results = request.infer([value.numpy(force=True) for value in inputs], share_inputs=True, share_outputs=False)
         return [torch.from_numpy(output) for output in results.to_tuple()]
 

@@ -20,7 +20,7 @@ def load_program(path: Path) -> Int8Module:
     """Read an INT8 network that was exported as a ``.pt2`` program; see :mod:`lq.formats.pt2.read`.
 
     Raises:
-        ValueError: where the file is none of ours, or damaged.
+        ValueError: where lq did not write the file, or it is damaged.
     """
     try:
         archive, text = read_program(path)
@@ -28,8 +28,8 @@ def load_program(path: Path) -> Int8Module:
         program = torch.export.load(archive)
         inputs = dict(zip(metadata.inputs, program.example_inputs[0], strict=True))
     except Exception as error:
-        raise ValueError(f"path={str(path)!r} is no INT8 network written by lq, or is damaged: {error}") from error
-    module = program.module(check_guards=False)  # the code of which would be made of what the file says
+        raise ValueError(f"path={str(path)!r} is not an INT8 network written by lq, or is damaged: {error}") from error
+    module = program.module(check_guards=False)  # its code would be generated from the file
     int8 = Int8Module(module, _plain_graph(module.graph, inputs, program.call_spec.out_spec))
     int8.example_inputs = inputs
     int8.metadata = metadata
@@ -43,7 +43,7 @@ def _plain_graph(graph: fx.Graph, examples: dict[str, Any], out_spec: Any) -> fx
     plain = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     arguments = [(plain.placeholder(name), value) for name, value in examples.items()]
-    # torch.export takes and returns flat tuples: a dict or list is taken apart on the way in, and put together again.
+    # torch.export takes and returns flat tuples: dicts and lists are flattened on the way in, and restored afterwards.
     inputs = (
         _entry(plain, argument, path)
         for argument, value in arguments

@@ -39,7 +39,9 @@ class GraphAnalysis:
         return self.values[output_of(self.graph)]
 
 
-def analyse(captured: CapturedGraph, module: nn.Module, inputs: Mapping[str, Any], scheme: Scheme) -> GraphAnalysis:
+def analyze_graph(
+    captured: CapturedGraph, module: nn.Module, inputs: Mapping[str, Any], scheme: Scheme
+) -> GraphAnalysis:
     """Run a captured graph once on ``inputs`` and place the quantizers.
 
     Args:

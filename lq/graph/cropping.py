@@ -1,7 +1,7 @@
 """Cropping kernels: without the weights that, for one size of image, never meet anything but padding.
 
 A 3x3 convolution with a padding of 1 over a single position multiplies its centre with that position and its eight
-other weights with zeros. Networks made for large images come to that on small ones: a ResNet-18 with the ImageNet stem
+other weights with zeros. Networks made for large images do that on small ones: a ResNet-18 with the ImageNet stem
 has it in three layers for images of 32x32, which hold 7 of its 11 million weights.
 """
 
@@ -25,7 +25,7 @@ class Window(NamedTuple):
 
     Args:
         start: first position of the kernel that is kept.
-        stop: the one behind the last.
+        stop: one past the last.
         stride: in steps of the input.
         padding: on either side of the input.
     """
@@ -51,9 +51,9 @@ def crop_kernels(network: _Network, inputs: Mapping[str, Any]) -> _Network:
     if not any(windows):
         return network
     cropped = copy.deepcopy(network)
-    for node, found in zip(list(_graph(cropped).nodes), windows, strict=True):
-        if found:
-            _crop(cropped, node, found)
+    for node, node_windows in zip(list(_graph(cropped).nodes), windows, strict=True):
+        if node_windows:
+            _crop(cropped, node, node_windows)
     if isinstance(cropped, fx.GraphModule):
         cropped.recompile()
     return cropped
@@ -65,7 +65,7 @@ def _graph(network: nn.Module) -> fx.Graph:
 
 
 def _weight(node: fx.Node) -> fx.Node | None:
-    """The attribute that a convolution's weight is, in float or behind its dequantization."""
+    """The attribute that a convolution's weight is read from, directly or through its dequantization."""
     source = node.args[1]
     if isinstance(source, fx.Node) and source.target is DEQUANTIZE_WEIGHT:
         source = source.args[0]
@@ -105,9 +105,9 @@ def window(before: int, after: int, kernel: int, stride: int, padding: int, dila
     if met:
         parts = [(start, stop) for start in range(met[0] + 1) for stop in range(met[-1] + 1, kernel + 1)]
         for start, stop in sorted(parts, key=lambda part: part[1] - part[0]):
-            # The same number of zeros on either side is all that a convolution knows.
+            # A convolution can only pad with the same number of zeros on either side.
             if padding - start * dilation >= 0 and outputs(start, stop, stride) == after:
-                # A single output has no stride, and kernels without one are the faster ones.
+                # A single output needs no stride, and kernels without one are faster.
                 step = 1 if after == 1 and outputs(start, stop, 1) == 1 else stride
                 return Window(start, stop, step, padding - start * dilation)
     return Window(0, kernel, stride, padding)
@@ -121,7 +121,7 @@ def _crop(network: nn.Module, node: fx.Node, windows: list[Window]) -> None:
     kept = (slice(None), slice(None), *(slice(w.start, w.stop) for w in windows))
     part = weight.detach()[kept].contiguous()
     readers = sum(len(other.users) for other in graph.nodes if other.target == attribute.target)
-    if max(readers, len(source.users)) > 1:  # other layers may need all of it
+    if max(readers, len(source.users)) > 1:  # other layers may need the whole weight
         name = f"{name}_of_{node.name}"
     owner = network.get_submodule(path)
     if isinstance(weight, nn.Parameter):

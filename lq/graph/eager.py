@@ -10,10 +10,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def never_compiled(function: F) -> F:
-    """``function``, run as it is also where it is called from compiled code.
+    """``function``, run uncompiled even where compiled code calls it.
 
-    Quantizers change state that a compiler takes for constant, and INT8 kernels are compiled already.
+    Quantizers change state that a compiler treats as constant, and INT8 kernels are compiled already.
     """
-    # Whoever compiles has imported the compiler; to import it here would take seconds.
+    # Code that compiles has imported the compiler; importing it here would take seconds.
     dynamo = sys.modules.get("torch._dynamo")
     return function if dynamo is None else dynamo.disable(function)

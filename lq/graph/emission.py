@@ -54,7 +54,7 @@ class EmittedGraph:
 
 
 class _Emitter:
-    """Copies the float graph node by node; a chain is written where its last node stands."""
+    """Copies the float graph node by node; a chain is written at its last node."""
 
     def __init__(self, module: nn.Module, analysis: GraphAnalysis, quantizers: dict[str, Quantizer] | None) -> None:
         self.module = module
@@ -80,7 +80,7 @@ class _Emitter:
         return self.emitted
 
     def _drop_unread_buffers(self) -> None:
-        """What only a weight was computed from is not part of the INT8 network."""
+        """Nodes that only a weight is computed from are not part of the INT8 network."""
         read = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         modules = tuple(f"{node.target}." for node in self.graph.nodes if node.op == "call_module")
         for path, _ in list(self.emitted.root.named_buffers()):
@@ -96,7 +96,7 @@ class _Emitter:
             if source_of(node) not in self.quantized:
                 continue
             while node not in self.quantized:
-                # What makes several pieces is no tensor itself.
+                # An operator with several outputs is not a tensor itself.
                 if classify(node) in MOVES and isinstance(self.analysis.values[node], Tensor):
                     carried.add(node)
                 node = node.args[0]  # type: ignore[assignment]
@@ -104,7 +104,7 @@ class _Emitter:
 
     def _emit(self, node: fx.Node) -> None:
         if node.op == "get_attr" and node not in self.quantized:
-            return  # held where something reads it: a kernel's weight is read as integers, under the same name
+            return  # stored only if something reads it: a kernel's weight is read as integers, under the same name
         kernel = self.kernel_of.get(node)
         if kernel is not None and node is not kernel.end:
             return
@@ -153,13 +153,13 @@ class _Emitter:
         return copied
 
     def _hold_attribute(self, path: str) -> fx.Node:
-        """A parameter, buffer or constant of the float module, for a reader that is no INT8 kernel."""
+        """A parameter, buffer or constant of the float module, for a reader that is not an INT8 kernel."""
         value = self.analysis.captured.read(self.module, path)
         if isinstance(value, Tensor):
-            # Beside the integers of the same name, where a kernel reads this parameter too.
+            # Its name has to differ from that of the integers, if a kernel reads this parameter too.
             chains = self.analysis.placement.chains
             taken = {chain.weight_key for chain in chains} | {f"{chain.name}.bias" for chain in chains}
-            # In plain order: for weights with their channels last, exporters fix sizes that decide memory formats.
+            # Contiguous: for channels-last weights, exporters fix sizes that decide memory formats.
             held = value.detach().clone(memory_format=torch.contiguous_format)
             return self._buffer(f"{path}_float" if path in taken else path, held)
         owner, name = self._owner(path)
@@ -334,7 +334,7 @@ class _Emitter:
 
 
 def as_it_is(module: nn.Module) -> nn.Module:
-    """A copy of a submodule that stands on its own."""
+    """An independent copy of a submodule."""
     copied = copy.deepcopy(module)
     for part in copied.modules():
         if isinstance(part.__dict__.get("forward"), FollowedForward):

@@ -1,4 +1,4 @@
-"""Folding batch norm into the quantized weight in front of it: the integers stay, the scales change."""
+"""Folding batch norm into the quantized weight before it: the integers stay, the scales change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lq.numerics.quantizer import Quantizer
 
 @dataclass(frozen=True)
 class FoldedLayer:
-    """The weight and bias of a layer with its batch norm in them.
+    """The weight and bias of a layer with its batch norm folded in.
 
     Args:
         weight: float weight, shape ``(O, I, ...)``.
@@ -32,7 +32,7 @@ class FoldedLayer:
 
 @dataclass(frozen=True)
 class BatchNormStatistics:
-    """A batch norm of evaluation mode: tensors of shape ``(C,)``, of which ``weight`` and ``bias`` may be None."""
+    """A batch norm in evaluation mode: tensors of shape ``(C,)``, of which ``weight`` and ``bias`` may be None."""
 
     mean: Tensor
     var: Tensor
@@ -47,7 +47,7 @@ class BatchNormStatistics:
         return cls(mean, var, weight, bias, float(node.args[7]))  # type: ignore[arg-type]
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """The map that it is, ``y = x * factor + shift``, in float64, each of shape ``(C,)``.
+        """Its affine map, ``y = x * factor + shift``, in float64, each of shape ``(C,)``.
 
         ``factor = gamma / sqrt(var + eps)`` and ``shift = beta - mean * factor`` (Ioffe and Szegedy 2015,
         algorithm 2).
@@ -72,7 +72,7 @@ def fold(
     Args:
         weight: shape ``(O, I, ...)``.
         bias: shape ``(O,)`` or None.
-        norm: the batch norm behind the layer, or None.
+        norm: the batch norm after the layer, or None.
         quantizer: the weight's quantizer, symmetric and per channel on axis 0, or None to fold in float alone.
     """
     dtype = torch.float32

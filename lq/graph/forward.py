@@ -18,7 +18,7 @@ from lq.graph.ops import MOVES, classify
 from lq.graph.parts import PartsForward
 from lq.numerics.quantizer import Quantizer, WeightQuantizer
 
-#: The one child that a prepared module has and the float module has not.
+#: The one child that a prepared module has and the float module does not.
 QUANTIZERS = "lq_quantizers"
 
 
@@ -30,7 +30,7 @@ class QuantizerTree(nn.Module):
     """
 
     def forward(self, x: Any) -> Any:
-        """``x``: code that calls a model's children one after the other finds one more that does nothing."""
+        """Return ``x``: for code that calls a model's children in turn, this one does nothing."""
         return x
 
     def __setitem__(self, key: str, quantizer: Quantizer) -> None:
@@ -50,7 +50,7 @@ class QuantizerTree(nn.Module):
         return quantizer
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # The state of the float model says nothing of quantizers: they stay as they are, and nothing is missing.
+        # The float model's state has no quantizers: they stay as they are, and no key is missing.
         if not any(key.startswith(prefix) for key in state_dict):
             state_dict.update(self.state_dict(prefix=prefix))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -88,7 +88,7 @@ class _Quantizing(CallTracker):
         quantizers = self._calls.get(position)
         if quantizers is None or quantizers.output is None or not isinstance(result, Tensor):
             return result
-        with torch._C.DisableTorchFunction():  # what a quantizer does is no call of the user's
+        with torch._C.DisableTorchFunction():  # calls inside a quantizer are not the user's
             return self._quantize(quantizers.output, result)
 
     def on_function(
@@ -106,7 +106,7 @@ class _Quantizing(CallTracker):
             return result
         rounded = self._quantize(quantizers.output, result)
         if rounded is not result and args and result is args[0] and not rounded.requires_grad:
-            return result.copy_(rounded)  # written in place: other names of the tensor see it rounded, too
+            return result.copy_(rounded)  # written in place: aliases of the tensor see it rounded, too
         return rounded
 
     def _replaced(
@@ -125,7 +125,7 @@ class _Quantizing(CallTracker):
 
 
 class QuantizedForward:
-    """Stands in for the forward of a prepared module: runs it as it is, with quantizers.
+    """Replaces the forward of a prepared module: runs the user's own, with quantizers.
 
     Args:
         module: the module.
@@ -134,7 +134,7 @@ class QuantizedForward:
 
     def __init__(self, module: nn.Module, positions: Positions) -> None:
         self.module = module
-        #: A forward that the user put on the object, which runs in the place of the class's.
+        #: A forward that the user set on the object, which runs in place of the class's.
         self.own: Callable[..., Any] | None = module.__dict__.get("forward")
         self.positions = positions
         self.calls: dict[int, CallQuantizers] = {}
@@ -166,26 +166,26 @@ class QuantizedForward:
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.own, PartsForward) and not self.own.is_of_parts(args, kwargs):
-            return self.own(*args, **kwargs)  # what the user calls: the parts in it see to themselves
+            return self.own(*args, **kwargs)  # the user's own call: the followed submodules inside handle themselves
         if self._inputs:
             inputs, settings = self.bind(args, kwargs)
             for keys, quantizer in self._inputs.items():
                 inputs = _with_item(inputs, keys, quantizer)
             args, kwargs = self.signature.arguments({**inputs, **settings})
-        # A forward that goes through its children, as a Sequential's does, is not to find the quantizers there.
+        # A forward that iterates over its children, as a Sequential's does, must not see the quantizers.
         with without_quantizers(self.module), self._stance(), _Quantizing(self, (WHOLE, "")):
             return original_forward(self.module, self.own)(*args, **kwargs)
 
     def _stance(self) -> AbstractContextManager[Any]:
-        # A part that the user compiled runs as it is: a compiler cannot follow what is followed here.
+        # A part that the user compiled runs as it is: compiled code cannot be followed.
         return torch.compiler.set_stance("force_eager") if self._has_compiled_parts else nullcontext()
 
     def run_part(self, followed: FollowedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a submodule that is called on its own, with the quantizers of its first call in the whole forward."""
         start = (self.positions.of_module(followed.path), followed.path)
         if start[0] == UNKNOWN:
-            return followed.run(*args, **kwargs)  # no call of the whole, but there may be some in it
-        # A checkpointed part runs again in the backward: on data that its quantizers have seen.
+            return followed.run(*args, **kwargs)  # not a call of the root, but its calls may be inside
+        # A checkpointed part runs again in the backward pass, on data that its quantizers have seen.
         again = torch._C._current_graph_task_id() != -1
         with _Quantizing(self, start, observes=not again):
             return followed.run(*args, **kwargs)
@@ -195,7 +195,7 @@ class QuantizedForward:
         self._call(op).weight = quantizer
 
     def quantize_tensor(self, node: fx.Node, quantizer: Quantizer) -> None:
-        """Put a quantizer on the tensor that ``node`` makes: where a call returns it, or else where calls take it."""
+        """Put a quantizer on the tensor that ``node`` makes: on the call that returns it, or on those that take it."""
         keys = _input_keys(node)
         if keys is not None and not self.module._forward_pre_hooks and not isinstance(self.own, PartsForward):
             self._inputs[keys] = quantizer
@@ -212,7 +212,7 @@ class QuantizedForward:
 
 
 def _input_keys(node: fx.Node) -> tuple[Any, ...] | None:
-    """For an input of the graph, or an item of one, the argument's name and what leads to the item within it."""
+    """For an input of the graph, or an item of one, the argument's name and the keys to the item within it."""
     keys: list[Any] = []
     while node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         keys.append(node.args[1])
@@ -238,7 +238,7 @@ _FIRST, _SECOND = ("self", "input"), ("other",)
 
 
 def _arguments(user: fx.Node) -> Iterator[tuple[int, str]]:
-    """The tensors that an operator takes where the torch function does that calls it: their positions and names."""
+    """The tensors that an operator takes at the same place as the torch function that calls it: positions and names."""
     schema = getattr(user.target, "_schema", None)
     names = [] if schema is None else [argument.name for argument in schema.arguments[:2]]
     if names and names[0] in _FIRST:
@@ -248,7 +248,7 @@ def _arguments(user: fx.Node) -> Iterator[tuple[int, str]]:
 
 
 def _readers(node: fx.Node) -> Iterator[tuple[fx.Node, int, str]]:
-    """The calls that read a tensor, each with the argument that it is."""
+    """The calls that read a tensor, each with the argument it is passed as."""
     for user in node.users:
         kind = classify(user)
         if "position" not in user.meta:
@@ -262,7 +262,7 @@ def _readers(node: fx.Node) -> Iterator[tuple[fx.Node, int, str]]:
 
 @contextmanager
 def without_quantizers(module: nn.Module) -> Iterator[None]:
-    """The module without its quantizers' child, for code that goes through its children."""
+    """The module without its child of quantizers, for code that iterates over children."""
     tree = module._modules.pop(QUANTIZERS, None)
     try:
         yield

@@ -13,7 +13,7 @@ from lq.graph.qdq import lookup
 
 
 def run_node(node: fx.Node, read: Callable[[fx.Node], Any], root: nn.Module, attribute: Callable[[str], Any]) -> Any:
-    """The value of a node that is no placeholder.
+    """The value of a node that is not a placeholder.
 
     Args:
         node: the node.
@@ -47,7 +47,7 @@ def node_values(
         root: the module whose attributes it reads.
         inputs: the placeholders' values, in their order.
         attribute: gives what a ``get_attr`` node reads; by default the attribute of ``root``.
-        into: where the values are put; after an error it has those up to there.
+        into: where the values are put; after an error it holds the values before it.
     """
     values = {} if into is None else into
     given = iter(inputs.values())

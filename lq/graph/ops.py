@@ -1,4 +1,4 @@
-"""What a node of a captured graph computes, as far as quantization cares: one table of ATen operators."""
+"""What a node of a captured graph computes, as far as quantization is concerned: one table of ATen operators."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class OpKind(enum.Enum):
     CONV = "conv"
     LINEAR = "linear"
     BATCH_NORM = "batch_norm"
-    CLAMP = "relu"  # ReLU and its relatives: a clamp, which an INT8 kernel does on its way out
+    CLAMP = "relu"  # ReLU and its relatives: a clamp, which an INT8 kernel applies to its output
     ADD = "add"
     SAME_SCALE = "same_scale"  # moves or selects values: the output lies on the grid of the input
-    PAD = "pad"  # with what lies on every grid (zero), or is never chosen (below all, in front of a max pool)
+    PAD = "pad"  # with values that lie on every grid (zero) or are never chosen (the lowest value, before a max pool)
     AVG_POOL = "avg_pool"
     MUL = "mul"
     CONCAT = "concat"
@@ -36,7 +36,7 @@ class OpKind(enum.Enum):
     OTHER = "other"
 
 
-#: Layers with a weight that INT8 kernels exist for, in PyTorch's own form.
+#: PyTorch's own layers with a weight that INT8 kernels exist for.
 WEIGHTED_MODULES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 #: Convolutions by their number of spatial axes: with padding as numbers, and as a word.
@@ -132,7 +132,7 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 
 def classify(node: fx.Node) -> OpKind:
-    """The role of ``node``, going by what it calls; what is not known is ``OTHER`` and stays in float."""
+    """The role of ``node``, by what it calls; anything unknown is ``OTHER`` and stays in float."""
     if node.op != "call_function":
         return OpKind.OTHER
     kind = _KINDS.get(node.target, OpKind.OTHER)
@@ -183,13 +183,13 @@ def _selects(node: fx.Node) -> bool:
 
 
 def _computes_with_sizes(node: fx.Node) -> bool:
-    """Whether ``node`` makes a number of numbers, as arithmetic on sizes does."""
+    """Whether ``node`` computes a number from numbers, as arithmetic on sizes does."""
     value = node.meta.get("val")
     return isinstance(value, (int, torch.SymInt, torch.SymBool, torch.SymFloat))
 
 
 def clamp_bounds(node: fx.Node) -> tuple[float, float | None] | None:
-    """``(low, high)`` of a ``CLAMP`` node; ``high`` is None for a ReLU. None where it is no such clamp."""
+    """``(low, high)`` of a ``CLAMP`` node; ``high`` is None for a ReLU. None where it is not such a clamp."""
     if node.target is aten.relu.default:
         return 0.0, None
     if node.target is aten.relu6.default:
@@ -232,7 +232,7 @@ def _tuple(value: Any, n: int) -> tuple[Any, ...]:
 
 
 def weighted_op(node: fx.Node) -> WeightedOp | None:
-    """``node`` as a :class:`WeightedOp`, or None where it is none."""
+    """``node`` as a :class:`WeightedOp`, or None where it is not one."""
     kind = classify(node)
     if kind not in (OpKind.CONV, OpKind.LINEAR):
         return None

@@ -1,4 +1,4 @@
-"""A module whose parts are called one by one, by code that is no forward: all of them as one network."""
+"""A module whose parts are called one by one, by code that is not a forward: all of them as one network."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PARTS = "parts"
 
 
 class PartsForward:
-    """Stands in for a module's forward: calls each of its parts with arguments of its own.
+    """Replaces a module's forward: calls each of its parts with its own arguments.
 
     Captured, it is a network with an input and an output for each part, which do not depend on one another. In any
-    other call it is the forward that it stands in for.
+    other call it runs the forward it replaces.
 
     Args:
         module: the module.
@@ -32,18 +32,18 @@ class PartsForward:
         {'features': (1, 4), 'head': (1, 2)}
     """
 
-    #: How a network made of it is called: what it stands in for is no part of that.
+    #: The signature of a network made from it: the replaced forward plays no part in it.
     __signature__ = inspect.Signature([inspect.Parameter(PARTS, inspect.Parameter.KEYWORD_ONLY)])
 
     def __init__(self, module: nn.Module, paths: Iterable[str]) -> None:
         self.module = module
         self.paths = tuple(paths)
-        #: A forward that the user put on the object, which runs in the place of the class's.
+        #: A forward that the user set on the object, which runs in place of the class's.
         self.replaced = module.__dict__.get("forward")
 
     @staticmethod
     def is_of_parts(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether a call is one of the parts, and not one of the forward that this stands in for."""
+        """Whether this is a call of the parts, not one of the replaced forward."""
         return not args and kwargs.keys() == {PARTS}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -54,11 +54,11 @@ class PartsForward:
         return {path: self.module.get_submodule(path)(*calls[path][0], **calls[path][1]) for path in self.paths}
 
     def install(self) -> None:
-        """Put it in the forward's place."""
+        """Replace the forward."""
         self.module.forward = self
 
     def remove(self) -> None:
-        """Put back what it stands in for."""
+        """Restore the replaced forward."""
         del self.module.forward
         if self.replaced is not None:
             self.module.forward = self.replaced

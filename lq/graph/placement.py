@@ -21,10 +21,10 @@ class Chain:
     Args:
         op: the convolution or linear layer.
         name: the layer's path in the module, for people and for state dicts.
-        batch_norm: the batch norm behind it that its weight takes in.
-        add: the residual add that the kernel does on its way out.
+        batch_norm: the batch norm after it that is folded into its weight.
+        add: the residual add that the kernel fuses.
         residual: the add's other operand.
-        clamp: the ReLU (or a relative) behind it.
+        clamp: the ReLU (or a relative) after it.
     """
 
     op: WeightedOp
@@ -60,11 +60,11 @@ class Chain:
 
 @dataclass
 class Operator:
-    """An operator that is an INT8 kernel of its own, with the clamp behind it: a sum, a product, a pool, a sigmoid.
+    """An operator that is an INT8 kernel of its own, with the clamp after it: a sum, a product, a pool, a sigmoid.
 
     Args:
         node: the operator.
-        clamp: the ReLU (or a relative) behind it.
+        clamp: the ReLU (or a relative) after it.
     """
 
     node: fx.Node
@@ -116,7 +116,7 @@ class Placement:
         return [*self.chains, *self.operators]
 
     def names_of(self, node: fx.Node) -> tuple[str, ...]:
-        """What a tensor goes by: its quantizer's name, and that of the layer whose kernel makes it."""
+        """The names of a tensor: its quantizer's, and that of the layer whose kernel makes it."""
         return (site(node), *(chain.name for chain in self.chains if chain.end is node))
 
     def kernel_of(self) -> dict[fx.Node, Chain | Operator]:
@@ -129,7 +129,7 @@ def site(node: fx.Node) -> str:
 
 
 def source_of(node: fx.Node) -> fx.Node:
-    """The tensor whose grid ``node`` lies on: after it are only operators that move or select values."""
+    """The tensor whose grid ``node`` lies on: only operators that move or select values are in between."""
     while classify(node) in MOVES and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
@@ -145,7 +145,7 @@ def _is_float_tensor(value: Any) -> bool:
 
 
 def depends_on_input(node: fx.Node) -> bool:
-    """Whether what ``node`` computes is another one for another input."""
+    """Whether what ``node`` computes depends on the input."""
     pending, seen = [node], set()
     while pending:
         current = pending.pop()
@@ -205,7 +205,7 @@ class _Placer:
             if self.in_float(name):
                 self.placement.float_layers[name] = "overrides keep it in float"
             elif not _is_float_tensor(self.values[op.input]):
-                self.placement.float_layers[name] = "its input is no floating-point tensor"
+                self.placement.float_layers[name] = "its input is not a floating-point tensor"
             elif op.kind is OpKind.CONV and self.values[op.input].dim() != op.spatial_dims + 2:
                 self.placement.float_layers[name] = "its input has no batch axis"
             elif depends_on_input(op.weight):
@@ -218,15 +218,15 @@ class _Placer:
                 self.placement.chains.append(Chain(op, name))
 
     def _attach_batch_norms(self) -> None:
-        found = {chain.op.node: self._foldable_batch_norm(chain) for chain in self.placement.chains}
+        foldable = {chain.op.node: self._foldable_batch_norm(chain) for chain in self.placement.chains}
         norms_of: dict[str, set[str | None]] = {}
         for chain in self.placement.chains:
-            norm = found[chain.op.node]
+            norm = foldable[chain.op.node]
             norms_of.setdefault(chain.name, set()).add(_norm_name(norm) if norm is not None else None)
         for chain in self.placement.chains:
-            # A layer that is called twice has one weight: it takes in a batch norm only if it is the same both times.
+            # A layer that is called twice has one weight: a batch norm is folded in only if it is the same both times.
             if len(norms_of[chain.name]) == 1:
-                chain.batch_norm = found[chain.op.node]
+                chain.batch_norm = foldable[chain.op.node]
 
     def _foldable_batch_norm(self, chain: Chain) -> fx.Node | None:
         node = _next(chain.op.node)
@@ -268,7 +268,7 @@ class _Placer:
             if candidates and self.residual == "operands":
                 self.placement.operators.append(Operator(node))
             elif candidates:
-                # The kernel adds what is there already, so the convolution that runs last is the one that adds.
+                # The kernel adds to what is computed already, so the convolution that runs last does the add.
                 _, chain, residual = max(candidates, key=lambda candidate: candidate[0])
                 chain.add, chain.residual = node, residual
 
@@ -332,7 +332,7 @@ def _is_result(node: fx.Node) -> bool:
 
 
 def _norm_name(norm: fx.Node) -> str:
-    """What tells a batch norm from another one: its statistics."""
+    """What identifies a batch norm: its statistics."""
     mean = norm.args[3]
     return str(mean.target) if isinstance(mean, fx.Node) else site(norm)
 

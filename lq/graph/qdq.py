@@ -15,7 +15,7 @@ _ops = torch.ops.quantized_decomposed
 QUANTIZE_BUFFER = _ops.quantize_per_tensor.tensor
 DEQUANTIZE_BUFFER = _ops.dequantize_per_tensor.tensor
 
-#: With both as numbers: what kernels, exporters and compilers want.
+#: With both as numbers: what kernels, exporters and compilers need.
 QUANTIZE = _ops.quantize_per_tensor.default
 DEQUANTIZE = _ops.dequantize_per_tensor.default
 
@@ -24,7 +24,7 @@ DEQUANTIZE_WEIGHT = _ops.dequantize_per_channel.default
 
 @dataclass(frozen=True)
 class Grid:
-    """Arguments of a per-tensor quantize or dequantize node behind the tensor: all numbers."""
+    """Arguments after the tensor of a per-tensor quantize or dequantize node: all numbers."""
 
     scale: float
     zero_point: int
@@ -52,7 +52,7 @@ def lookup(root: nn.Module, target: str) -> Any:
 
 
 def mark_origin(graph: fx.Graph, name: str | None) -> None:
-    """Note in the nodes written last which tensor of the float graph they are for; :func:`origin` tells."""
+    """Note in the nodes written last which tensor of the float graph they are for; :func:`origin` reads it."""
     for node in reversed(graph.nodes):
         if "origin" in node.meta:
             return
@@ -62,7 +62,7 @@ def mark_origin(graph: fx.Graph, name: str | None) -> None:
 def origin(node: fx.Node) -> str | None:
     """The tensor of the float graph (a node's ``meta["site"]``) that ``node`` of an INT8 graph was written for.
 
-    What a kernel computes was written for the tensor that leaves it. None where the graph came from a file.
+    A kernel's nodes are for the tensor that leaves it. None where the graph came from a file.
     """
     name: str | None = node.meta.get("origin")
     return name

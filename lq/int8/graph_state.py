@@ -1,4 +1,4 @@
-"""A graph as values that pickle: torch's own does not, for the operators in it."""
+"""A graph as values that pickle: torch's own does not, because of its operators."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class _Operator:
     path: tuple[str, ...]
 
     def find(self) -> Any:
-        found: Any = torch.ops
+        member: Any = torch.ops
         for name in self.path:
-            found = getattr(found, name)
-        return found
+            member = getattr(member, name)
+        return member
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class _Reference:
 
 
 def graph_state(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """What :func:`graph_from_state` makes the same graph of; what nodes were noted with is left out."""
+    """Plain values from which :func:`graph_from_state` rebuilds the graph, without the nodes' ``meta``."""
     places = {node: index for index, node in enumerate(graph.nodes)}
 
     def plain(value: Any) -> Any:
@@ -44,16 +44,16 @@ def graph_state(graph: fx.Graph) -> list[tuple[Any, ...]]:
 
 
 def graph_from_state(state: list[tuple[Any, ...]]) -> fx.Graph:
-    """The graph that :func:`graph_state` was given."""
+    """The graph from the values that :func:`graph_state` gave."""
     graph = fx.Graph()
     nodes: list[fx.Node] = []
 
-    def found(value: Any) -> Any:
-        return nodes[value.index] if isinstance(value, _Reference) else _found(value)
+    def restored(value: Any) -> Any:
+        return nodes[value.index] if isinstance(value, _Reference) else _resolved(value)
 
     for op, name, target, args, kwargs in state:
-        args, kwargs = (fx.node.map_aggregate(each, found) for each in (args, kwargs))
-        nodes.append(graph.create_node(op, _found(target), args, kwargs, name))
+        args, kwargs = (fx.node.map_aggregate(each, restored) for each in (args, kwargs))
+        nodes.append(graph.create_node(op, _resolved(target), args, kwargs, name))
     graph.lint()
     return graph
 
@@ -74,5 +74,5 @@ def _by_name(value: Any) -> Any:
     return value
 
 
-def _found(value: Any) -> Any:
+def _resolved(value: Any) -> Any:
     return value.find() if isinstance(value, _Operator) else value

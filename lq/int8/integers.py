@@ -32,7 +32,7 @@ def subsample(q: Tensor, stride: list[int]) -> Tensor:
 
 
 def pad(q: Tensor, padding: list[int], zero_point: int) -> Tensor:
-    """``q`` with ``padding`` on either side of each spatial axis, of the integer that stands for zero."""
+    """``q`` padded by ``padding`` on either side of each spatial axis, with the zero point."""
     sides = [side for axis in reversed(padding) for side in (axis, axis)]
     padded = F.pad(q, sides, value=zero_point)
     return padded.contiguous(memory_format=torch.channels_last) if q.dim() == 4 else padded
@@ -54,7 +54,7 @@ def max_pool2d(
 def max_pool1d(
     q: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
 ) -> Tensor:
-    """As the pool of two dimensions, which there is a kernel for."""
+    """As the two-dimensional pool, for which there is a kernel."""
     kernel, stride, padding = (_pairs(value, 1) for value in (kernel_size, stride or kernel_size, padding))
     settings = ([1, *stride], [0, *padding], [1, *_pairs(dilation, 1)])
     return max_pool2d(q.unsqueeze(-2), [1, *kernel], *settings, ceil_mode).squeeze(-2)
@@ -63,7 +63,7 @@ def max_pool1d(
 def max_pool3d(
     q: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
 ) -> Tensor:
-    # The kernel knows floats alone, in which the integers are exact; so do those below.
+    # The kernel takes only floats, in which the integers are exact; so do those below.
     return F.max_pool3d(q.float().contiguous(), kernel_size, stride or None, padding, dilation, ceil_mode).to(
         torch.uint8
     )
@@ -81,7 +81,7 @@ def adaptive_max_pool3d(q: Tensor, output_size: Any) -> Tensor:
     return F.adaptive_max_pool3d(q.float(), output_size).to(torch.uint8)
 
 
-#: Max pools by every name, with what computes them on integers.
+#: Max pools by each of their names, with what computes them on integers.
 POOLS: dict[Any, Callable[..., Tensor]] = {
     aten.max_pool1d.default: max_pool1d,
     aten.max_pool1d_with_indices.default: max_pool1d,
@@ -103,7 +103,7 @@ POOLS: dict[Any, Callable[..., Tensor]] = {
     torch.max_pool3d: max_pool3d,
 }
 
-#: What moves integers as it moves floats, and may give a view of them.
+#: What moves integers as it moves floats, and may return a view.
 MOVES: set[Any] = {
     aten.alias.default,
     aten.cat.default,
@@ -146,15 +146,15 @@ _MOVING_METHODS = {"flatten", "view", "reshape", "permute", "transpose", "squeez
 
 _MOVING_MODULES = (nn.Flatten, nn.Unflatten)
 
-#: What may add a border of zeros, which stand as the zero point among integers.
+#: What may add a border of zeros, which are the zero point among integers.
 _PADS = (F.pad, aten.pad.default, aten.constant_pad_nd.default)
 
-#: What only asks for a tensor's sizes: integers have those of the floats that they stand for.
+#: What only reads a tensor's sizes, which integers share with their floats.
 _SIZES = {aten.sym_size.int, aten.sym_size.default, aten.size.int, aten.size.default, aten.dim.default}
 
 
 def pool_of(node: fx.Node) -> fx.Node | None:
-    """The max pool whose values ``node`` is: itself, or the one that it takes the values of, and not the places."""
+    """The max pool whose values ``node`` is: itself, or the one whose values (not indices) it takes."""
     if node.op != "call_function":
         return None
     if node.target is operator.getitem and node.args[1] == 0 and isinstance(node.args[0], fx.Node):
@@ -163,9 +163,9 @@ def pool_of(node: fx.Node) -> fx.Node | None:
 
 
 def pool_call(pool: fx.Node) -> tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]:
-    """What computes a max pool on integers, and what with."""
+    """What computes a max pool on integers, and its arguments."""
     function = POOLS[pool.target]
-    # ``return_indices`` comes last where it is given: of what the pool returns, the values are asked for.
+    # ``return_indices`` comes last where it is given: only the pool's values are needed.
     most = 2 if "adaptive" in function.__name__ else 6
     kwargs = {name: value for name, value in pool.kwargs.items() if name not in ("input", "self", "return_indices")}
     read = pool.args or (pool.kwargs["input"],)
@@ -204,7 +204,7 @@ def has_dtype(node: fx.Node) -> bool:
 
 
 def asks_for_sizes(node: fx.Node) -> bool:
-    """Whether ``node`` reads nothing of a tensor but its sizes."""
+    """Whether ``node`` reads only a tensor's sizes."""
     if node.op == "call_method":
         return node.target in ("size", "dim")
     if node.op != "call_function":

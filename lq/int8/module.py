@@ -26,7 +26,7 @@ from lq.util.cpu import has_onednn_int8, torch_threads
 Execution = Literal["auto", "kernels", "simulation"]
 
 
-#: Attributes of an Int8Module: a submodule of the same name gets another one.
+#: Attributes of an Int8Module: a submodule of the same name is renamed.
 _ATTRIBUTES = ("graph", "guards", "report", "example_inputs", "settings", "metadata", "threads")
 
 #: How many sizes of inputs are remembered as checked.
@@ -41,7 +41,7 @@ def _as_tensor(value: Any) -> Any:
 
 
 def _renamed(graph: fx.Graph, name: str, taken: Container[str]) -> str:
-    """A name for a submodule that has one of Int8Module's own; ``graph`` reads it under that from here on."""
+    """A new name for a submodule called like an attribute of Int8Module, which ``graph`` reads from now on."""
     new = f"{name}_"
     while new in taken:
         new += "_"
@@ -70,7 +70,7 @@ class Int8Module(nn.Module):
         example_inputs: inputs by name, as :func:`lq.prepare` was given them; zeros where it was loaded from a file.
         metadata: of the file it was loaded from, else None.
         threads: how many CPU threads the forward uses, or None for torch's setting.
-        runtime: ``"torch"``, as opposed to the engines that :func:`lq.load` knows.
+        runtime: ``"torch"``, unlike the other engines of :func:`lq.load`.
     """
 
     runtime = "torch"
@@ -96,7 +96,7 @@ class Int8Module(nn.Module):
         self._input_names = tuple(str(node.target) for node in graph.nodes if node.op == "placeholder")
         self._signature: CallSignature | None = None
         self.settings: dict[str, Any] = {}
-        #: What the sizes of the inputs have to fulfil, see :mod:`lq.interface.guards`.
+        #: The conditions on the sizes of the inputs, see :mod:`lq.interface.guards`.
         self.guards: tuple[str, ...] = ()
         self._compiled: dict[str, Callable[..., Any]] = {}
         self._fitting: set[tuple[Any, ...]] = set()
@@ -105,7 +105,7 @@ class Int8Module(nn.Module):
 
     @property
     def execution(self) -> Execution:
-        """Where the forward computes; see the class."""
+        """How the forward computes; see the class."""
         return self._execution
 
     @execution.setter
@@ -134,7 +134,7 @@ class Int8Module(nn.Module):
             try:
                 return self._function(inputs)(*inputs)
             except (RuntimeError, IndexError):
-                self._check_shapes(inputs)  # says it in terms of the network's inputs, where it is that
+                self._check_shapes(inputs)  # gives the better error, if the inputs are at fault
                 raise
 
     def _check_shapes(self, inputs: list[Any]) -> None:
@@ -144,7 +144,7 @@ class Int8Module(nn.Module):
                 TensorSpec(name, shape, dtype_name(value.dtype)).check(value)
 
     def _check_dtypes(self, inputs: list[Any]) -> None:
-        # An image of bytes would go through, scaled by 255 from what the ranges are for.
+        # An image of bytes would be accepted, 255 times larger than what the ranges are for.
         for name, value, example in zip(self._input_names, inputs, self.example_inputs.values(), strict=False):
             both = isinstance(value, Tensor) and isinstance(example, Tensor)
             if both and example.is_floating_point() and not value.is_floating_point():
@@ -159,11 +159,11 @@ class Int8Module(nn.Module):
         """The inputs of a call of the float model's forward, in order, checked.
 
         Raises:
-            TypeError: where they are not those that this network was made for.
+            TypeError: where they are not those this network was made for.
             ValueError: where a size is not.
         """
         names = self._input_names
-        args, kwargs = tree_map(_as_tensor, (args, dict(kwargs)))  # arrays would be taken for settings
+        args, kwargs = tree_map(_as_tensor, (args, dict(kwargs)))  # arrays would be mistaken for settings
         if self._signature is not None:
             inputs, settings = self._signature.bind(args, kwargs)
             other = {name: value for name, value in settings.items() if value != self.settings.get(name)}
@@ -190,7 +190,7 @@ class Int8Module(nn.Module):
         return values
 
     def _check_sizes(self, inputs: list[Any]) -> None:
-        """The graph is the forward's for some sizes alone."""
+        """The graph holds only for some input sizes."""
         key = sizes(tuple(inputs))
         if key in self._fitting:
             return
@@ -207,7 +207,7 @@ class Int8Module(nn.Module):
         kernels = self.execution == "kernels" or (self.execution == "auto" and on_cpu and has_onednn_int8())
         key = "kernels" if kernels else "simulation"
         if key not in self._compiled:
-            # Threads that come here at once take the same one.
+            # Concurrent threads get the same one.
             self._compiled.setdefault(key, Plans(partial(self._plan, Packed())) if kernels else self._simulation())
         return self._compiled[key]
 
@@ -222,10 +222,10 @@ class Int8Module(nn.Module):
         return lambda *inputs: forward(self, *inputs)
 
     def kernels(self, *inputs: Any) -> LoweredGraph:
-        """The graph that runs on the CPU, with its oneDNN operators, to be looked at.
+        """The graph that runs on the CPU, with its oneDNN operators, for inspection.
 
         Args:
-            *inputs: for inputs of whose sizes; by default the example inputs.
+            *inputs: inputs of the sizes it is for; by default the example inputs.
         """
         values = inputs or tuple(self.example_inputs.values())
         if not values:
@@ -233,7 +233,7 @@ class Int8Module(nn.Module):
         return lower(constant_qparams(self.graph, self), self, [tree_map(_as_tensor, value) for value in values])
 
     def train(self, mode: bool = True) -> Int8Module:
-        """Nothing here trains: the modules that stayed float keep computing as in evaluation."""
+        """Nothing here trains: float modules stay in evaluation mode."""
         return super().train(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Module:
@@ -246,7 +246,7 @@ class Int8Module(nn.Module):
         return super().load_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # Also reached when a parent module loads; packed weights made from the old tensors must go.
+        # Also called when a parent module loads; packed weights made from the old tensors must go.
         self._compiled.clear()
         super()._load_from_state_dict(*args, **kwargs)
 

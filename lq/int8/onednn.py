@@ -1,11 +1,11 @@
 """Lowering of a quantize/dequantize graph to torch's oneDNN INT8 kernels, in process, without a compiler.
 
 ``torchao.quantization.pt2e.lowering.lower_pt2e_quantized_to_x86`` does the same through Inductor's private pattern
-passes and in seconds; this graph is our own, and each pattern is known where it is made.
+passes and in seconds; this graph is our own, so its patterns are known exactly.
 
 A lowered graph is a plan for one set of input sizes: oneDNN lays weights out for the sizes that a kernel meets, and
 re-orders them at every call where they were laid out for others. So it is made by running it: each kernel is written
-when its operands are there, with all their sizes and strides.
+once its operands exist, with their sizes and strides.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _KERNELS = {
     aten.linear.default: "qlinear_pointwise",
 }
 
-#: The unary operations that a kernel does on its way out.
+#: The unary operations that a kernel applies to its output.
 _UNARY = {
     aten.conv1d.default: ("relu",),
     aten.conv2d.default: ("relu", "hardtanh"),
@@ -57,7 +57,7 @@ _UNARY = {
     aten.linear.default: ("relu",),
 }
 
-#: What is done with the integers of each quantize node of the source graph when they are first computed.
+#: Called with the integers of each quantize node of the source graph when they are first computed.
 Watch = Callable[[fx.Node, Tensor], Tensor]
 
 #: Packed weights that are in use, by layer, settings and sizes.
@@ -65,7 +65,7 @@ Packed = WeakValueDictionary[tuple[Any, ...], Tensor]
 
 
 def weight_for_this_cpu(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight as the kernels of this CPU can take it without overflow: as it is, or rounded to 7 bits."""
+    """The weight as this CPU's kernels can use it without overflow: as it is, or rounded to 7 bits."""
     if has_vnni() or weight.abs().max() <= 64:
         return weight, scale
     return torch.round(weight.float() / 2).to(torch.int8), scale * 2
@@ -75,7 +75,7 @@ def weight_for_this_cpu(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 class _Chain:
     """The nodes of one kernel: weighted op, add, clamp, quantize; all but the first optional."""
 
-    # fx's own type of an argument is a union of everything that one can be; a pattern knows what it looks at.
+    # fx types an argument as a union of everything it can be; a pattern knows which it is.
     op: Any
     add: Any = None
     residual: Any = None  # the dequantize node of the other operand
@@ -94,10 +94,10 @@ class LoweredGraph:
     Args:
         graph: reads ``self.module`` (the module it was lowered from) and the constants.
         constants: packed weights, scales and biases by attribute name.
-        float_ops: names of the conv and linear operators that found no kernel and compute in float.
-        unfused: why a sum or a clamp between integers is computed in float all the same, by the name of its tensor in
+        float_ops: names of the conv and linear operators without a kernel, which compute in float.
+        unfused: why a sum or a clamp between integers is computed in float nevertheless, by the name of its tensor in
             the float graph (see :func:`lq.graph.qdq.origin`), or of its node where there is none.
-        outputs: for the inputs that it was lowered with.
+        outputs: for the inputs it was lowered with.
     """
 
     graph: fx.Graph
@@ -113,7 +113,7 @@ class LoweredGraph:
 
 
 def _mapped(arguments: Any, value_of: Callable[[fx.Node], Any]) -> Any:
-    """The arguments with what ``value_of`` gives for each node in them."""
+    """The arguments with each node replaced by what ``value_of`` gives."""
     mapped: Any = map_arg(arguments, value_of)
     return dict(mapped) if isinstance(mapped, dict) else mapped  # fx's own mapping is immutable
 
@@ -123,7 +123,7 @@ def _contiguous(value: Any) -> Any:
 
 
 def _grid(node: fx.Node) -> Grid:
-    """The grid that the kernels, which take uint8 alone, compute a quantize or dequantize node on."""
+    """The grid on which the kernels, which take only uint8, compute a quantize or dequantize node."""
     return Grid.of(node).unsigned()
 
 
@@ -150,7 +150,7 @@ def clamp_bounds(node: Any) -> tuple[float, float] | None:
 
 
 def _integer(value: float, grid: Grid) -> int:
-    """What the grid has for ``value``, as the quantize operator rounds it."""
+    """The integer for ``value``, as the quantize operator rounds it."""
     if value in (float("inf"), -float("inf")):
         return grid.quant_max if value > 0 else grid.quant_min
     return int(quantize_activation(torch.tensor(value), grid.scale, grid.zero_point, grid.quant_min, grid.quant_max))
@@ -159,7 +159,7 @@ def _integer(value: float, grid: Grid) -> int:
 class _Lowering:
     """Writes the lowered graph and runs each node of it as it is written.
 
-    ``values`` has the node of the lowered graph for each of the source's, ``results`` what it gave.
+    ``values`` has the lowered node for each source node, ``results`` the lowered nodes' values.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class _Lowering:
         self.results: dict[fx.Node, Any] = {}
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.chains = {chain.end: chain for node in graph.nodes if (chain := self._match(node)) is not None}
-        self.moved = {node: found for node in graph.nodes if (found := self._moved(node)) is not None}
+        self.moved = {node: between for node in graph.nodes if (between := self._moved(node)) is not None}
         self.kernels = {chain.op for chain in self.chains.values()}
         self.inner = {
             node
@@ -208,7 +208,7 @@ class _Lowering:
             return True  # a dequantize is written where something reads it in float
         if _is(node, DEQUANTIZE_WEIGHT) and all(user in self.kernels for user in node.users):
             return True  # kernels read the integers
-        # What only moves integers is written at their end.
+        # Operators that only move integers are written where the moved integers are quantized.
         return bool(node.users) and all(self._reads_moved(user, node) for user in node.users)
 
     def _reads_moved(self, user: fx.Node, node: fx.Node) -> bool:
@@ -260,10 +260,10 @@ class _Lowering:
         return node
 
     def _reading_positions(self) -> dict[fx.Node, int]:
-        """For each node of the source, at which one's place it is written, and with that what it reads is read."""
+        """For each source node, the position of the node where it is written, and its inputs are read."""
         positions: dict[fx.Node, int] = {}
-        # A pool whose places are read, too, is computed where it stands, and once more on the integers.
-        again = {between: self.order[node] for node, found in self.moved.items() for between in found}
+        # A pool whose indices are read too is computed in place, and once more on the integers.
+        again = {between: self.order[node] for node, operators in self.moved.items() for between in operators}
         for node in reversed(self.source.nodes):
             positions[node] = max(self.order[node], again.get(node, 0))
             if self._is_skipped(node):
@@ -303,7 +303,7 @@ class _Lowering:
         return chain
 
     def _adds(self, op: fx.Node, add: Any) -> bool:
-        """Whether the kernel of ``op`` can do the sum on its way out, as far as the graph tells."""
+        """Whether the kernel of ``op`` can fuse the sum, as far as the graph shows."""
         other = add.args[1] if add.args[0] is op else add.args[0]
         if not _is(other, DEQUANTIZE):
             return False
@@ -311,11 +311,11 @@ class _Lowering:
         quantize = _only_user(user) if clamp_bounds(user) is not None else user
         reason = None
         if op.target is not aten.conv2d.default:
-            reason = "oneDNN adds onto the sums of 2-d convolutions alone"
+            reason = "oneDNN fuses a sum only into 2-d convolutions"
         elif add.kwargs.get("alpha", 1) != 1:
             reason = f"the sum has alpha={add.kwargs['alpha']}"
         elif not _is(quantize, QUANTIZE):
-            reason = "oneDNN adds integers where the sum is integers too, and it is not quantized"
+            reason = "oneDNN adds integers only if the sum is quantized too, and it is not"
         if reason is not None:
             self._unfused(add, reason)
         return reason is None
@@ -327,10 +327,10 @@ class _Lowering:
         if _is(node, *_KERNELS):
             self.lowered.float_ops.append(node.name)
         if _is(node, aten.add.Tensor) and all(_is(value, DEQUANTIZE) for value in node.args):
-            self._unfused(node, "oneDNN has no INT8 kernel for a sum of its own")
+            self._unfused(node, "oneDNN has no INT8 kernel for a separate sum")
 
     def _unary(self, op: Any, clamp: Any) -> tuple[str, list[float]] | None:
-        """The clamp as the kernel of ``op`` does it on its way out; None where it does not."""
+        """The clamp as the kernel of ``op`` fuses it; None where it does not."""
         low, high = clamp_bounds(clamp) or (0.0, 0.0)
         if (low, high) == (0.0, float("inf")):
             return ("relu", []) if "relu" in _UNARY[op.target] else None
@@ -359,7 +359,7 @@ class _Lowering:
         copied.meta = {}
         if node.op in ("get_attr", "call_module"):
             copied.target = f"module.{node.target}"
-        # The kernels' channels lie last, so what was a view of a contiguous tensor may have to be a copy.
+        # The kernels use channels-last memory, so a view of a contiguous tensor may have to be a copy.
         elif node.op == "call_method" and node.target == "view" and not has_dtype(node):
             copied.target = "reshape"
         elif _is(node, aten.view.default):
@@ -376,7 +376,7 @@ class _Lowering:
         return self.values[node.args[0]] if _is(node, DEQUANTIZE) else self.values[node]
 
     def _reader(self, node: fx.Node) -> Callable[[fx.Node], fx.Node]:
-        """How what ``node`` reads is written."""
+        """The function that writes what ``node`` reads."""
         if asks_for_sizes(node):
             return self._read_integers
         module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -384,7 +384,7 @@ class _Lowering:
         return self._read_contiguous if is_foreign else self._read
 
     def _read_contiguous(self, node: Any) -> fx.Node:
-        # Code that is called as it is may take views of what was contiguous in the float model.
+        # Code that is called as it is may take views that need the float model's contiguous memory.
         return self._call(_contiguous, (self._read(node),))
 
     def _emit_quantize(self, node: Any) -> fx.Node:
@@ -436,7 +436,7 @@ class _Lowering:
         return batch, len(weight), *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in settings)
 
     def _emit_apart(self, chain: _Chain) -> fx.Node:
-        """The convolution by its kernel, everything after it in float."""
+        """The convolution with its kernel, everything after it in float."""
         node = self._emit_kernel(_Chain(chain.op))
         operands = (node if value is chain.op else self._read(value) for value in chain.add.args)
         node = self._call(aten.add.Tensor, tuple(operands))
@@ -499,11 +499,11 @@ class _Lowering:
         *leading, last = self.results[x].shape
         is_linear = len(settings) == 2
         shape = [math.prod(leading), last] if is_linear else [*leading, last]
-        # oneDNN knows a layout of its own for a batch of one; any other batch has the same.
+        # oneDNN has a special layout for a batch of one; all other batches share one.
         key = (name, repr(settings), torch.get_num_threads(), min(shape[0], 2), *shape[1:])
         packed = self.packed.get(key)
         if packed is None:
-            sizes = None if 0 in shape else shape  # an empty batch is of no size to lay weights out for
+            sizes = None if 0 in shape else shape  # weights cannot be laid out for an empty batch
             if is_linear:
                 packed = onednn.qlinear_prepack(weight.contiguous(), sizes)
             else:
@@ -512,18 +512,18 @@ class _Lowering:
         return packed
 
     def _clamp(self, node: fx.Node, chain: _Chain, unary: Any) -> fx.Node:
-        """Integers between the clamp's bounds and on the quantizer's grid, where the kernel does not see to that."""
+        """Clamp integers to the clamp's bounds and the quantizer's grid, where the kernel does not do so."""
         grid = _grid(chain.quantize)
         low, high = grid.quant_min, grid.quant_max
         bounds = clamp_bounds(chain.clamp)
         if bounds is not None and unary is None:
-            # Rounding keeps the order: to clamp and then to round is to round and then to clamp.
+            # Rounding is monotonic, so it commutes with clamping.
             low, high = (_integer(bound, grid) for bound in bounds)
         # The kernel's own integers reach from 0 to 255.
         return node if (low, high) == (0, 255) else self._call(aten.clamp_.default, (node, low, high))
 
     def _accumulator(self, chain: _Chain) -> fx.Node:
-        """What the kernel adds to, and writes its sum over: the integers, or a copy where they are read again."""
+        """The tensor that the kernel adds to in place: the integers, or a copy if they are read again."""
         node = self.values[chain.residual.args[0]]
         value = self.results[node]
         shape = self._output_shape(chain.op)
@@ -535,7 +535,7 @@ class _Lowering:
         return self._call(torch.clone, (node,), {"memory_format": torch.channels_last})
 
     def _is_still_read(self, quantize: Any, chain: _Chain) -> bool:
-        """Whether the kernel itself, as its input, or anything executed after it reads the integers or a view."""
+        """Whether the kernel itself (as its input) or anything after it reads the integers or a view of them."""
         if self._may_be_view(quantize):
             return True
         position = self.order[chain.end]
@@ -569,10 +569,10 @@ def _without_zero_point(weight: Tensor, scale: Tensor, bias: Tensor | None, grid
 
 
 def is_racy(weight: Tensor, stride: list[int], padding: list[int]) -> bool:
-    """Whether oneDNN's strided 1x1 kernel is not to be trusted with this convolution.
+    """Whether oneDNN's strided 1x1 kernel gets this convolution wrong.
 
     Its AVX2 form gives different, wrong sums from call to call where several threads run it and the input channels are
-    no multiple of 16 (seen with oneDNN of torch 2.15; right with one thread, with 16 channels, or without a stride).
+    not a multiple of 16 (seen with oneDNN of torch 2.15; right with one thread, with 16 channels, or without a stride).
     """
     return tuple(weight.shape[2:]) == (1, 1) and max(stride) > 1 and not any(padding) and weight.shape[1] % 16 != 0
 
@@ -591,7 +591,7 @@ def lower(
         graph: the graph, as :func:`lq.graph.qdq.constant_qparams` or ``torch.export`` gives it.
         root: the module it reads; its tensors must be on the CPU.
         inputs: the values of its placeholders; the lowered graph is for inputs of their sizes.
-        watch: is given each quantize node with its integers (uint8), and gives the integers to go on with.
-        packed: weights that other lowered graphs of the same module hold, to be shared with them.
+        watch: called with each quantize node and its integers (uint8), returns the integers to continue with.
+        packed: weights of other lowered graphs of the same module, to share.
     """
     return _Lowering(graph, root, inputs, watch, packed).run()

@@ -1,4 +1,4 @@
-"""An INT8 network of parts that are called one by one, taken apart again."""
+"""An INT8 network of parts that are called one by one, split up again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lq.interface.guards import input_name
 
 
 class Int8Part(nn.Module):
-    """Takes the place of one part: is called as that was, and computes in INT8.
+    """Replaces one part: is called in the same way, and computes in INT8.
 
     Args:
         path: of the part.
@@ -31,14 +31,14 @@ class Int8Part(nn.Module):
         expected = _fixed(self.network.example_inputs[PARTS][self.path])
         if _fixed(call) != expected:
             raise TypeError(
-                f"the INT8 network in the place of {self.path!r} was made for calls of the form {expected}; got "
+                f"the INT8 network in place of {self.path!r} was made for calls of the form {expected}; got "
                 f"{_fixed(call)}"
             )
         return self.network(**{PARTS: {self.path: call}})
 
 
 def _fixed(call: Any) -> str:
-    """What of a call conversion fixed: its form, and all that is no tensor."""
+    """What conversion fixed of a call: its structure, and everything that is not a tensor."""
     leaves, spec = tree_flatten(call)
     args, kwargs = spec.unflatten(["tensor" if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves])
     return f"({', '.join([*map(str, args), *(f'{name}={value}' for name, value in kwargs.items())])})"

@@ -1,4 +1,4 @@
-"""Plans: what was made for inputs of some sizes, kept for the next inputs of these sizes."""
+"""Plans: networks made for certain input sizes, kept for further inputs of these sizes."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-#: More than a training meets (its batch, a last and smaller one, a single image) and what a server rounds batches to.
+#: Enough for a training (its batch, a smaller last one, a single image) and for a server that rounds batch sizes.
 KEPT = 8
 
-#: A network for inputs of some sizes, and the outputs for those that it was made with.
+#: A network for certain input sizes, and the outputs for the inputs it was made with.
 Made = tuple[Callable[..., Any], Any]
 
 
 def sizes(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What inputs are told apart by: the tensors' shapes and dtypes, and the values of everything else."""
+    """What distinguishes inputs: the tensors' shapes and dtypes, and the values of everything else."""
     return tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves(inputs))
 
 
 class Plans:
-    """Calls the network that was made for inputs of these sizes; makes it where there is none yet.
+    """Calls the network for the sizes of its inputs; makes it if there is none yet.
 
-    Threads that call at once share what one of them makes.
+    Concurrent threads share what one of them makes.
 
     Args:
         make: makes it.
-        kept: for how many sizes; what was called least recently is dropped first.
+        kept: how many networks to keep; the least recently called is dropped first.
     """
 
     def __init__(self, make: Callable[[tuple[Any, ...]], Made], kept: int = KEPT) -> None:
@@ -40,7 +40,7 @@ class Plans:
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: Any) -> Any:
-        key = (torch.get_num_threads(), *sizes(inputs))  # weights are laid out for so many threads, too
+        key = (torch.get_num_threads(), *sizes(inputs))  # the weights' layout depends on the number of threads, too
         with self._lock:
             plan = self._plans.get(key)
             if plan is None:

@@ -1,1 +1,1 @@
-"""What a network takes and gives, as text that a file can hold and a stranger may have written."""
+"""What a network takes and returns, as text in a file that need not be trusted."""

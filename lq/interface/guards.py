@@ -1,4 +1,4 @@
-"""Guards: what has to hold for the sizes of a network's inputs, as text that can be read from a file and trusted."""
+"""Guards: what has to hold for the sizes of a network's inputs, as text that can be read safely from a file."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {"max": max, "min": min, "abs": abs}
 
 @lru_cache(maxsize=512)
 def compile_guard(text: str) -> _Evaluate:
-    """What tells whether a guard holds.
+    """A function that tests whether a guard holds.
 
-    A guard compares arithmetic of whole numbers and sizes, ``size('x', 2) // 8 == 4``; nothing else in a file is run.
+    A guard compares arithmetic on integers and sizes, ``size('x', 2) // 8 == 4``; nothing else is evaluated.
 
     Raises:
-        GuardError: where ``text`` is none.
+        GuardError: where ``text`` is not a guard.
     """
     try:
         return _compiled(ast.parse(text, mode="eval").body)
     except SyntaxError as error:
-        raise GuardError(f"{text!r} is no guard of sizes") from error
+        raise GuardError(f"{text!r} is not a guard of sizes") from error
 
 
 def _compiled(node: ast.AST) -> _Evaluate:
@@ -75,11 +75,11 @@ def _compiled(node: ast.AST) -> _Evaluate:
             name, axis = (argument.value if isinstance(argument, ast.Constant) else None for argument in node.args)
             if isinstance(name, str) and isinstance(axis, int):
                 return lambda sizes: sizes[name][axis]
-    raise GuardError(f"{ast.unparse(node)!r} is no part of a guard of sizes")
+    raise GuardError(f"{ast.unparse(node)!r} cannot be part of a guard of sizes")
 
 
 def check_guards(guards: Sequence[str], sizes: Sizes) -> None:
-    """Refuse inputs for which a network does not compute what it was made from.
+    """Refuse inputs for which a network does not compute what the original forward does.
 
     Raises:
         ValueError: where a guard does not hold.
@@ -94,10 +94,10 @@ def check_guards(guards: Sequence[str], sizes: Sizes) -> None:
 
 
 def input_name(path: tuple[Any, ...]) -> str:
-    """The name of a tensor in the inputs, by the way to it."""
+    """The name of a tensor in the inputs, from its key path."""
     return "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
 
 
 def fixes_the_batch(guard: str) -> bool:
-    """Whether a guard holds for one size of the batch alone."""
+    """Whether a guard holds for only one batch size."""
     return re.fullmatch(r"size\(.*, 0\) == \d+", guard) is not None

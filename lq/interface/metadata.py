@@ -17,7 +17,7 @@ from lq.errors import GuardError
 from lq.interface.guards import check_guards, compile_guard
 from lq.interface.treespecs import load_treespec
 
-#: Where it lies: an entry of a `.pt2` archive, a metadata property of an ONNX model.
+#: Where it is stored: an entry of a `.pt2` archive, a metadata property of an ONNX model.
 KEY = "lq"
 
 
@@ -35,7 +35,7 @@ class TensorSpec:
 
     Args:
         name: as the file calls it.
-        shape: sizes of its axes, None where a size is free, as that of the batch.
+        shape: sizes of its axes, None where a size is free, such as the batch's.
         dtype: ``"float32"``, ``"int64"``, ``"int32"`` or ``"bool"``.
     """
 
@@ -73,13 +73,13 @@ class Metadata:
         target: name of the target it was converted for.
         inputs: the arguments of the network's forward, by name.
         tensors: the tensors in them, in order.
-        in_spec: how the tensors make up the arguments, as torch's pytree module writes it.
-        out_spec: how the outputs make up what the forward returns, likewise; None for a flat tuple.
+        in_spec: how the arguments nest the tensors, as torch's pytree module writes it.
+        out_spec: how the forward nests the outputs, likewise; None for a flat tuple.
         labels: names of the classes, or None.
         preprocessing: what has to be done to an image first (JSON values, such as mean and std), or None.
         report: the quantization report as plain values, or None.
-        guards: what has to hold for the sizes of the inputs beside their shapes, see :mod:`lq.interface.guards`.
-        notes: what else to know of the file, such as why a size is fixed.
+        guards: conditions on the sizes of the inputs beyond their shapes, see :mod:`lq.interface.guards`.
+        notes: other remarks on the file, such as why a size is fixed.
     """
 
     lq: str
@@ -102,7 +102,7 @@ class Metadata:
         """The metadata that :meth:`to_json` gave.
 
         Raises:
-            ValueError: where ``text`` is none.
+            ValueError: where ``text`` is not such metadata.
         """
         try:
             values = json.loads(text)
@@ -114,7 +114,7 @@ class Metadata:
                 compile_guard(guard)
             metadata = cls(**values, tensors=tensors, labels=None if labels is None else tuple(labels))
             if not all(name.isidentifier() and not iskeyword(name) for name in metadata.inputs):  # they become code
-                raise ValueError(f"its metadata name an input that is no argument: {', '.join(metadata.inputs)}")
+                raise ValueError(f"its metadata name an input that is not an argument: {', '.join(metadata.inputs)}")
             _ = metadata._specs
             return metadata
         except (KeyError, TypeError, AttributeError, GuardError, json.JSONDecodeError, RecursionError) as error:
@@ -134,7 +134,7 @@ class Metadata:
             )
         values = (*args, *(kwargs[name] for name in self.inputs[len(args) :]))
         if len(values) == 1 and isinstance(values[0], Tensor) and len(self.tensors) == 1:
-            return self.check([values[0]])  # the rest would be a tenth of a small network's time
+            return self.check([values[0]])  # the general case would take a tenth of a small network's time
         leaves, spec = pytree.tree_flatten(values)
         if len(leaves) != len(self.tensors):
             raise TypeError(

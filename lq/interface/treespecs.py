@@ -1,6 +1,6 @@
-"""How tensors make up arguments and outputs, as text that a stranger may have written.
+"""How arguments and outputs nest their tensors, as text that need not be trusted.
 
-torch's own reader imports whatever module such a text names: the one that a ``defaultdict``'s factory or an enum is of.
+torch's own reader imports any module that such a text names, as that of a ``defaultdict``'s factory or of an enum.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
-#: The container whose text names a function, as a module and a name, and those that are taken.
+#: The container whose text names a function by module and name, and the functions that are accepted.
 _DEFAULTDICT = "collections.defaultdict"
 _FACTORIES = ("bool", "dict", "float", "int", "list", "set", "str", "tuple")
 
-#: What marks an enum, which is named by a module and a name as well.
+#: What marks an enum, which is also named by module and name.
 _ENUM = "__enum__"
 
 _MAX_DEPTH = 64
@@ -24,26 +24,26 @@ def load_treespec(text: str) -> pytree.TreeSpec:
     """What ``torch.utils._pytree.treespec_dumps`` wrote.
 
     Raises:
-        ValueError: where ``text`` is nothing of that, or names a module.
+        ValueError: where ``text`` is not such a text, or names a module.
     """
     check_treespec(text)
     try:
         return pytree.treespec_loads(text)
     except Exception as error:
-        raise ValueError(f"{_short(text)} says nothing of nested arguments: {error}") from error
+        raise ValueError(f"{_short(text)} is not a description of nested arguments: {error}") from error
 
 
 def check_treespec(text: Any) -> None:
     """Refuse a text that torch would import a module for.
 
     Raises:
-        ValueError: where it names one, or is no such text.
+        ValueError: where it names one, or is not such a text.
     """
     try:
         _, schema = json.loads(text)
         _check(schema, _MAX_DEPTH)
     except (TypeError, KeyError, AttributeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{_short(text)} says nothing of nested arguments: {error!r}") from error
+        raise ValueError(f"{_short(text)} is not a description of nested arguments: {error!r}") from error
 
 
 def _check(schema: dict[str, Any], depth: int) -> None:
@@ -62,7 +62,7 @@ def _has_enum(context: Any) -> bool:
     if isinstance(context, str):
         try:
             context = json.loads(context)
-        except json.JSONDecodeError:  # text of a class that reads it itself
+        except json.JSONDecodeError:  # the text of a class with its own reader
             return _ENUM in context
     if isinstance(context, dict):
         return _ENUM in context or any(map(_has_enum, context.values()))

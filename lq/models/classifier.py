@@ -19,7 +19,7 @@ from lq.models.schedules import SCHEDULES, ScheduleName, lr_factor
 
 OptimizerName = Literal["sgd", "adamw"]
 
-#: Of the softmax that a teacher's outputs are compared in: the usual one for classes that are few.
+#: Of the softmax in which a teacher's outputs are compared: usual for few classes.
 _TEMPERATURE = 2.0
 
 
@@ -27,11 +27,11 @@ class Classifier(LightningModule):
     """Trains any network that maps images ``(N, C, H, W)`` to logits ``(N, num_classes)``.
 
     Logs ``train_loss``; ``val_loss`` and ``val_acc``; ``test_loss`` and ``test_acc``; with more than five classes also
-    the top-5 accuracies ``val_acc5`` and ``test_acc5``. Losses of validation and test are plain cross entropies, so
-    they compare across runs with different label smoothing.
+    the top-5 accuracies ``val_acc5`` and ``test_acc5``. Losses of validation and test are plain cross entropies,
+    comparable across runs with different label smoothing.
 
     A network that returns a tuple in train mode (GoogLeNet, Inception v3) is taken to return its logits first and
-    logits of auxiliary heads behind them.
+    logits of auxiliary heads after them.
 
     Args:
         model: the network, at ``self.model`` from then on. It may be changed or replaced at any time.
@@ -45,13 +45,13 @@ class Classifier(LightningModule):
         schedule: learning rate per optimizer step, see :func:`lq.models.schedules.lr_factor`.
         warmup: fraction of all steps in which the learning rate rises; None is 0.3 for ``"onecycle"``, else 0.
         milestones: where ``schedule="step"`` drops, as fractions of all steps.
-        gamma: what ``schedule="step"`` multiplies the learning rate with at a milestone.
+        gamma: what ``schedule="step"`` multiplies the learning rate by at a milestone.
         label_smoothing: of the training loss.
         aux_weight: weight of each auxiliary head's loss.
         teacher: a float network that this one imitates as well (Hinton et al., "Distilling the Knowledge in a Neural
             Network", 2015), such as a copy of ``model`` from before quantization-aware training: the training loss is
             ``(1 - d) * cross_entropy + d * T**2 * KL(teacher || model)`` with both softmaxes at temperature ``T = 2``.
-            It is no submodule: not trained, not in checkpoints, in evaluation mode always.
+            It is not a submodule: not trained, not in checkpoints, always in evaluation mode.
         distillation: ``d``, the weight of the teacher in the loss.
         channels_last: keep weights and inputs in the channels-last memory format, which CPU convolutions prefer
             (ResNet-18 at 32x32 trains 1.3 times as fast). Converts the weights of ``model`` in place; inputs that are
@@ -105,7 +105,7 @@ class Classifier(LightningModule):
         _check("distillation", distillation, 0 <= distillation <= 1, "in [0, 1]")
         if teacher is not None and (not isinstance(teacher, nn.Module) or teacher is model):
             raise TypeError(
-                f"teacher={type(teacher).__name__} must be another nn.Module than model: copy.deepcopy(model)"
+                f"teacher={type(teacher).__name__} must be an nn.Module other than model: copy.deepcopy(model)"
             )
         # As a tuple, or a ListConfig from a recipe would make the checkpoint unreadable with weights_only=True.
         milestones = tuple(float(milestone) for milestone in milestones)
@@ -125,7 +125,7 @@ class Classifier(LightningModule):
         self.gamma = gamma
         self.label_smoothing = label_smoothing
         self.aux_weight = aux_weight
-        # Past nn.Module, which would train it and write it into checkpoints.
+        # Bypasses nn.Module, which would train it and write it into checkpoints.
         self.__dict__["_teacher"] = None if teacher is None else teacher.eval().requires_grad_(False)
         self.distillation = distillation
         self.channels_last = channels_last
@@ -242,7 +242,7 @@ def _split(output: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 
 def _accuracies(stage: str, num_classes: int) -> nn.ModuleDict:
-    # Micro: the share of images that are right, where torchmetrics' default averages over classes.
+    # Micro: the share of images that are right; torchmetrics' default averages over classes.
     # Without checks, which would wait for the GPU on every batch: the shape is checked and the loss checks the labels.
     metrics = {f"{stage}_acc": MulticlassAccuracy(num_classes, average="micro", validate_args=False)}
     if num_classes > 5:

@@ -50,8 +50,8 @@ def build_resnet(
         in_channels: of the images, 1 for grey ones.
 
     Raises:
-        ValueError: for an unknown name, stem or weights, or for pretrained weights with the CIFAR stem or with another
-            number of channels than 3.
+        ValueError: for an unknown name, stem or weights, or for pretrained weights with the CIFAR stem or with a number
+            of channels other than 3.
 
     Example:
         >>> network = build_resnet("resnet18", num_classes=10, stem="cifar")

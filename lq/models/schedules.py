@@ -30,13 +30,13 @@ def lr_factor(
     Args:
         schedule: ``"onecycle"`` rises from 1/25 to 1 and falls to 4e-6, both along half a cosine (Smith and Topin,
             "Super-Convergence", 2018; the curve of ``torch.optim.lr_scheduler.OneCycleLR``). The others rise linearly
-            during the warm-up, then ``"cosine"`` falls to 0 along half a cosine, ``"step"`` is multiplied with
+            during the warm-up, then ``"cosine"`` falls to 0 along half a cosine, ``"step"`` is multiplied by
             ``gamma`` at each milestone, and ``"constant"`` stays at 1.
         step: the optimizer step, from 0. Steps past the end get the last step's value.
         total_steps: optimizer steps in the whole run.
         warmup: fraction of ``total_steps`` spent rising to the peak.
         milestones: where ``"step"`` drops, as fractions of ``total_steps``.
-        gamma: what ``"step"`` multiplies with at a milestone.
+        gamma: what ``"step"`` multiplies by at a milestone.
 
     Returns:
         A factor in [0, 1].

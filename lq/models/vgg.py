@@ -1,4 +1,4 @@
-"""The VGG family: torchvision's networks for ImageNet, and those for 32x32 images or of the user's own layers."""
+"""The VGG family: torchvision's networks for ImageNet, and those for 32x32 images or with the user's own layers."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ def build_vgg(
     in_channels: int = 3,
     weights: str | None = None,
 ) -> VGG:
-    """Builds a VGG, as torchvision's class with the parameter names of torchvision.
+    """Builds a VGG, as torchvision's class with its parameter names.
 
     The ImageNet classifier is that of the paper: three linear layers, 4096 wide, on 7x7 positions. It has 124 million
-    weights, so a 32x32 image gets another one: ``Linear -> BatchNorm1d -> ReLU -> Dropout -> Linear`` on one position.
+    weights, so a 32x32 image gets another: ``Linear -> BatchNorm1d -> ReLU -> Dropout -> Linear`` on one position.
 
     Args:
         name: one of :data:`VGGS`; a letter of :data:`VGG_CONFIGURATIONS`; or layers of your own, written as there:
             output channels of a convolution or ``"M"`` for a max-pool.
         num_classes: outputs of the classifier.
-        batch_norm: a batch norm behind every convolution. None is what the name says, and True for letters and layers.
+        batch_norm: a batch norm after every convolution. None follows the name, and is True for letters and layers.
         classifier: ``"imagenet"``, or ``"cifar"`` for 32x32 images. With fewer than five max-pools, the latter averages
             the positions that are left, and images may have any size.
         hidden: width of the CIFAR classifier's hidden layer.
@@ -93,12 +93,12 @@ def build_vgg(
         features = network.features
     else:
         features = _features(layers, batch_norm, in_channels)
-        _initialise(features)
+        _initialize(features)
     return _assemble(features, layers, num_classes, classifier, hidden, dropout)
 
 
 def _layers(name: str | Sequence[int | str]) -> tuple[int | str, ...]:
-    """The one form of what the user may give in three."""
+    """The layers, from any of the three forms the user may give."""
     if isinstance(name, str):
         letter = _LETTERS.get(name.removesuffix("_bn"), name)
         if letter not in VGG_CONFIGURATIONS:
@@ -139,14 +139,14 @@ def _pretrained(
     if in_channels != 3:
         raise ValueError(f"weights={weights!r} are for in_channels=3 and not {in_channels}: pass weights=None.")
     choices = torchvision.models.get_model_weights(name).__members__
-    # vgg16 has weights of features alone, with NaN in the classifier, for images of another normalisation.
+    # vgg16 also has weights for the features only, with NaN in the classifier and another normalisation.
     usable = [choice for choice in choices if choice != "IMAGENET1K_FEATURES"]
     if weights not in usable:
         raise ValueError(f"weights={weights!r} do not exist for {name}; choose one of {', '.join(usable)} or None.")
     network: VGG = torchvision.models.get_model(name, weights=choices[weights], dropout=dropout)
     if num_classes != _IMAGENET_CLASSES:
         network.classifier[-1] = nn.Linear(_IMAGENET_WIDTH, num_classes)
-        _initialise(network.classifier[-1])
+        _initialize(network.classifier[-1])
     return network
 
 
@@ -156,7 +156,7 @@ def _features(layers: Sequence[int | str], batch_norm: bool, in_channels: int) -
         if isinstance(layer, str):
             modules.append(nn.MaxPool2d(kernel_size=2, stride=2))
             continue
-        # A bias in front of a batch norm does nothing; torchvision's weights have one.
+        # A bias before a batch norm has no effect; torchvision's weights have one.
         modules.append(nn.Conv2d(in_channels, layer, kernel_size=3, padding=1))
         if batch_norm:
             modules.append(nn.BatchNorm2d(layer))
@@ -185,7 +185,7 @@ def _assemble(
             nn.Linear(_IMAGENET_WIDTH, num_classes),
         )
     else:
-        # The mean of one position is no work for the network, but two conversions for an INT8 one.
+        # The mean of one position costs the float network nothing, but the INT8 one two conversions.
         network.avgpool = nn.Identity() if layers.count("M") == _CIFAR_POOLS else nn.AdaptiveAvgPool2d(1)
         network.classifier = nn.Sequential(
             nn.Linear(channels, hidden, bias=False),
@@ -194,11 +194,11 @@ def _assemble(
             nn.Dropout(dropout),
             nn.Linear(hidden, num_classes),
         )
-    _initialise(network.classifier)
+    _initialize(network.classifier)
     return network
 
 
-def _initialise(part: nn.Module) -> None:
+def _initialize(part: nn.Module) -> None:
     """As torchvision initialises a VGG: a standard deviation of 0.01 for linear layers, He et al. for convolutions."""
     for module in part.modules():
         if isinstance(module, nn.Conv2d):

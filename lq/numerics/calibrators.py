@@ -1,4 +1,4 @@
-"""Calibrators turn the statistics of an observer into a range; trying another one needs no data."""
+"""Calibrators turn an observer's statistics into a range; trying another one needs no data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Calibrator(ABC):
         """
 
     def check(self, observer: Observer) -> None:  # noqa: B027 (min and max, which some do with, are always there)
-        """Whether ``observer`` collects what is needed, to be asked before the data go through.
+        """Whether ``observer`` collects what is needed, checked before the data pass through.
 
         Raises:
             ValueError: where it does not.
@@ -142,10 +142,10 @@ class Percentile(HistogramCalibrator):
 class MSE(HistogramCalibrator):
     """The range with the least mean squared error of rounding and clipping together.
 
-    ``argmin over (low, high) of sum_i n_i * (x_i - q(x_i))**2`` over the bins' centres ``x_i`` with ``n_i`` elements,
+    ``argmin over (low, high) of sum_i n_i * (x_i - q(x_i))**2`` over the bins' centers ``x_i`` with ``n_i`` elements,
     ``q`` the rounding of the grid that the range really gives (Sung et al. 2015, "Resiliency of deep neural networks
     under quantization", section 3; Nagel et al. 2021, "A white paper on neural network quantization", eq. 27).
-    Each end is searched among equal steps from 0 to the farthest value; two ends of an affine range in turn,
+    Each end is searched among equal steps from 0 to the farthest value; the two ends of an affine range in turn,
     until neither moves.
 
     Args:
@@ -171,7 +171,7 @@ class MSE(HistogramCalibrator):
             best = squared_error(histogram, -reach, reach, spec).argmin()
             return -reach[best], reach[best]
         lows, highs = low * shares, high * shares
-        for _ in range(8):  # two or three are enough; ties could go round for ever
+        for _ in range(8):  # two or three are enough; ties could alternate forever
             before = torch.stack([low, high])
             high = highs[squared_error(histogram, low.expand_as(highs), highs, spec).argmin()]
             low = lows[squared_error(histogram, lows, high.expand_as(lows), spec).argmin()]
@@ -192,7 +192,7 @@ class Entropy(HistogramCalibrator):
     each, ``P`` is the histogram inside, with the clipped counts added to the outermost bins; ``Q`` is the histogram
     inside without them, where the counts of all bins that round to the same integer are shared out evenly among those
     of them that ``P`` has something in. Both are normalised, and the least ``sum_i P_i * log(P_i / (Q_i + 1e-9))``
-    wins. Zeros behind a ReLU take no part: every grid has them exactly.
+    wins. Zeros after a ReLU take no part: every grid has them exactly.
 
     Args:
         steps: number of thresholds.
@@ -227,13 +227,13 @@ CALIBRATORS: dict[str, type[Calibrator]] = {
 
 
 def get_calibrator(calibrator: str | Calibrator) -> Calibrator:
-    """The calibrator called ``calibrator``; an instance is handed through.
+    """The calibrator called ``calibrator``; an instance is returned as it is.
 
-    A colon and a number behind the name give its parameter: ``"percentile:99.9"``, ``"mse:256"`` (steps). Each
+    A colon and a number after the name give its parameter: ``"percentile:99.9"``, ``"mse:256"`` (steps). Each
     calibrator of this module is the one that its own ``str`` gives.
 
     Raises:
-        ValueError: where no calibrator has that name, or what is behind the colon is not in its parameter's range.
+        ValueError: where no calibrator has that name, or what follows the colon is not in its parameter's range.
     """
     if isinstance(calibrator, Calibrator):
         return calibrator
@@ -250,7 +250,7 @@ def get_calibrator(calibrator: str | Calibrator) -> Calibrator:
         number = int(value) if kind in (MSE, Entropy) else float(value)
     except ValueError:
         raise ValueError(
-            f"calibrator={calibrator!r}: {value!r} is no number that fits; write for example 'percentile:99.9' or "
+            f"calibrator={calibrator!r}: {value!r} is not a valid number; write for example 'percentile:99.9' or "
             f"'mse:256'"
         ) from None
     return kind(number)  # type: ignore[call-arg]
@@ -263,7 +263,7 @@ def _typed(calibrator: Calibrator, parameter: float) -> str:
 
 
 def _shortest(number: float) -> str:
-    """The shortest text that reads as exactly this number; of an integer, without a fraction."""
+    """The shortest text that reads as exactly this number; an integer has no fraction."""
     return str(number).removesuffix(".0")
 
 

@@ -35,7 +35,7 @@ class Histogram:
     @classmethod
     def of(cls, observer: HistogramObserver) -> Histogram:
         """The histogram that ``observer`` holds."""
-        # On the CPU, wherever it was collected: few numbers, many small steps, and float64 not every device has.
+        # On the CPU, wherever it was collected: few numbers, many small steps, and float64, which some devices lack.
         half = observer.BINS // 2
         counts = observer.counts.cpu().double().roll(half - 1)
         index = torch.arange(1 - half, half + 1)
@@ -50,10 +50,10 @@ class Histogram:
         """The range, widened to contain zero."""
         return self.low.clamp(max=0.0), self.high.clamp(min=0.0)
 
-    def centres(self) -> Tensor:
+    def centers(self) -> Tensor:
         """Middle of each bin; where nothing is negative, bin 0 holds exact zeros."""
-        centres = self.upper - self.width / 2
-        return torch.where(self.upper.eq(0) & self.low.ge(0), 0.0, centres)
+        centers = self.upper - self.width / 2
+        return torch.where(self.upper.eq(0) & self.low.ge(0), 0.0, centers)
 
     def magnitudes(self) -> Histogram:
         """The histogram of the absolute values."""
@@ -116,7 +116,7 @@ def divergence(histogram: Histogram, low: Tensor, high: Tensor, spec: QuantSpec)
     levels = levels.clamp_(spec.quant_min, spec.quant_max).sub_(spec.quant_min).long()
     size = spec.quant_max - spec.quant_min + 1
     zeros = kept.new_zeros(len(low), size)
-    # The outermost bins inside take what lies beyond them.
+    # The outermost bins inside also count what lies beyond them.
     first = inside.int().argmax(1, keepdim=True)
     last = inside.shape[1] - 1 - inside.flip(1).int().argmax(1, keepdim=True)
     position = torch.arange(inside.shape[1])
@@ -129,12 +129,12 @@ def divergence(histogram: Histogram, low: Tensor, high: Tensor, spec: QuantSpec)
     q = (total / bins.clamp(min=1.0)).gather(1, levels) * occupied
     p = p / p.sum(1, keepdim=True).clamp(min=1.0)
     q = q / q.sum(1, keepdim=True).clamp(min=1.0)
-    # With nothing inside there is no distribution, and 0 would be the best of divergences.
+    # With nothing inside there is no distribution, and a divergence of 0 would win.
     return torch.xlogy(p, p / (q + 1e-9)).sum(1).masked_fill_(~inside.any(1), torch.inf)
 
 
 def _candidates(histogram: Histogram, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Bins' centres, and scale and zero point of each range as columns; in bin widths, whose squares are finite."""
+    """Bins' centers, and scale and zero point of each range as columns; in bin widths, so that squares are finite."""
     scale, zero_point = choose_qparams(low, high, spec)
-    x = (histogram.centres() / histogram.width).float()
+    x = (histogram.centers() / histogram.width).float()
     return x, (scale / histogram.width).unsqueeze(1), zero_point.unsqueeze(1)

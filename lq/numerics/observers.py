@@ -1,4 +1,4 @@
-"""Observers collect statistics of a tensor; what range follows from them is asked afterwards."""
+"""Observers collect statistics of a tensor; the range is derived from them afterwards."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Observer(nn.Module):
     The statistics live where the module lives, and watching never waits for a GPU.
 
     Args:
-        ch_axis: the axis that keeps statistics of its own for each index, or None for one range per tensor.
-        num_channels: length of that axis; needed with ``ch_axis`` so that state dicts have one shape always.
+        ch_axis: the axis with separate statistics for each index, or None for one range per tensor.
+        num_channels: length of that axis; needed with ``ch_axis`` so that state dicts always have the same shapes.
     """
 
     min_val: Tensor
@@ -41,7 +41,7 @@ class Observer(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> None:
-        """Watch ``x``; an empty tensor tells nothing and changes nothing."""
+        """Watch ``x``; an empty tensor changes nothing."""
         if x.numel():
             self._update(x.detach())
 
@@ -54,7 +54,7 @@ class Observer(nn.Module):
         Raises:
             RuntimeError: where ``torch.distributed`` has no process group.
         """
-        # What a minimum makes of a NaN differs between backends; an infinity arrives everywhere and says as much.
+        # Backends differ in the minimum with a NaN; an infinity arrives everywhere and serves as well.
         self.min_val.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         self.max_val.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         dist.all_reduce(self.min_val, dist.ReduceOp.MIN)
@@ -90,14 +90,14 @@ class MinMaxObserver(Observer):
             self._widen(low, high)
 
     def _holds(self, low: Tensor, high: Tensor) -> bool:
-        """Whether a batch is known to change nothing: asked where the answer is at hand, as on a CPU."""
-        # Elsewhere it would wait for the queue. One comparison of a NaN is false, so a NaN is taken along.
+        """Whether a batch is known to change nothing; only tested where that is cheap, as on a CPU."""
+        # Elsewhere it would wait for the queue. A comparison with a NaN is false, so a NaN is not skipped.
         if self.ch_axis is not None or low.device.type != "cpu":
             return False
         return self.min_val.item() <= low.item() and high.item() <= self.max_val.item()
 
     def _widen(self, low: Tensor, high: Tensor) -> None:
-        # minimum/maximum hand a NaN on, so one NaN in calibration is still there when the range is asked for.
+        # minimum/maximum propagate a NaN, so one in calibration still shows when the range is computed.
         torch.minimum(self.min_val, low, out=self.min_val)
         torch.maximum(self.max_val, high, out=self.max_val)
 
@@ -125,13 +125,13 @@ class MovingAverageObserver(Observer):
     def _update(self, x: Tensor) -> None:
         low, high = self._min_max(x)
         # `where` and not `if`: asking a tensor on a GPU for its value would wait for the whole queue. Only before the
-        # first batch is the minimum above the maximum, so an infinity in the data stays to be found, like a NaN.
+        # first batch is the minimum above the maximum, so an infinity in the data persists, like a NaN.
         first = self.min_val > self.max_val
         for average, batch in ((self.min_val, low), (self.max_val, high)):
             average.copy_(torch.where(first, batch, average + self.averaging_constant * (batch - average)))
 
     def all_reduce(self) -> None:
-        # A process without data has no average, and none of them has one where nobody has data.
+        # A process without data has no average; if no process has data there is none.
         seen = ~(self.min_val > self.max_val)
         processes = seen.float()
         dist.all_reduce(processes)
@@ -142,7 +142,7 @@ class MovingAverageObserver(Observer):
 
 
 def all_reduce_together(observers: Sequence[Observer]) -> None:
-    """:meth:`Observer.all_reduce` of per-tensor observers, with the messages of one: cheap enough for every step.
+    """:meth:`Observer.all_reduce` of per-tensor observers, with the communication of one: cheap enough for every step.
 
     Args:
         observers: all :class:`MinMaxObserver`, or all :class:`MovingAverageObserver`; in the same order everywhere.
@@ -162,12 +162,12 @@ def all_reduce_together(observers: Sequence[Observer]) -> None:
 
 
 class HistogramObserver(MinMaxObserver):
-    """Everything that any calibrator asks for: the range, each batch's range, and a histogram.
+    """Everything that any calibrator needs: the range, each batch's range, and a histogram.
 
     Bin ``i`` is ``((i - 1) * w, i * w]`` for ``-2047 <= i <= 2048``, with a width ``w = 2**exponent`` that is the
     smallest power of two above ``max|x| / 2048``, or ``2**-40``. A wider batch makes bins merge in pairs, exactly:
     no count is lost, split or interpolated, and the histogram depends on the data alone, not on their order or on which
-    process saw them. Behind a ReLU bin 0 is the exact zeros, which no range rounds. Minimum and maximum are exact.
+    process saw them. After a ReLU, bin 0 is the exact zeros, which no range rounds. Minimum and maximum are exact.
 
     Of a large tensor every n-th element is counted, n times, so that a batch costs a small part of the forward that
     made it; a tensor of up to ``max_samples`` elements is counted whole.
@@ -225,7 +225,7 @@ class HistogramObserver(MinMaxObserver):
         self._batch_ranges.clear()
 
     def _update(self, x: Tensor) -> None:
-        # The bins' arithmetic takes less time than calling operators on single numbers, so these are few.
+        # Calling operators on single numbers takes longer than the bins' arithmetic, so there are few such calls.
         low, high = self._min_max(x)
         self._batch_ranges.append((low, high))
         if not self._holds(low, high):
@@ -235,11 +235,11 @@ class HistogramObserver(MinMaxObserver):
         flat, stride = in_memory_order(x), self._stride(x)
         values = flat[::stride].float()
         if isinstance(per_unit, float) and per_unit < 1.0:
-            # Two roundings up are as good as one, and tiny values that are scaled down would become zeros.
+            # Rounding up twice equals rounding up once, and tiny values would become zeros if scaled down.
             values = values.ceil()
         # Scaling by a power of two and rounding up are exact: an element is never in a neighbour's bin.
         bins = (values * per_unit).ceil_().to(torch.int16)
-        # Negative indices wrap around; and a NaN, of which the range tells, has to have some place.
+        # Negative indices wrap around; a NaN, which shows in the range, has to go somewhere.
         bins.bitwise_and_(self.BINS - 1)
         self.counts.add_(_bincount(bins, self.BINS), alpha=stride)
 
@@ -247,7 +247,7 @@ class HistogramObserver(MinMaxObserver):
         if self.max_samples is None or x.numel() <= self.max_samples:
             return 1
         stride = math.ceil(x.numel() / self.max_samples)
-        # A step that shares a factor with an axis would see some of its indices only: some channels, or some columns.
+        # A step that shares a factor with an axis would see only some of its indices: some channels, or some columns.
         while any(math.gcd(stride, size) > 1 for size in x.shape):
             stride += 1
         return stride
@@ -260,17 +260,17 @@ class HistogramObserver(MinMaxObserver):
 
     def _grow(self, exponent: Tensor) -> None:
         """Merge bins until they are at least ``2**exponent`` wide."""
-        # Beyond 31 bits a shift is undefined; by then all there is are two bins, 0 and 1.
+        # Beyond 31 bits a shift is undefined; by then only bins 0 and 1 are left.
         shift = (exponent - self.exponent).clamp(min=0, max=31)
         half = self.BINS // 2
         index = torch.arange(1 - half, half + 1, dtype=torch.int32, device=shift.device)
         merged = -(-index >> shift)  # ceil(index / 2**shift)
-        counts = self.counts.roll(half - 1)  # from bin -2047 on
+        counts = self.counts.roll(half - 1)  # starting at bin -2047
         self.counts.copy_(torch.zeros_like(counts).index_add_(0, merged % self.BINS, counts))
         self.exponent.copy_(torch.maximum(self.exponent, exponent))
 
     def all_reduce(self) -> None:
-        """Merge the statistics of all processes; the batches' order is the one of a sampler that deals them in turn.
+        """Merge the statistics of all processes; the batches are ordered as by a sampler that deals them in turn.
 
         Raises:
             RuntimeError: where ``torch.distributed`` has no process group.
@@ -302,5 +302,5 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 def _bincount(bins: Tensor, length: int) -> Tensor:
     if bins.device.type == "cpu":
         return torch.bincount(bins, minlength=length)
-    # bincount asks for the largest value first, and a GPU's queue would have to run empty for the answer.
+    # bincount reads the largest value first, which would wait for a GPU's queue.
     return torch.zeros(length, dtype=torch.int64, device=bins.device).index_add_(0, bins, torch.ones_like(bins).long())

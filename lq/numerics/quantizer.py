@@ -34,9 +34,9 @@ class Quantizer(nn.Module):
         spec: the integer grid.
         observer: collects the statistics the range is computed from.
         calibrator: computes the range from them; by default the one that goes with the observer.
-        rounds: False for a tensor that only other targets than the model's own quantize: it is watched, so that the
-            model can be converted for them too, and never rounded.
-        own_calibrator: one that it takes whatever the others are calibrated with.
+        rounds: False for a tensor that only targets other than the model's own quantize: it is watched, so that the
+            model can be converted for them too, but never rounded.
+        own_calibrator: used whatever the other quantizers are calibrated with.
 
     Raises:
         ValueError: where the observer does not collect what ``own_calibrator`` needs.
@@ -64,7 +64,7 @@ class Quantizer(nn.Module):
         self.state = QuantizerState.OFF
         self.calibrated = False
         low, _ = observer.range()
-        # 0, which no range gives, until there is one: averages of models (EMA) carry buffers and no flags.
+        # 0, which no range gives, marks that there is none yet: averages of models (EMA) copy buffers but not flags.
         self.register_buffer("scale", torch.zeros_like(low))
         self.register_buffer("zero_point", torch.zeros_like(low, dtype=torch.int32))
 
@@ -76,20 +76,20 @@ class Quantizer(nn.Module):
         return self.round(x)
 
     def round(self, x: Tensor) -> Tensor:
-        """``x`` on the grid, where this quantizer rounds at all now; its range stays."""
+        """``x`` on the grid, if this quantizer rounds now; its range is not changed."""
         if self.state & QuantizerState.FAKE_QUANTIZE and self.calibrated and self.rounds:
             return fake_quantize(x, self.scale, self.zero_point, self.spec)
         return x
 
     def _observes(self, x: Tensor) -> bool:
-        # While it rounds, it learns from training batches alone: validation data must not move the ranges.
+        # While it rounds, it learns only from training batches: validation data must not move the ranges.
         if not self.state & QuantizerState.OBSERVE or x.numel() == 0:
             return False
         return self.training or not self.state & QuantizerState.FAKE_QUANTIZE
 
     @torch.no_grad()
     def update_qparams(self) -> None:
-        """Compute scale and zero point anew from the observer's statistics.
+        """Recompute scale and zero point from the observer's statistics.
 
         Raises:
             ValueError: where the observer does not hold what the calibrator needs.
@@ -111,7 +111,7 @@ class Quantizer(nn.Module):
         return low, high
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
-        # A model in 16 bits (``.half()``, "true" half precision) has ranges in float32 all the same.
+        # A model in 16 bits (``.half()``, "true" half precision) still has ranges in float32.
         def without_cast(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -126,8 +126,8 @@ class Quantizer(nn.Module):
         flags, calibrated, *name = state.tolist()
         self.state = QuantizerState(flags)
         self.calibrated = bool(calibrated) or bool((self.scale > 0).any())
-        if bytes(name).decode() != str(self.calibrator):  # else it may have parameters that its name does not tell
-            with suppress(ValueError):  # one of the user's own has no name to find it by: the one that is here stays
+        if bytes(name).decode() != str(self.calibrator):  # otherwise it may have parameters that its name does not show
+            with suppress(ValueError):  # the user's own calibrator cannot be looked up by name: the present one stays
                 self.calibrator = get_calibrator(bytes(name).decode())
 
     def extra_repr(self) -> str:
@@ -136,9 +136,9 @@ class Quantizer(nn.Module):
 
 
 class WeightQuantizer(Quantizer):
-    """A quantizer whose tensor is always at hand: it takes the range anew from the weight each time it sees it.
+    """A quantizer whose tensor is always available: it recomputes the range each time it sees the weight.
 
-    An optimizer step or a loaded checkpoint moves the weight, so a range kept from before would be stale; only a
+    An optimizer step or a loaded checkpoint changes the weight, so an earlier range would be stale; only a
     frozen one (state without ``OBSERVE``) is kept.
     """
 

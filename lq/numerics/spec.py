@@ -1,4 +1,4 @@
-"""What a quantizer's integer grid looks like: a frozen value, no behaviour."""
+"""A quantizer's integer grid: a frozen value, no behaviour."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class QuantSpec:
         quant_min: smallest integer that is used.
         quant_max: largest integer that is used.
         symmetric: the zero point is 0 and the real range is ``[-a, a]``; otherwise the range is affine.
-        ch_axis: the axis with a scale of its own for each index, or None for one scale per tensor.
+        ch_axis: the axis with a separate scale for each index, or None for one scale per tensor.
 
     Raises:
         ValueError: where the dtype, the bounds or the symmetry do not fit each other.
@@ -39,7 +39,7 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         if self.dtype not in (torch.uint8, torch.int8):
-            raise ValueError(f"dtype={self.dtype} is no 8-bit integer type; choose torch.uint8 or torch.int8")
+            raise ValueError(f"dtype={self.dtype} is not an 8-bit integer type; choose torch.uint8 or torch.int8")
         info = torch.iinfo(self.dtype)
         if not info.min <= self.quant_min < self.quant_max <= info.max:
             raise ValueError(

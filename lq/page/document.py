@@ -1,4 +1,4 @@
-"""The page as such: sections, tables and pictures in one file, without anything from elsewhere."""
+"""The page itself: sections, tables and pictures in one file, without external resources."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Column:
 
     Args:
         title: its header.
-        meaning: a sentence more, shown when the header is pointed at.
+        meaning: a further sentence, shown when the header is hovered over.
         is_number: whether it is set, and sorted, as numbers.
         smallest_first: whether the first click sorts numbers upwards.
         css: class of its cells.
@@ -92,7 +92,7 @@ class Table:
         )
         if not self.sortable:
             return table
-        # A region that scrolls has to be reached with the keyboard as well.
+        # A scrolling region has to be reachable with the keyboard as well.
         return element("div", table, class_="wide", tabindex=0, role="region", aria_label=self.caption or "table")
 
     def _cell(self, column: Column, cell: Cell | str) -> Markup:
@@ -114,7 +114,7 @@ def anchor(title: str) -> str:
 
 
 def figure(chart: Chart) -> Markup:
-    """A chart in both themes, of which the browser shows the one it is in; on paper the light one."""
+    """A chart in both themes; the browser shows the one it is set to, and prints the light one."""
     if chart.is_picture:
         light, dark = (_data("image/png", chart.png(theme)) for theme in ("light", "dark"))
     else:

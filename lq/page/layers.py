@@ -18,14 +18,14 @@ _NUMBERS = (
     Column("alone, dB", "SQNR of the model's outputs where this layer alone is quantized", True, True),
     Column("input, dB", "SQNR of the input, rounded and clipped", True, True),
     Column("weight, dB", "SQNR of the weight, rounded", True, True),
-    Column("output, dB", "SQNR of the output, with the errors of all layers in front", True, True),
+    Column("output, dB", "SQNR of the output, with the errors of all earlier layers", True, True),
     Column("cosine", "similarity of the float and the INT8 output", True, True),
     Column("clipped", "share of the input's values outside the range", True),
     Column("parameters", "elements of weight and bias", True),
     Column("float, ms", "time in the float model, per sample", True),
     Column("INT8, ms", "time in the INT8 model, per sample", True),
     Column("range of the input", "smallest and largest value on the grid", css="name"),
-    Column("observed", "smallest and largest value in the analysed data", css="name"),
+    Column("observed", "smallest and largest value in the analyzed data", css="name"),
 )
 _SCHEMES = (
     Column("weight", css="long"),
@@ -36,18 +36,18 @@ _SCHEMES = (
 
 def layer_table(report: QuantizationReport, analysis: Analysis | None) -> Table:
     """A row for each layer, most harmful first where that is known, else in the order of the graph."""
-    found = {} if analysis is None else {layer.name: layer for layer in analysis.layers}
-    columns = [_LAYER, *_REPORT, *(_NUMBERS if found else ()), *_SCHEMES]
+    analyzed = {} if analysis is None else {layer.name: layer for layer in analysis.layers}
+    columns = [_LAYER, *_REPORT, *(_NUMBERS if analyzed else ()), *_SCHEMES]
     order = {} if analysis is None else {layer.name: rank for rank, layer in enumerate(analysis.by_harm())}
     layers = sorted(report.layers, key=lambda layer: order.get(layer.name, len(order)))
     rows = []
     for layer in layers:
-        numbers = _numbers(found.get(layer.name), analysis) if found else ()
+        numbers = _numbers(analyzed.get(layer.name), analysis) if analyzed else ()
         runs_in = Cell("INT8" if layer.precision == "int8" else "float", css=layer.precision)
         rows.append([layer.name, layer.kind, runs_in, *numbers, layer.weight, layer.input, layer.note])
     advised = set() if analysis is None else {advice.layer for advice in analysis.advice()}
     marked = frozenset(index for index, layer in enumerate(layers) if layer.name in advised)
-    caption = "A click on a header sorts by it, once more turns the order round."
+    caption = "Click a header to sort by it, again to reverse the order."
     return Table(columns, rows, caption, sortable=True, marked=marked)
 
 
@@ -80,7 +80,7 @@ def _pair(values: tuple[float, float] | None) -> str:
 
 
 def overrides_line(analysis: Analysis, present: Mapping[str, Any] | None = None) -> str:
-    """``overrides={...}`` that keeps the advised layers in float, beside what is overridden already; or ``""``."""
+    """``overrides={...}`` that keeps the advised layers in float, in addition to the present overrides; or ``""``."""
     advised = {advice.layer: None for advice in analysis.advice()}
     if not advised:
         return ""
@@ -89,7 +89,7 @@ def overrides_line(analysis: Analysis, present: Mapping[str, Any] | None = None)
 
 
 def slower_markup(report: QuantizationReport) -> Markup | None:
-    """Which layers INT8 makes slower in process; None where it makes none."""
+    """Which layers INT8 makes slower in process; None if there are none."""
     slower = report.slower_layers
     if not slower:
         return None
@@ -102,8 +102,8 @@ def slower_markup(report: QuantizationReport) -> Markup | None:
     return joined(
         element(
             "p",
-            f"{len(slower)} of {len(report.int8_layers)} layers are slower in INT8 than in float by PyTorch's kernels, "
-            "in process and for one sample, which says nothing of the other engines. Where it counts, leave them "
+            f"{len(slower)} of {len(report.int8_layers)} layers are slower in INT8 than in float with PyTorch's "
+            "kernels in process, for one sample, which says nothing about other engines. Where it matters, leave them "
             "in float.",
         ),
         element("ul", *items),
@@ -117,7 +117,7 @@ def advice_markup(analysis: Analysis, present: Mapping[str, Any] | None = None) 
         element("p", f"Of this analysis {analysis.left_out_text}.", class_="muted") if analysis.left_out else None
     )
     if not advice:
-        nothing = "No layer stands out: leaving one in float would gain the outputs next to nothing."
+        nothing = "No layer stands out: leaving one in float would hardly improve the outputs."
         return joined(element("p", nothing), left_out)
     items = [
         element(

@@ -1,4 +1,4 @@
-"""HTML from Python values: what is not markup already is escaped."""
+"""HTML from Python values: everything but markup is escaped."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def element(name: str, /, *children: Any, **attributes: Any) -> Markup:
 
 
 def joined(*parts: Markup | None) -> Markup:
-    """Elements one behind the other."""
+    """Elements one after the other."""
     return Markup("\n".join(part for part in parts if part))

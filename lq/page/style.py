@@ -1,4 +1,4 @@
-"""Look and behaviour of the page."""
+"""Style and behaviour of the page."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ figure { margin: 1.2rem 0 2rem; } figure img { max-width: 100%; height: auto; di
   figure, tr { break-inside: avoid; } }
 """
 
-#: Sorts a table by the column whose header is clicked (or activated with the keyboard); once more turns it round.
+#: Sorts a table by the column whose header is clicked (or activated with the keyboard); again to reverse the order.
 SCRIPT = """
 for (const button of document.querySelectorAll('table.sortable th button')) {
   button.addEventListener('click', () => {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def recipes() -> dict[str, str]:
-    """The first line of what each recipe says of itself, by name."""
+    """The first line of each recipe's docstring, by name."""
     files = sorted(path for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
     return {path.stem: (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0] for path in files}
 
@@ -30,7 +30,7 @@ def main() -> int | str:
     if name not in known:
         return f"recipe {name!r} is unknown; choose one of {', '.join(known)}"
     del sys.argv[1]
-    # As the main module under its own name, which the processes that it starts import again.
+    # As the main module under its own name, which child processes import again.
     runpy.run_module(f"lq.recipes.{name}", run_name="__main__", alter_sys=True)
     return 0
 

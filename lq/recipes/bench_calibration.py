@@ -31,7 +31,7 @@ from lq.numerics.calibrators import CALIBRATORS
 from lq.recipes.blocks.config import field, main
 from lq.workflow.calibrate import observing
 
-#: Batch of images each network is shown.
+#: Shape of the batch of images for each network.
 BATCHES = {"resnet18": (128, 3, 32, 32), "resnet50": (16, 3, 224, 224)}
 
 
@@ -42,8 +42,8 @@ class Config:
     networks: list[str] = field(list(BATCHES), help="torchvision networks: resnet18 at 32x32, resnet50 at 224x224")
     rounds: int = field(25, help="every contender runs once a round; the figures are medians over the rounds")
     threads: int = field(2, help="CPU threads")
-    peers: bool = field(True, help="measure torch.ao's HistogramObserver, too")
-    batch_size: int | None = field(None, help="images a batch, instead of each network's own")
+    peers: bool = field(True, help="also measure torch.ao's HistogramObserver")
+    batch_size: int | None = field(None, help="images per batch, instead of each network's own")
 
 
 def run(config: Config) -> None:
@@ -104,7 +104,7 @@ def measure(name: str, batch: Tensor, config: Config) -> tuple[dict[str, tuple[f
             model(batch)
         order = random.Random(0)
         for _ in range(config.rounds):
-            # In a fixed order one contender would always meet the caches that the same other one has left.
+            # In a fixed order a contender would always follow the same other one and meet its caches.
             for contender, model in order.sample(list(contenders.items()), len(contenders)):
                 start = time.perf_counter()
                 model(batch)

@@ -11,9 +11,9 @@ runs, back to back; best runtime of lq against the best peer, ms: resnet18 32x32
 cropped kernels, batch 128 26.9 / 27.4, 224x224 batch 1 13.6 / 13.7, resnet50 224x224 batch 1 29.9 / 30.1, batch 32
 923 / 930.
 
-The networks have random weights and are calibrated on random images: speed does not depend on what they know. Every
+The networks have random weights and are calibrated on random images: speed does not depend on the weights. Every
 contender lives in a process of its own, and the processes take turns. Peers need their packages
-(pip install 'lightning-quantization[peers]'); those that are not installed are left out, and named.
+(pip install 'lightning-quantization[peers]'); those that are not installed are named and left out.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ ROWS = {
     "resnet50_224_b32": ("resnet50", 224, 32),
 }
 
-#: Those that are measured where none are named; the last one takes longer than all of them.
+#: Those that are measured by default; the last one takes longer than all of them.
 DEFAULT_ROWS = list(ROWS)[:-1]
 
 #: Ways of calling: seconds of sleep before each call.
@@ -121,7 +121,7 @@ def _scripted(network: nn.Module, x: Tensor) -> Model:
 
 
 def torchao_pt2e(name: str, size: int, batch_size: int, ahead_of_time: bool) -> Model:
-    """torchao's PT2E flow with X86InductorQuantizer, compiled by Inductor, in time or ahead of it."""
+    """torchao's PT2E flow with X86InductorQuantizer, compiled by Inductor, just in time or ahead of time."""
     from torch._inductor import aoti_compile_and_package, aoti_load_package
     from torch._inductor import config as inductor_config
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -131,7 +131,7 @@ def torchao_pt2e(name: str, size: int, batch_size: int, ahead_of_time: bool) -> 
     logging.disable(logging.WARNING)
     x = images(size, batch_size)
     with torch.no_grad():
-        # Not strict, this quantizer fails on torchvision's residual networks.
+        # In non-strict mode, this quantizer fails on torchvision's residual networks.
         exported = torch.export.export(float_network(name), (x,), strict=True).module()
         quantizer = x86.X86InductorQuantizer()
         quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
@@ -221,7 +221,7 @@ PEERS = (
     "nncf",
 )
 
-#: One for each engine of lq; the others are slower than these, or TorchScript, which is deprecated.
+#: One for each engine of lq; the others are slower, or use the deprecated TorchScript.
 DEFAULT_PEERS = ("torch_ao_fx", "pt2e_aoti", "ort_static", "nncf")
 
 
@@ -250,17 +250,17 @@ def _run_row(row: str, config: Config, folder: Path) -> None:
     contenders: dict[str, Callable[[], Model]] = {FLOAT: partial(float_network, name)}
     contenders |= _ours(name, size, config.threads, folder)
     contenders |= _theirs(name, size, batch_size, config)
-    found: dict[str, dict[str, Measurement]] = {}
+    measurements: dict[str, dict[str, Measurement]] = {}
     failed: dict[str, ContenderError] = {}
     for way, sleep in WAYS.items():
         results = race(
             contenders, [images(size, batch_size)], threads=config.threads, seconds=config.seconds, sleep=sleep
         )
-        found[way] = {label: result for label, result in results.items() if isinstance(result, Measurement)}
+        measurements[way] = {label: result for label, result in results.items() if isinstance(result, Measurement)}
         failed |= {label: result for label, result in results.items() if isinstance(result, ContenderError)}
     console = Console(width=120)
-    console.print(_table(row, found, config.threads))
-    console.print(_by_engine(found))
+    console.print(_table(row, measurements, config.threads))
+    console.print(_by_engine(measurements))
     for contender, error in failed.items():
         print(f"{contender} did not run: {str(error).strip().splitlines()[-1]}")
 
@@ -307,19 +307,19 @@ def _theirs(name: str, size: int, batch_size: int, config: Config) -> dict[str, 
     return {label: make for peer in config.peers for label, make in makers[peer].items()}
 
 
-def _table(row: str, found: Mapping[str, Mapping[str, Measurement]], threads: int) -> Table:
-    """The contenders, fastest first, called in each way."""
+def _table(row: str, measurements: Mapping[str, Mapping[str, Measurement]], threads: int) -> Table:
+    """The contenders, fastest first, for each way of calling."""
     name, size, batch_size = ROWS[row]
     table = Table(title=f"{name}, {size}x{size}, batch {batch_size}, {threads} threads, {cpu_name()}")
     table.add_column("contender")
-    for way in found:
+    for way in measurements:
         for header in (f"p50 ms, {way}", "p95 ms", "against float"):
             table.add_column(header, justify="right")
     table.add_column("memory MB", justify="right")
-    first = next(iter(found.values()))
+    first = next(iter(measurements.values()))
     for label, result in sorted(first.items(), key=lambda item: item[1].timing.p50_ms):
         cells: list[str] = []
-        for measured in found.values():
+        for measured in measurements.values():
             if label not in measured:
                 cells += ["", "", ""]
                 continue
@@ -331,19 +331,19 @@ def _table(row: str, found: Mapping[str, Mapping[str, Measurement]], threads: in
     return table
 
 
-def _by_engine(found: Mapping[str, Mapping[str, Measurement]]) -> Table:
+def _by_engine(measurements: Mapping[str, Mapping[str, Measurement]]) -> Table:
     """lq against the peer on the same engine, and the best of lq against the best of the peers: medians, ms."""
     table = Table(title="on the same engine, p50 ms: lq / peer")
     table.add_column("engine")
     table.add_column("peer")
-    for way in found:
+    for way in measurements:
         table.add_column(way, justify="right")
     for engine, (ours, theirs) in ENGINES.items():
-        cells = [_against(measured.get(ours), measured.get(theirs)) for measured in found.values()]
+        cells = [_against(measured.get(ours), measured.get(theirs)) for measured in measurements.values()]
         if any(cells):
             table.add_row(engine, theirs, *cells)
     cells = []
-    for measured in found.values():
+    for measured in measurements.values():
         mine = [result for label, result in measured.items() if label.startswith("lq,")]
         others = [result for label, result in measured.items() if label != FLOAT and not label.startswith("lq,")]
         cells.append(_against(*(min(each, key=_p50) if each else None for each in (mine, others))))

@@ -47,7 +47,7 @@ class Config:
 def run(config: Config) -> None:
     float_model, samples = (None, None) if config.ckpt is None else _float_model(config)
     try:
-        found = lq.benchmark(
+        benchmark = lq.benchmark(
             config.models,
             float_model=float_model,
             folded=config.folded,
@@ -61,11 +61,11 @@ def run(config: Config) -> None:
         raise ConfigError(str(error)) from error
     output = Path(config.output_dir)
     ensure_writable_dir(output, "output_dir")
-    print(found)
-    if not found.rows:
+    print(benchmark)
+    if not benchmark.rows:
         raise ConfigError("no contender ran")
-    found.save_csv(output / "benchmark.csv")
-    found.save_chart(output / "benchmark.png")
+    benchmark.save_csv(output / "benchmark.csv")
+    benchmark.save_chart(output / "benchmark.png")
     print(f"written: {output / 'benchmark.csv'}, {output / 'benchmark.png'}")
 
 

@@ -1,7 +1,7 @@
 """ResNet-18 on CIFAR-10: train in float, quantize to INT8, compare.
 
 python -m lq.recipes.cifar_resnet18 data.dir=PATH           post-training quantization (PTQ)
-python -m lq.recipes.cifar_resnet18 data.dir=PATH mode=qat  quantization-aware fine-tuning (QAT) behind it
+python -m lq.recipes.cifar_resnet18 data.dir=PATH mode=qat  quantization-aware fine-tuning (QAT) after it
 python -m lq.recipes.cifar_resnet18 data.name=shapes10      no files needed
 
 Top-1 on the 10,000 test images of CIFAR-10 stored as JPEGs, two cores of an AMD EPYC (Zen 3, no VNNI), one run each,

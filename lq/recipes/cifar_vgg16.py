@@ -7,7 +7,7 @@ python -m lq.recipes.cifar_vgg16 data.name=shapes10 model.name=RA  no files need
 Top-1 on the 10,000 test images of CIFAR-10 stored as JPEGs, two cores of an AMD EPYC (Zen 3, no VNNI), one run each,
 model.name=RA, train.epochs=20, quant.target=x86_avx2, 9.8 to 2.7 MB: float 85.49, PTQ 85.63, QAT with
 configs/cifar_resnet18_qat.yaml (5 epochs from the float checkpoint) 86.04, its weights in float 86.03. VGG-16 was not
-trained to its end.
+trained to the end.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Config(RunConfig):
     network: Literal["resnet18", "mobilenet_v2"] = field("resnet18", help="ResNet-18, 7x7 stem; or a small MobileNetV2")
     ckpt: str | None = field(None, help="float checkpoint to quantize instead of training one")
     target: str = field("auto", help="engine family the quantizers are placed for", choices=TARGET_CHOICES)
-    calibrators: list[str] = field(list(CALIBRATORS), help="those to compare; percentile:99.9 is one, too")
+    calibrators: list[str] = field(list(CALIBRATORS), help="those to compare; also percentile:99.9 and the like")
     num_batches: int = field(32, help="training batches to calibrate on")
     output_dir: str = field("runs/compare_calibrators", help="folder for checkpoints and the statistics")
     data: DataConfig = field(DataConfig(), help="the images")

@@ -1,7 +1,7 @@
 """ResNet-18 on ImageNet: PTQ with settings per module, a debug network in float arithmetic, before and after saving.
 
 python -m lq.recipes.imagenet_resnet18 data.dir=PATH                                             all layers in INT8
-python -m lq.recipes.imagenet_resnet18 data.dir=PATH "overrides={layer4: {weight_bits: 6}}"      a submodule otherwise
+python -m lq.recipes.imagenet_resnet18 data.dir=PATH "overrides={layer4: {weight_bits: 6}}"      one submodule
 python -m lq.recipes.imagenet_resnet18 data.dir=PATH "overrides={layer4.0.conv1: null, fc: null}"  layers in float
 
 The debug network simulates INT8 in float arithmetic and keeps its float weights where they were:
@@ -93,16 +93,16 @@ def run(config: Config) -> None:
         row("INT8, loaded from the file", loaded, files[0]),
     ]
     near = agreement(network.cpu(), int8, loaded, images)
-    found: dict[str, Any] = {"data": data.name, "rows": rows, "agreement": near}
+    results: dict[str, Any] = {"data": data.name, "rows": rows, "agreement": near}
     print(int8.report)
     Console().print(table_of(rows))
     print(", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in near.items()))
     if config.benchmark:
-        found["engines"] = lq.benchmark(
+        results["engines"] = lq.benchmark(
             files, float_model=float_network.cpu(), folded=True, batch_sizes=config.benchmark, samples=images
         )
-        print(found["engines"])
-    print(f"results: {save_results(output, config, found)}")
+        print(results["engines"])
+    print(f"results: {save_results(output, config, results)}")
 
 
 @torch.no_grad()

@@ -83,8 +83,8 @@ def compare_and_export(config: Config, network: nn.Module, data: ImageNet) -> No
     print(ranges)
     print(comparison)
     print(f"{data.name}, {data.num_classes} classes: calibrator {best!r}, {written}")
-    found: dict[str, Any] = {"data": data.name, "top1": comparison, "calibrator": best, "ranges": ranges.rows}
-    print(f"results: {save_results(output, config, found)}")
+    results: dict[str, Any] = {"data": data.name, "top1": comparison, "calibrator": best, "ranges": ranges.rows}
+    print(f"results: {save_results(output, config, results)}")
 
 
 def fine_tune(config: Config, network: nn.Module, data: ImageNet) -> None:
@@ -98,9 +98,9 @@ def fine_tune(config: Config, network: nn.Module, data: ImageNet) -> None:
     trainer.fit(module, data)
     result = quantize.result
     assert isinstance(result, QuantizationResult)
-    found = {"data": data.name, "float_before_qat": before, "result": result}
+    results = {"data": data.name, "float_before_qat": before, "result": result}
     notes = {"float before QAT": ", ".join(f"{name} {value:.4f}" for name, value in before.items())}
-    notes |= {"files": ", ".join(result.exports), "results": str(save_results(output, config, found))}
+    notes |= {"files": ", ".join(result.exports), "results": str(save_results(output, config, results))}
     print_result(result, data.name, notes)
 
 

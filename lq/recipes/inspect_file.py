@@ -32,7 +32,7 @@ from lq.timing.benchmark import Benchmark, BenchmarkRow
 from lq.util.archives import check_torch_archive
 from lq.util.files import ensure_writable_dir, write_text
 
-#: Bytes of an ``int8.json``; of a network with a thousand layers it has a few million.
+#: Largest size of an ``int8.json``, bytes; for a network with a thousand layers it has a few million.
 _LARGEST_RESULT = 100_000_000
 
 
@@ -87,7 +87,7 @@ def _network(path: Path, config: Config) -> str:
             return _result(result, config)
     metadata = read_metadata(path)  # the network itself may be compiled code
     if metadata.report is None:
-        raise ValueError("it says nothing of its layers: lq did not write it")
+        raise ValueError("it does not describe its layers: lq did not write it")
     report = QuantizationReport.from_dict(dict(metadata.report))
     print(report)
     settings = {
@@ -118,18 +118,18 @@ def _shape(sizes: tuple[int | None, ...]) -> str:
 
 def _checkpoint(path: Path, trusted: bool) -> str:
     if not zipfile.is_zipfile(path):
-        raise ValueError("it is no checkpoint, or is damaged")
+        raise ValueError("it is not a checkpoint, or is damaged")
     try:
         check_torch_archive(path)
         checkpoint: Any = torch.load(path, map_location="cpu", weights_only=not trusted)
     except Exception as error:
         hint = "" if trusted else "; if it holds pickled objects and you trust it, add trusted=true"
         raise ValueError(f"it cannot be loaded{hint} ({' '.join(str(error).split())[:200]})") from error
-    found = section_of(checkpoint) if isinstance(checkpoint, dict) else None
-    if found is None:
-        raise ValueError("it holds a float model: there is nothing of quantization in it")
-    preparation: dict[str, Any] = found["preparation"] or {}
-    quantizers = saved_quantizers(found)
+    saved = section_of(checkpoint) if isinstance(checkpoint, dict) else None
+    if saved is None:
+        raise ValueError("it holds a float model, without any quantization")
+    preparation: dict[str, Any] = saved["preparation"] or {}
+    quantizers = saved_quantizers(saved)
     console = RichTable(title=f"{path.name}: {len(quantizers)} quantizers")
     rows = [_row(quantizer) for quantizer in quantizers]
     for column in _COLUMNS:
@@ -138,20 +138,20 @@ def _checkpoint(path: Path, trusted: bool) -> str:
         console.add_row(*row)
     Console(width=150).print(console)
     settings = {
-        "stage": found["stage"],
+        "stage": saved["stage"],
         "epoch": checkpoint.get("epoch", "unknown"),
         "step": checkpoint.get("global_step", "unknown"),
         **{name: value for name, value in preparation.items() if name != "target"},
         **{f"target: {name}": value for name, value in preparation.get("target", {}).items()},
     }
     if not preparation:
-        settings["preparation"] = "not known: a forward argument was no plain value"
+        settings["preparation"] = "not known: a forward argument was not a plain value"
     for name, value in settings.items():
         print(f"{name}: {value}")
-    table = Table(_COLUMNS, rows, "A click on a header sorts by it.", sortable=True)
+    table = Table(_COLUMNS, rows, "Click a header to sort by it.", sortable=True)
     mode, target = preparation.get("mode", "unknown"), preparation.get("target", {}).get("name", "unknown")
     sections = [section("Ranges", table.markup()), section("Settings", settings_table(settings).markup())]
-    lead = f"{mode.upper()} for {target}, {found['stage']}: {len(quantizers)} quantizers."
+    lead = f"{mode.upper()} for {target}, {saved['stage']}: {len(quantizers)} quantizers."
     return page(f"Checkpoint {path.name}", lead, sections, ["Ranges", "Settings"])
 
 
@@ -198,7 +198,7 @@ def _read_benchmark(file: str) -> Benchmark:
             rows = [{name: value(name, text) for name, text in row.items()} for row in csv.DictReader(lines)]
         return Benchmark(tuple(BenchmarkRow(**row) for row in rows), {}, "")
     except (OSError, KeyError, ValueError, TypeError) as error:
-        raise ConfigError(f"benchmark={file!r} is no benchmark.csv that can be read: {error!r}") from error
+        raise ConfigError(f"benchmark={file!r} is not a readable benchmark.csv: {error!r}") from error
 
 
 def plan(config: Config) -> str:

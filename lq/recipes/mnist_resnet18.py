@@ -45,7 +45,7 @@ class Config(RunConfig):
 
     ckpt: str | None = field(None, help="float checkpoint to quantize instead of training one")
     targets: list[str] = field(["auto", "xnnpack"], help=f"engine families, of {', '.join(TARGET_CHOICES)}")
-    calibrators: list[str] = field(list(CALIBRATORS), help="those to compare; percentile:99.9 is one, too")
+    calibrators: list[str] = field(list(CALIBRATORS), help="those to compare; also percentile:99.9 and the like")
     num_batches: int = field(32, help="training batches to calibrate on")
     output_dir: str = field("runs/mnist_resnet18", help="folder for checkpoints, INT8 networks, table and chart")
     data: DataConfig = field(DataConfig(name="mnist"), help="the images")
@@ -81,11 +81,11 @@ def run(config: Config) -> None:
             accuracy = top1(int8, data.val_dataloader(), data.num_classes)
             rows[name] = Row(target.name, calibrator, accuracy, path.stat().st_size / 1e6)
     times = measure(networks, {"x": torch.zeros(1, *data.input_shape)}, 1)
-    found = [replace(row, p50_ms=times[name].p50_ms) for name, row in rows.items()]
-    save_chart(found, data.name, output / "sweep.png")
-    results = save_results(output, config, {"data": data.name, "rows": found})
+    timed = [replace(row, p50_ms=times[name].p50_ms) for name, row in rows.items()]
+    save_chart(timed, data.name, output / "sweep.png")
+    results = save_results(output, config, {"data": data.name, "rows": timed})
     print(f"\nData: {data.name}; INT8 in process, on {cpu_name()}")
-    Console().print(table_of(found))
+    Console().print(table_of(timed))
     print(f"written: {results}, {output / 'sweep.png'}")
 
 

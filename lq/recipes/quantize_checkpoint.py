@@ -1,4 +1,4 @@
-"""A Trainer's checkpoint to INT8, without training: also of a run that was interrupted.
+"""A Trainer's checkpoint to INT8, without training; also one of an interrupted run.
 
 python -m lq.recipes.quantize_checkpoint ckpt=PATH model=package.module:MyModule data=package.module:MyDataModule
 python -m lq.recipes.quantize_checkpoint ckpt=PATH model=train.py:build_model      of a QAT run, which needs no data
@@ -32,10 +32,10 @@ class Config:
     data: str | None = field(
         None, help="MODULE:NAME or FILE.py:NAME of a datamodule, or of a function that makes one or a dataloader"
     )
-    module: str | None = field(None, help="path of the submodule to quantize; found where it is not given")
+    module: str | None = field(None, help="path of the submodule to quantize; by default it is found")
     target: str | None = field(
         None,
-        help="engine family; by default what a QAT run was for, or auto: this CPU's",
+        help="engine family; by default that of the QAT run, or auto: this CPU's",
         choices=(None, *TARGET_CHOICES),
     )
     calibrator: str | None = field(None, help="minmax, moving_average, percentile, mse, entropy; the best by default")
@@ -76,7 +76,7 @@ def plan(config: Config) -> str:
 
 
 def _find(name: str, key: str) -> Callable[..., Any]:
-    """What ``MODULE:NAME`` or ``FILE.py:NAME`` names."""
+    """The object that ``MODULE:NAME`` or ``FILE.py:NAME`` names."""
     place, _, attribute = name.rpartition(":")
     try:
         if place.endswith(".py"):
@@ -86,10 +86,10 @@ def _find(name: str, key: str) -> Callable[..., Any]:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-        found: Any = module
+        member: Any = module
         for part in attribute.split("."):
-            found = getattr(found, part)
-        return found  # type: ignore[no-any-return]
+            member = getattr(member, part)
+        return member  # type: ignore[no-any-return]
     except (ImportError, AttributeError, ValueError, OSError) as error:
         raise ConfigError(f"{key}={name!r}: {error}; give MODULE:NAME or FILE.py:NAME") from error
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from lq.results.report import timed
 from lq.util.display import as_text
 
-#: Signal-to-quantization-noise ratios lie within ± this many decibels: JSON knows no infinity, and float32 itself
+#: Signal-to-quantization-noise ratios lie within ± this many decibels: JSON has no infinity, and float32 itself
 #: has no more than 150.
 SQNR_LIMIT_DB = 200.0
 
@@ -20,7 +20,7 @@ SQNR_LIMIT_DB = 200.0
 #: each makes about a twentieth (0.2 dB).
 MIN_GAIN_DB = 1.0
 
-#: Bytes by which an element of a weight grows.
+#: Bytes by which an element of a weight grows in float.
 _FLOAT32_OVER_INT8 = 3
 
 
@@ -41,18 +41,18 @@ class LayerAnalysis:
         parameters: elements of its weight and bias.
         weight_sqnr_db: of the weight, with batch norm folded, against its rounded self.
         input_sqnr_db: of the input as the float model has it, against itself rounded and clipped.
-        output_sqnr_db: of the output in the float model against that in the INT8 model, the errors of all layers in
-            front included.
+        output_sqnr_db: of the output in the float model against that in the INT8 model, including the errors of all
+            earlier layers.
         cosine: cosine similarity of these two outputs, in [-1, 1].
         clipped: share of the input's values more than half a step outside the range, in [0, 1].
         range: smallest and largest real value on the grid of the input.
-        observed: smallest and largest value of the input in the analysed data.
+        observed: smallest and largest value of the input in the analyzed data.
         only_sqnr_db: of the model's outputs where this layer alone is quantized. The lower, the more sensitive.
         all_but_sqnr_db: of the model's outputs where all layers but this one are quantized. None also where leaving it
             in float would need the range of a tensor that has no statistics.
         float_ms: time in the float model, milliseconds per sample.
         int8_ms: time in the INT8 model, likewise.
-        weights: elements of its weight alone; 0 where it is no convolution or linear layer.
+        weights: elements of its weight alone; 0 where it is not a convolution or linear layer.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Analysis:
         samples: how many samples were looked at.
         output_sqnr_db: of the model's outputs, float against INT8.
         layers: in the order of the graph.
-        left_out: names of the layers in INT8 whose sensitivity was not measured, or not wholly, for lack of time.
+        left_out: names of the layers in INT8 whose sensitivity was not measured, or not completely, for lack of time.
     """
 
     model: str
@@ -122,8 +122,8 @@ class Analysis:
     def by_harm(self) -> tuple[LayerAnalysis, ...]:
         """The layers in INT8, the most harmful first, and then those in float.
 
-        The most harmful one is that which alone leaves the least of the outputs' SQNR. Where sensitivity was not
-        measured, it is the one with the smallest SQNR of its weight or input.
+        The most harmful one leaves the smallest SQNR of the outputs when it alone is quantized. Where sensitivity was
+        not measured, it is the one with the smallest SQNR of its weight or input.
         """
 
         def harm(layer: LayerAnalysis) -> tuple[bool, float]:
@@ -134,13 +134,13 @@ class Analysis:
         return tuple(sorted(self.layers, key=harm))
 
     def advice(self, limit: int = 3) -> tuple[Advice, ...]:
-        """The layers whose stay in float gains most, the best first; none that gains less than :data:`MIN_GAIN_DB`.
+        """The layers that gain most from staying in float, best first; none that gains less than :data:`MIN_GAIN_DB`.
 
         Each gain is that of one layer alone: two layers together may gain more or less than the sum. Empty where
         sensitivity was not measured.
 
         Args:
-            limit: at most so many.
+            limit: how many at most.
 
         Raises:
             ValueError: where ``limit`` is negative.
@@ -151,8 +151,8 @@ class Analysis:
         for layer in self.layers:
             if layer.in_int8 and layer.all_but_sqnr_db is not None:
                 calls.setdefault(layer.name, []).append(layer)
-        found = [self._advice(name, rows) for name, rows in calls.items()]
-        worth = [advice for advice in found if advice.gain_db >= MIN_GAIN_DB]
+        candidates = [self._advice(name, rows) for name, rows in calls.items()]
+        worth = [advice for advice in candidates if advice.gain_db >= MIN_GAIN_DB]
         return tuple(sorted(worth, key=lambda advice: -advice.gain_db)[:limit])
 
     def _advice(self, name: str, calls: list[LayerAnalysis]) -> Advice:
@@ -188,7 +188,7 @@ class Analysis:
 
     @property
     def left_out_text(self) -> str:
-        """What there was no time for; ``""`` where there was for all."""
+        """What there was no time for; ``""`` if nothing was left out."""
         if not self.left_out:
             return ""
         count = len({layer.name for layer in self.layers if layer.in_int8})
@@ -206,7 +206,7 @@ class Analysis:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Analysis:
-        """The analysis that :meth:`to_dict` gave, also by way of JSON."""
+        """The analysis that :meth:`to_dict` gave, also after a round trip through JSON."""
 
         def layer(row: Mapping[str, Any]) -> LayerAnalysis:
             pairs = {key: tuple(row[key]) for key in ("range", "observed") if row.get(key) is not None}

@@ -13,7 +13,7 @@ from lq.util.display import as_text
 #: A row of a table of layers, a dataclass.
 L = TypeVar("L", bound=Any)
 
-#: A layer counts as slower in INT8 where it takes so many times as long: measurements vary by a tenth.
+#: A layer counts as slower in INT8 from this ratio of times on: measurements vary by a tenth.
 SLOWER = 1.1
 
 
@@ -29,7 +29,7 @@ class LayerReport:
         input: name, scheme and range of the input's quantizer, or ``""``.
         reason: why it stays float, or ``""``.
         output: name of the tensor that leaves it, or ``""``.
-        in_process: what of it PyTorch's kernels on this machine compute in float all the same and why, or ``""``; known
+        in_process: what PyTorch's kernels on this machine still compute in float and why, or ``""``; known
             once the INT8 module has run.
         float_ms: time of one sample in the float model in PyTorch on this machine's CPU, milliseconds; None where that
             was not measured.
@@ -55,7 +55,7 @@ class LayerReport:
 
     @property
     def note(self) -> str:
-        """Why it stays in float, or what its INT8 kernel does not do for it; ``""`` where there is nothing to say."""
+        """Why it stays in float, or what its INT8 kernel does not do for it; ``""`` if there is nothing to note."""
         slower = f"slower than float: {self.int8_ms:.3g} ms, float {self.float_ms:.3g} ms" if self.is_slower else ""
         return "; ".join(text for text in (self.reason or self.in_process, slower) if text)
 
@@ -86,7 +86,7 @@ class QuantizationReport:
 
     @property
     def slower_layers(self) -> tuple[LayerReport, ...]:
-        """Those whose INT8 kernel is slower than the float layer it replaces, the greatest loss first."""
+        """Those whose INT8 kernel is slower than the float layer it replaces, the largest slowdown first."""
         slower = [layer for layer in self.layers if layer.is_slower]
         return tuple(sorted(slower, key=lambda layer: (layer.float_ms or 0.0) - (layer.int8_ms or 0.0)))
 
@@ -135,13 +135,13 @@ class QuantizationReport:
 def timed(layers: Sequence[L], times: Sequence[Mapping[str, float]]) -> tuple[L, ...]:
     """Rows of layers with their ``float_ms`` and ``int8_ms``, as far as they are there, in order."""
     return tuple(
-        replace(layer, float_ms=found.get("float_ms"), int8_ms=found.get("int8_ms"))
-        for layer, found in zip(layers, times, strict=True)
+        replace(layer, float_ms=measured.get("float_ms"), int8_ms=measured.get("int8_ms"))
+        for layer, measured in zip(layers, times, strict=True)
     )
 
 
 def slower_text(layers: Sequence[LayerReport], limit: int = 3) -> str:
-    """That INT8 is slower than float in these layers, the first few by name."""
+    """A message that INT8 is slower than float in these layers, the first few by name."""
     named = ", ".join(
         f"{layer.name} ({layer.int8_ms:.3g} ms, float {layer.float_ms:.3g} ms)" for layer in layers[:limit]
     )

@@ -15,15 +15,15 @@ from lq.schemes.targets import Operator, Residual, Target
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """How the layers of a module differ from what the target says; None is as the target says.
+    """How the layers of a module differ from the target; None means as in the target.
 
     Args:
-        weight_bits: bits of the weights, 2 to 8; stored as int8 all the same, so every engine runs them.
+        weight_bits: bits of the weights, 2 to 8; stored as int8 in any case, so every engine runs them.
         activation_bits: bits of the tensors that the module makes, 2 to 8.
-        calibrator: of the tensors that the module makes, see :func:`lq.calibrate`; whatever the others take.
+        calibrator: of the tensors that the module makes, see :func:`lq.calibrate`; independent of the others'.
 
     Raises:
-        ValueError: where an argument is none of its choices.
+        ValueError: where an argument is not one of its choices.
     """
 
     weight_bits: int | None = None
@@ -43,7 +43,7 @@ class LayerSpec:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
-#: What the user gives: by name a spec, the same as a mapping (from YAML), or None for a module that stays in float.
+#: What the user gives, by name: a spec, a mapping of its arguments (from YAML), or None for a module that stays float.
 OverridesLike = Mapping[str, "LayerSpec | Mapping[str, Any] | None"]
 
 
@@ -66,7 +66,7 @@ class Overrides:
         """What the user gave, checked.
 
         Raises:
-            ValueError: where a spec has an unknown key, or a value that is none of its choices.
+            ValueError: where a spec has an unknown key, or a value that is not one of its choices.
             TypeError: where a spec is neither a LayerSpec, a mapping nor None.
         """
         if isinstance(overrides, Overrides):
@@ -74,14 +74,14 @@ class Overrides:
         return cls(tuple((name, _spec(name, value)) for name, value in (overrides or {}).items()))
 
     def find(self, *names: str) -> LayerSpec | None:
-        """The spec of what goes by all of ``names``; the default one where nothing matches."""
-        found: list[tuple[tuple[int, int, int, str], LayerSpec | None]] = []
+        """The spec for a tensor or layer with any of ``names``; the default one if nothing matches."""
+        matches: list[tuple[tuple[int, int, int, str], LayerSpec | None]] = []
         for pattern, spec in self.specs:
             if any(_matches(pattern, name) for name in names):
                 parts = pattern.split(".")
                 literal = sum(not any(c in part for c in "*?[") for part in parts)
-                found.append(((len(parts), literal, len(pattern), pattern), spec))
-        return max(found, key=lambda item: item[0])[1] if found else LayerSpec()
+                matches.append(((len(parts), literal, len(pattern), pattern), spec))
+        return max(matches, key=lambda item: item[0])[1] if matches else LayerSpec()
 
     @property
     def calibrators(self) -> set[str]:
@@ -92,17 +92,17 @@ class Overrides:
         return self.find(name) is None
 
     def check(self, names: Iterable[str]) -> None:
-        """Refuse what matches none of the model's ``names``.
+        """Refuse patterns that match none of the model's ``names``.
 
         Raises:
-            ValueError: with names that are near.
+            ValueError: with similar names.
         """
         known = list(dict.fromkeys(names))
         for pattern, _ in self.specs:
             if not any(_matches(pattern, name) for name in known):
                 near = difflib.get_close_matches(pattern, known, n=4, cutoff=0.4) or known[:4]
                 raise ValueError(
-                    f"overrides: {pattern!r} matches nothing in the model; near are {', '.join(map(repr, near))}"
+                    f"overrides: {pattern!r} matches nothing in the model; similar are {', '.join(map(repr, near))}"
                 )
 
     def as_dict(self) -> dict[str, dict[str, Any] | None]:
@@ -112,7 +112,7 @@ class Overrides:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What each tensor of a model is rounded to: as the target says, but for the overrides.
+    """What each tensor of a model is rounded to: as the target says, except for the overrides.
 
     Args:
         target: the engine family.
@@ -141,7 +141,7 @@ class Scheme:
         return _with_bits(self.target.activation, spec.activation_bits)
 
     def calibrator(self, *names: str) -> Calibrator | None:
-        """The calibrator that a tensor has, whatever the others take; None for theirs."""
+        """A tensor's own calibrator; None for the common one."""
         spec = self.overrides.find(*names) or LayerSpec()
         return None if spec.calibrator is None else get_calibrator(spec.calibrator)
 
@@ -156,7 +156,9 @@ def _spec(name: str, value: Any) -> LayerSpec | None:
     known = [f.name for f in fields(LayerSpec)]
     for key in value:
         if key not in known:
-            raise ValueError(f"overrides: {name!r} has an unknown key {key!r}; choose of {', '.join(map(repr, known))}")
+            raise ValueError(
+                f"overrides: {name!r} has an unknown key {key!r}; choose from {', '.join(map(repr, known))}"
+            )
     return LayerSpec(**value)
 
 
@@ -167,7 +169,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def _with_bits(spec: QuantSpec, bits: int | None) -> QuantSpec:
-    """``spec`` with no more than so many bits; one that is narrower already stays as it is."""
+    """``spec`` with at most so many bits; one that is narrower already stays as it is."""
     if bits is None:
         return spec
     if not spec.symmetric:

@@ -1,4 +1,4 @@
-"""Targets: what an INT8 engine wants, as frozen tables. The placement of quantizers reads them."""
+"""Targets: what an INT8 engine needs, as frozen tables that the placement of quantizers reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from lq.numerics.spec import QuantSpec
 from lq.util.cpu import architecture, has_vnni, is_arm, is_x86
 
-#: How a residual add ``conv(x) + y`` is computed. ``"fused"``: by the convolution's kernel on its way out, so that only
+#: How a residual add ``conv(x) + y`` is computed. ``"fused"``: by the convolution's kernel, so that only
 #: ``y`` is quantized. ``"operands"``: by a kernel of its own, so that both operands and the sum are.
 Residual = Literal["fused", "operands"]
 
@@ -45,7 +45,7 @@ class Target:
         return self.name
 
 
-#: TensorRT takes no zero point but 0, and the whole range of int8 for activations.
+#: TensorRT takes only the zero point 0, and the whole range of int8 for activations.
 _INT8_SYMMETRIC = QuantSpec(torch.int8, -128, 127, symmetric=True)
 
 _UINT8_AFFINE = QuantSpec(torch.uint8, 0, 255, symmetric=False)
@@ -53,7 +53,7 @@ _UINT8_AFFINE = QuantSpec(torch.uint8, 0, 255, symmetric=False)
 #: ARM multiplies signed bytes; the grid is that of uint8, 128 lower.
 _INT8_AFFINE = QuantSpec(torch.int8, -128, 127, symmetric=False)
 
-#: The narrow range: -w is on the grid wherever w is, so folding a batch norm with a negative weight stays exact.
+#: The narrow range: -w is on the grid whenever w is, so folding a batch norm with a negative weight stays exact.
 _INT8_PER_CHANNEL = QuantSpec(torch.int8, -127, 127, symmetric=True, ch_axis=0)
 
 #: Two products of a uint8 and a 7-bit weight fit the 16-bit sums of `vpmaddubsw`: 255 * 64 * 2 = 32640 < 2**15.
@@ -79,7 +79,7 @@ ONNXRUNTIME = Target(
     activation=_UINT8_AFFINE,
     weight=_INT8_PER_CHANNEL,
     residual="operands",
-    # Its convolutions are INT8 where their outputs are, and do nothing on their way out but clamp.
+    # Its convolutions are INT8 where their outputs are, and do nothing to their outputs but clamp.
     operators=get_args(Operator),
 )
 
@@ -101,7 +101,7 @@ XNNPACK = Target(
 TARGETS: dict[str, Target] = {target.name: target for target in (X86, X86_AVX2, ONNXRUNTIME, TENSORRT, XNNPACK)}
 
 
-#: The name that stands for what this machine's CPU wants.
+#: The name for the target of this machine's CPU.
 AUTO_TARGET = "auto"
 
 #: What a user may type.
@@ -109,9 +109,9 @@ TARGET_CHOICES = (AUTO_TARGET, *TARGETS)
 
 
 def native_target() -> tuple[Target, str]:
-    """The target that this machine's CPU wants, and why."""
+    """The target for this machine's CPU, and why."""
     if is_x86():
-        # Asked of the kernels, not of the CPU: ONEDNN_MAX_CPU_ISA may cap what they use.
+        # Depends on the kernels, not the CPU: ONEDNN_MAX_CPU_ISA may limit what they use.
         return (X86, "this CPU has VNNI") if has_vnni() else (X86_AVX2, "this CPU has no VNNI")
     if is_arm():
         return XNNPACK, "this is an ARM CPU"
@@ -119,7 +119,7 @@ def native_target() -> tuple[Target, str]:
 
 
 def get_target(target: str | Target) -> Target:
-    """The target called ``target``, ``"auto"`` for what this machine's CPU wants; a :class:`Target` is handed through.
+    """The target called ``target``, ``"auto"`` for this machine's CPU; a :class:`Target` is returned as it is.
 
     Raises:
         ValueError: where no target has that name.

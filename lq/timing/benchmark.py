@@ -42,8 +42,8 @@ class BenchmarkRow:
         p50_ms: median time of a call, milliseconds.
         p95_ms: 95th percentile, milliseconds.
         throughput: samples per second at the median.
-        speedup: the float model's median over this one's; None without a float model.
-        memory_mb: peak resident memory over that of the process before the model was loaded, 10^6 bytes.
+        speedup: the float model's median divided by this one's; None without a float model.
+        memory_mb: peak resident memory beyond that of the process before the model was loaded, 10^6 bytes.
         file_mb: size of the file, 10^6 bytes; of the parameters and buffers for the float model.
         top1_agreement: share of the samples with the float model's class, in [0, 1]; None without a float model.
     """
@@ -117,7 +117,7 @@ class Benchmark:
         write_atomically(Path(path), write)
 
     def save_chart(self, path: str | Path) -> None:
-        """Write a bar chart of the median times, a panel for each batch size and number of threads, to a picture."""
+        """Write a bar chart of the median times, a panel for each batch size and number of threads, as an image."""
         groups = list(dict.fromkeys((row.batch_size, row.threads) for row in self.rows))
         most = max(sum((row.batch_size, row.threads) == group for row in self.rows) for group in groups)
         figure = Figure(figsize=(8, len(groups) * (0.9 + 0.32 * most)), layout="constrained")
@@ -151,14 +151,14 @@ def benchmark(
 ) -> Benchmark:
     """Measure exported networks on every runtime that is installed, taking turns, each in a process of its own.
 
-    A script that calls this needs the usual ``if __name__ == "__main__":``, for the processes import it.
+    A script that calls this needs the usual ``if __name__ == "__main__":``, because the processes import it.
 
     Args:
         models: files from :func:`lq.export`, of networks with one input.
-        float_model: what they were made from: measured in PyTorch eager, and asked for the classes to agree with. It
-            travels to its process, so it must pickle.
-        folded: measure it as the files have it but for INT8, too: with batch norm folded, and without the weights
-            that meet nothing but padding at the samples' size. That gain is not INT8's.
+        float_model: what they were made from: measured in PyTorch eager, and the reference for the agreement of
+            classes. It is sent to another process, so it must pickle.
+        folded: also measure it as the files have it, except in float: with batch norm folded, and without the weights
+            that meet only padding at the samples' size. That gain is not due to INT8.
         batch_sizes: samples in one call.
         threads: numbers of CPU threads; by default torch's own.
         runtimes: those to measure; by default all that are installed.
@@ -167,7 +167,7 @@ def benchmark(
 
     Raises:
         FileNotFoundError: where a file does not exist.
-        ValueError: where an argument is none of its choices, or ``float_model`` does not pickle.
+        ValueError: where an argument is not one of its choices, or ``float_model`` does not pickle.
     """
     for name in runtimes or ():
         if name not in RUNTIMES:
@@ -202,10 +202,12 @@ def benchmark(
             for path, runtime in pairs:
                 contenders[f"{names[path]}, {runtime}"] = partial(load, path, runtime, threads=count)
             inputs = samples.repeat(-(-batch_size // len(samples)), *[1] * (samples.dim() - 1))[:batch_size]
-            found = race(contenders, [inputs], threads=count, seconds=seconds, samples=list(samples.split(batch_size)))
-            reference = found.get(FLOAT)
+            results = race(
+                contenders, [inputs], threads=count, seconds=seconds, samples=list(samples.split(batch_size))
+            )
+            reference = results.get(FLOAT)
             sizes = {f"{names[path]}, {runtime}": path.stat().st_size for path, runtime in pairs}
-            for name, result in found.items():
+            for name, result in results.items():
                 if isinstance(result, ContenderError):
                     failures[f"{name}, batch {batch_size}"] = str(result)
                     continue
@@ -219,7 +221,7 @@ def _pickle(model: nn.Module) -> bytes:
         return pickle.dumps(model)
     except Exception as error:
         raise ValueError(
-            f"float_model is a {type(model).__name__} that cannot be sent to a process of its own: {error}"
+            f"float_model is a {type(model).__name__} that cannot be sent to another process: {error}"
         ) from error
 
 
@@ -229,7 +231,7 @@ def _unpickle(model: bytes) -> nn.Module:
 
 
 def _distinct_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """The files' names, with their folders where two are called alike."""
+    """The files' names, with their folders where two have the same name."""
     alike = {path.name for path in paths if sum(other.name == path.name for other in paths) > 1}
     return {path: str(path) if path.name in alike else path.name for path in paths}
 
@@ -238,7 +240,7 @@ def _random_samples(path: Path, runtime: str, count: int) -> Tensor:
     metadata = load(path, runtime).metadata
     assert metadata is not None
     if len(metadata.tensors) != 1:
-        raise ValueError(f"path={str(path)!r} takes {len(metadata.tensors)} inputs; the benchmark knows one alone")
+        raise ValueError(f"path={str(path)!r} takes {len(metadata.tensors)} inputs; the benchmark supports only one")
     shape = metadata.tensors[0].shape
     if None in shape[1:]:
         raise ValueError(f"path={str(path)!r} takes inputs of any size; give samples=..., or an ONNX file first")
@@ -249,7 +251,9 @@ def _state_bytes(model: nn.Module) -> int:
     return sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
 
-def _row(name: str, found: Measurement, reference: Any, batch_size: int, threads: int, size_bytes: int) -> BenchmarkRow:
+def _row(
+    name: str, measured: Measurement, reference: Any, batch_size: int, threads: int, size_bytes: int
+) -> BenchmarkRow:
     model, _, runtime = name.rpartition(", ")
     compares = isinstance(reference, Measurement)
     return BenchmarkRow(
@@ -257,11 +261,11 @@ def _row(name: str, found: Measurement, reference: Any, batch_size: int, threads
         runtime=runtime if model else "eager",
         batch_size=batch_size,
         threads=threads,
-        p50_ms=found.timing.p50_ms,
-        p95_ms=found.timing.p95_ms,
-        throughput=found.timing.throughput,
-        speedup=reference.timing.p50_ms / found.timing.p50_ms if compares else None,
-        memory_mb=found.memory_bytes / 1e6,
+        p50_ms=measured.timing.p50_ms,
+        p95_ms=measured.timing.p95_ms,
+        throughput=measured.timing.throughput,
+        speedup=reference.timing.p50_ms / measured.timing.p50_ms if compares else None,
+        memory_mb=measured.memory_bytes / 1e6,
         file_mb=size_bytes / 1e6,
-        top1_agreement=float((found.classes == reference.classes).double().mean()) if compares else None,
+        top1_agreement=float((measured.classes == reference.classes).double().mean()) if compares else None,
     )

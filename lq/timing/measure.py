@@ -1,4 +1,4 @@
-"""How long a forward takes, of several contenders side by side."""
+"""How long a forward takes, for several contenders side by side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lq.timing.turns import PAUSE, TURN, Turns
 #: About how long to measure, seconds.
 SECONDS = 2.0
 
-#: Turns of each contender at least, however long they take.
+#: Least number of turns of each contender, however long they take.
 _FEWEST = 3
 
 
@@ -50,16 +50,16 @@ def measure(
     *,
     seconds: float | None = None,
 ) -> dict[str, Timing]:
-    """Time each contender on the same inputs, in this process, taking turns: a noisy neighbour disturbs all alike.
+    """Time each contender on the same inputs, in this process, taking turns, so that noise disturbs all alike.
 
-    Each has some calls in a row, of which the first go untimed, and a pause follows, in which the threads of one engine
-    come to rest before those of another are asked.
+    A turn is some calls in a row, the first ones untimed, and a pause, in which the threads of one engine come to rest
+    before another one's run.
 
     Args:
         contenders: callables by name.
         inputs: their arguments, by name.
         batch_size: samples in one call.
-        seconds: about how long to measure in all, :data:`SECONDS` by default; each has 3 turns at least.
+        seconds: about how long to measure in total, :data:`SECONDS` by default; each has at least 3 turns.
     """
     seconds = SECONDS if seconds is None else seconds
     length = min(TURN, seconds / (_FEWEST * max(1, len(contenders))))
@@ -74,4 +74,4 @@ def measure(
             times[name] += turns[name].turn()
             time.sleep(PAUSE)
         rounds += 1
-    return {name: Timing.of(found, batch_size) for name, found in times.items()}
+    return {name: Timing.of(durations, batch_size) for name, durations in times.items()}

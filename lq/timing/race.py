@@ -1,8 +1,8 @@
 """Timing contenders side by side, each in a process of its own.
 
-Engines bring thread pools and settings that get in each other's way in one process, and what one takes of memory cannot
-be told from what another does. So each contender lives in a process, and the processes take turns: a noisy neighbour
-disturbs all alike, and ratios hold where milliseconds do not.
+In one process, engines' thread pools and settings interfere with each other, and their memory cannot be measured
+separately. So each contender lives in its own process, and the processes take turns: noise disturbs all alike, and
+ratios hold where milliseconds do not.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Measurement:
 
     Args:
         timing: wall time of a call.
-        memory_bytes: peak resident memory of its process over what it was before the model was loaded.
-        classes: index of the largest output of each sample it was asked about.
+        memory_bytes: peak resident memory of its process beyond what it was before the model was loaded.
+        classes: index of the largest output of each sample.
     """
 
     timing: Timing
@@ -55,30 +55,30 @@ def race(
     """Time contenders on the same inputs, taking turns.
 
     Args:
-        contenders: by name, what makes the model in its process; called there, so it must pickle.
+        contenders: by name, a function that makes the model; called in its process, so it must pickle.
         inputs: the arguments of a call: tensors whose first axis is the batch.
         threads: how many CPU threads torch has in each process (other engines take their own settings), or None for
             its own choice.
         seconds: about how long to time each contender.
-        sleep: seconds to sleep before each call that is timed, as a server does that waits for requests: threads that
-            have gone to sleep wake up again, which costs some engines more than the call itself.
-        samples: arguments of further calls, of which only the classes are kept.
+        sleep: seconds to sleep before each call that is timed, as in a server that waits for requests: threads that
+            have gone to sleep have to wake up, which costs some engines more than the call itself.
+        samples: arguments of further calls, from which only the classes are kept.
 
     Returns:
         A measurement for each contender, or what went wrong in its process.
     """
     context = multiprocessing.get_context("spawn")
-    found: dict[str, Measurement | ContenderError] = {}
+    results: dict[str, Measurement | ContenderError] = {}
     with ExitStack() as stack:
         runners: dict[str, _Runner] = {}
         for name, make in contenders.items():
             runners[name] = stack.enter_context(_Runner(context, name, make, threads))
-        # One after another: compiling and loading on all cores at once is how machines run out of memory.
+        # One after another: compiling and loading on all cores at once can exhaust the memory.
         for name, runner in list(runners.items()):
             try:
                 runner.call("prepare", (tuple(inputs), sleep))
             except ContenderError as error:
-                found[name] = error
+                results[name] = error
                 del runners[name]
         times: dict[str, list[float]] = {name: [] for name in runners}
         order = list(runners)
@@ -91,7 +91,7 @@ def race(
                 try:
                     times[name] += runners[name].call("turn", None)
                 except ContenderError as error:
-                    found[name] = error
+                    results[name] = error
                     order.remove(name)
                 time.sleep(PAUSE)
             rounds += 1
@@ -99,10 +99,10 @@ def race(
             try:
                 memory = runners[name].call("memory", None)
                 classes = torch.from_numpy(runners[name].call("classes", tuple(samples)))
-                found[name] = Measurement(Timing.of(times[name], len(tree_leaves(inputs)[0])), memory, classes)
+                results[name] = Measurement(Timing.of(times[name], len(tree_leaves(inputs)[0])), memory, classes)
             except ContenderError as error:
-                found[name] = error
-    return {name: found[name] for name in contenders}
+                results[name] = error
+    return {name: results[name] for name in contenders}
 
 
 class _Runner:
@@ -127,7 +127,7 @@ class _Runner:
 
     def call(self, what: str, argument: Any) -> Any:
         """Let the process do something, and wait for its answer."""
-        # Arrays, not tensors: those would travel through shared memory and its limits.
+        # Arrays, not tensors, which would go through shared memory and its limits.
         argument = tree_map(lambda value: value.numpy() if isinstance(value, Tensor) else value, argument)
         try:
             self._connection.send((what, argument))
@@ -176,18 +176,18 @@ class _Server:
         return self._memory
 
     def classes(self, samples: tuple[Any, ...]) -> np.ndarray:
-        found = [np.empty(0, dtype=np.int64)]
+        classes = [np.empty(0, dtype=np.int64)]
         for batch in samples:
             arguments = batch if isinstance(batch, tuple) else (batch,)
             scores = tree_leaves(self._model(*tree_map(torch.from_numpy, arguments)))[0]
-            found.append(np.asarray(scores.argmax(1)))
-        return np.concatenate(found)
+            classes.append(np.asarray(scores.argmax(1)))
+        return np.concatenate(classes)
 
 
 def _memory(key: str) -> int:
-    """Resident memory of this process in bytes: ``"VmRSS"`` now, ``"VmHWM"`` at its peak; 0 where that is not told.
+    """Resident memory of this process in bytes: ``"VmRSS"`` now, ``"VmHWM"`` at its peak; 0 if not reported.
 
-    Not ``getrusage``, whose peak is that of the parent for a process that was just started from it.
+    Not ``getrusage``, whose peak is the parent's for a process that was just started from it.
     """
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():

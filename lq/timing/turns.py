@@ -1,4 +1,4 @@
-"""A contender's turns: calls in a row that are timed, after calls that are not."""
+"""A contender's turns: timed calls in a row, after untimed ones."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-#: A turn lasts about so long, seconds.
+#: About how long a turn lasts, seconds.
 TURN = 0.05
 
-#: Untimed calls that a turn opens with, for the caches belonged to another; a call that fills a turn needs none.
+#: Untimed calls at the start of a turn, to refill the caches; a call that fills a turn needs none.
 _REWARM = 2
 
-#: Untimed calls before the first turn, while they have taken less than so many seconds: compilers and kernel caches are
-#: busy with the first ones.
+#: Untimed calls before the first turn, as long as they have taken less than so many seconds: the first ones keep
+#: compilers and kernel caches busy.
 _WARMUP, _WARMUP_SECONDS = 3, 1.0
 
-#: Calls of one turn at most, and where each of them comes after a sleep.
+#: Most calls of one turn, and the same where each call comes after a sleep.
 _MOST, _MOST_AFTER_SLEEP = 100, 10
 
-#: Between turns, seconds: thread pools go on spinning for a while after their last task.
+#: Pause between turns, seconds: thread pools keep spinning for a while after their last task.
 PAUSE = 0.01
 
 
 class Turns:
-    """Times calls of one contender, a turn at a time, so that others can have theirs between.
+    """Times calls of one contender, a turn at a time, so that others can have theirs in between.
 
     Args:
         call: a call of it; warmed up here.
-        sleep: seconds before each timed call: the threads of a server that waits for requests have gone to sleep.
-        length: seconds that a turn lasts, about.
+        sleep: seconds before each timed call: in a server that waits for requests, threads have gone to sleep.
+        length: about how many seconds a turn lasts.
     """
 
     def __init__(self, call: Callable[[], Any], sleep: float = 0.0, length: float = TURN) -> None:

@@ -1,4 +1,4 @@
-"""Zip archives from strangers: looked at before anything is unpacked, and unpacked no further than was looked at."""
+"""Zip archives from untrusted sources: checked before anything is unpacked, and unpacked only as far as checked."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
-#: Zip containers that Python and torch read; a file that starts otherwise is none of them.
+#: Zip containers that Python and torch read; a file that starts differently is not one.
 _MAGIC = b"PK"
 
-#: More members than any file that lq reads has: a data set of a million images.
+#: More members than any file has that lq reads: a data set of a million images.
 MAX_MEMBERS = 2_000_000
 
 _UNPACKED = (zipfile.ZIP_STORED,)
@@ -26,9 +26,9 @@ def checked_members(
     """The files in an archive by name, folders left out.
 
     Args:
-        archive: opened to be read.
+        archive: open for reading.
         max_bytes: what all members may unpack to together, for an archive that may be compressed; None for one whose
-            members have to be stored as they are, as torch writes them, and so cannot unpack to more than the file is.
+            members must be stored uncompressed, as torch writes them, and so cannot unpack to more than the file.
         max_members: how many there may be.
 
     Raises:
@@ -56,7 +56,7 @@ def checked_members(
         members[name] = info
     packed = sum(info.compress_size for info in infos)
     length = _length(archive.fp)
-    if packed > length:  # members that share their bytes
+    if packed > length:  # members that overlap
         raise ValueError(f"its members take {packed} bytes of the {length} that it has")
     unpacked = sum(info.file_size for info in infos)
     if max_bytes is not None and unpacked > max_bytes:
@@ -78,12 +78,12 @@ def read_members(file: str | Path | IO[bytes]) -> dict[str, bytes]:
 
 
 def check_torch_archive(path: Path) -> None:
-    """Verify the checksums of what ``torch.save`` wrote, which ``torch.load`` does not look at.
+    """Verify the checksums of what ``torch.save`` wrote, which ``torch.load`` ignores.
 
-    A file that is no zip archive, as older versions of torch wrote it, is let through.
+    A file that is not a zip archive, as older versions of torch wrote it, is accepted.
 
     Raises:
-        ValueError: where it is damaged, or unpacks to more than it is; the message names the path.
+        ValueError: where it is damaged, or unpacks to more than its size; the message names the path.
     """
     with path.open("rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:

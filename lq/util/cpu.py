@@ -36,7 +36,7 @@ def has_onednn_int8() -> bool:
 
 @cache
 def cpu_name() -> str:
-    """The CPU as a person would call it, with the number of cores that this process may use."""
+    """The CPU's model name, with the number of cores that this process may use."""
     name = platform.processor() or platform.machine()
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -52,10 +52,10 @@ def cpu_name() -> str:
 def has_vnni() -> bool:
     """Whether the INT8 kernels sum products in 32 bits (AVX512-VNNI, AVX-VNNI, AMX).
 
-    Without, oneDNN sums pairs of products in 16 bits with saturation: an 8-bit activation times an 8-bit weight,
-    twice, does not fit there, and large sums come out wrong (oneDNN guide, "Nuances of int8 computations"). What the
-    CPU has is not what the kernels use, which ``ONEDNN_MAX_CPU_ISA`` in the environment caps. So the kernels are asked,
-    where there are any.
+    Otherwise oneDNN sums pairs of products in 16 bits with saturation: two products of an 8-bit activation and an 8-bit
+    weight do not fit, and large sums come out wrong (oneDNN guide, "Nuances of int8 computations"). The kernels may
+    use less than the CPU has (``ONEDNN_MAX_CPU_ISA`` in the environment limits it), so they are tried, where there are
+    any.
     """
     if has_onednn_int8():
         return _sums_in_32_bits()
@@ -67,7 +67,7 @@ def has_vnni() -> bool:
 
 
 def _sums_in_32_bits() -> bool:
-    """Whether a convolution and a linear layer of the largest integers give what they should."""
+    """Whether a convolution and a linear layer of the largest integers give the right sums."""
     channels, onednn = 64, torch.ops.onednn
     q, weight = torch.full((1, channels), 255, dtype=torch.uint8), torch.full((16, channels), 127, dtype=torch.int8)
     scales, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int32)
@@ -78,12 +78,12 @@ def _sums_in_32_bits() -> bool:
     image = q.reshape(1, channels, 1, 1).expand(1, channels, 4, 4).contiguous(memory_format=torch.channels_last)
     packed = onednn.qconv_prepack(weight[:, :, None, None], scales, 1.0, 0, *geometry, list(image.shape))
     convolution = onednn.qconv2d_pointwise(image, 1.0, 0, packed, scales, zeros, None, *geometry, *out)
-    return all(bool((found == 255 * 127 * channels).all()) for found in (linear, convolution))
+    return all(bool((sums == 255 * 127 * channels).all()) for sums in (linear, convolution))
 
 
 @contextmanager
 def torch_threads(threads: int | None) -> Iterator[None]:
-    """Let torch use so many threads, and as many as before afterwards; None changes nothing."""
+    """Let torch use so many threads, and restore the number afterwards; None changes nothing."""
     if threads is None:
         yield
         return

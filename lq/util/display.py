@@ -1,4 +1,4 @@
-"""How tables and sizes are put into words."""
+"""Tables and sizes as text."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import distributed as dist
 
-#: Longer than any conversion or evaluation that the others wait for; where a process dies its connections break.
+#: Longer than any conversion or evaluation that the others wait for; if a process dies, its connections break.
 _PATIENCE = timedelta(days=7)
 
 
@@ -20,21 +20,21 @@ def world_size() -> int:
 
 @contextmanager
 def agreed(what: str) -> Iterator[None]:
-    """Leave the body together: every process waits for the others, and where one fails, all do.
+    """Leave the body together: every process waits for the others, and if one fails, all do.
 
-    Without this, a process that raises lets the others wait in their next collective operation until it times out.
+    Without this, a process that raises leaves the others waiting in their next collective operation until it times out.
     All processes have to enter it, and the body must hold no collective operation that a failure would skip.
 
     Args:
         what: what the body does, for the message: ``"calibrating"``.
 
     Raises:
-        RuntimeError: where the body went well here and failed in another process, with that one's error.
+        RuntimeError: where the body succeeded here and failed in another process, with that process's error.
     """
     if world_size() == 1:
         yield
         return
-    # Waiting takes as long as the work of the slowest, which a GPU's collectives would give up on after minutes.
+    # Waiting takes as long as the slowest process, but a GPU's collectives give up after minutes.
     group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
     failure: BaseException | None = None
     try:

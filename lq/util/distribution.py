@@ -1,4 +1,4 @@
-"""The package as pip knows it: on the index, the name ``lq`` is another project's."""
+"""The package as pip knows it: on the index, ``lq`` is the name of another project."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that belong together: all of a folder's set are the old ones, or all are the new ones, at every instant."""
+"""Files that belong together: at every instant all of a folder's set are old, or all are new."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 from lq.util.files import leftovers, staging
 
-#: Where a staging folder has the new set, and the old one once they have changed places.
+#: The place of the new set in a staging folder, and of the old one once they are swapped.
 _NEW = "new"
 
-#: Where it has the old one while two renames change their places.
+#: The place of the old set in it while two renames swap them.
 _OLD = "old"
 
 # Linux, linux/fs.h and fcntl.h.
@@ -23,22 +23,22 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 @contextmanager
 def replaced_as_a_whole(folder: Path, names: Collection[str]) -> Iterator[Path]:
-    """A folder to write a set of files in that takes the place of the one in ``folder`` when the body has ended.
+    """A folder to write a set of files in, which replaces the set in ``folder`` when the body ends.
 
     Files of the set that the body does not write are gone afterwards; whatever else is in ``folder`` stays. If the body
     raises, everything stays. A process that is killed leaves the old set or the new one, and what it had staged is
     removed by the next. Where ``folder`` cannot be replaced (it is a mount point, or the folder that it is in cannot be
-    written to), or holds folders, the files are replaced one by one instead: then the last of ``names`` stands only
-    while all others are the ones that belong to it.
+    written to), or holds folders, the files are replaced one by one instead: then the last of ``names`` exists only
+    while all others belong to it.
 
     Args:
-        folder: is made where it does not exist.
-        names: of the files in the set; the last is the one that speaks for the others.
+        folder: created if it does not exist.
+        names: of the files in the set; the last vouches for the others.
 
     Raises:
         OSError: where the files cannot be written or put in place.
     """
-    folder = folder.resolve()  # a link to a folder stays one
+    folder = folder.resolve()  # a link to a folder stays a link
     recover(folder, names)
     folder.mkdir(parents=True, exist_ok=True)
     beside = _is_replaceable(folder, names)
@@ -55,7 +55,7 @@ def replaced_as_a_whole(folder: Path, names: Collection[str]) -> Iterator[Path]:
 
 
 def recover(folder: Path, names: Collection[str]) -> None:
-    """Put a folder back that a killed process had out of its place, and remove what it had staged."""
+    """Restore a folder that a killed process had moved away, and remove what it had staged."""
     folder = folder.resolve()
     for stage in leftovers(folder.parent, folder.name):
         old = stage / _OLD
@@ -72,7 +72,7 @@ def recover(folder: Path, names: Collection[str]) -> None:
 
 
 def _is_replaceable(folder: Path, names: Collection[str]) -> bool:
-    """Whether the folder can change places with another: files that are not of the set have to be linked into that."""
+    """Whether the folder can be swapped with another: files outside the set have to be linked into the other one."""
     if os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK):
         return False
     others = [entry for entry in folder.iterdir() if entry.name not in names]
@@ -80,7 +80,7 @@ def _is_replaceable(folder: Path, names: Collection[str]) -> bool:
 
 
 def _link_others(folder: Path, new: Path, names: Collection[str]) -> bool:
-    """Have what is not of the set in the new folder as well; whether that went well."""
+    """Link what is outside the set into the new folder as well; whether that succeeded."""
     try:
         for entry in folder.iterdir():
             if entry.name not in names:
@@ -94,13 +94,13 @@ def _link_others(folder: Path, new: Path, names: Collection[str]) -> bool:
 
 
 def _change_places(folder: Path, new: Path, aside: Path) -> bool:
-    """Let ``new`` be ``folder``; False where the system does not let it."""
+    """Put ``new`` in place of ``folder``; False if the system does not allow it."""
     shutil.copymode(folder, new)
     if _exchange(folder, new):
         return True
     try:
         folder.rename(aside)
-    except OSError:  # a mount point that does not look like one, a folder that another program has open
+    except OSError:  # an undetected mount point, or a folder that another program has open
         return False
     try:
         new.rename(folder)
@@ -111,7 +111,7 @@ def _change_places(folder: Path, new: Path, aside: Path) -> bool:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Let two folders change places in one step, where the system has one for that."""
+    """Swap two folders in one step, where the system supports that."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, TypeError, AttributeError):  # not Linux
@@ -120,7 +120,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _return_others(old: Path, folder: Path, names: Collection[str]) -> None:
-    """Move what came into the folder while it changed places."""
+    """Move what was added to the folder while it was being swapped."""
     for entry in old.iterdir():
         if entry.name not in names and not os.path.lexists(folder / entry.name):
             with suppress(OSError):
@@ -132,7 +132,7 @@ def _replace_one_by_one(folder: Path, new: Path, names: Collection[str]) -> None
     with staging(folder, folder.name) as inside:
         for name in names:
             if (new / name).exists():
-                shutil.copyfile(new / name, inside / name)  # what can be a mount point takes no file from beside it
+                shutil.copyfile(new / name, inside / name)  # a mount point takes no renames from outside
         (folder / last).unlink(missing_ok=True)
         for name in (*others, last):
             if (inside / name).exists():

@@ -1,4 +1,4 @@
-"""Writing files so that a half-written one never stands under its final name."""
+"""Writing files so that an incomplete one never stands under its final name."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-#: Held by the process that writes into a staging folder; the system lets go of it however that process ends.
+#: Held by the process that writes into a staging folder; the system releases it however that process ends.
 _LOCK = ".lock"
 
-#: Where nothing can be locked, a staging folder is taken for a dead process's after so many seconds.
+#: Where locks are not available, a staging folder counts as abandoned after so many seconds.
 _DEAD_AFTER = 24 * 3600
 
 
@@ -43,8 +43,8 @@ def ensure_writable_dir(path: Path, argument: str) -> None:
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Call ``write`` with a file of the same name in a folder beside ``path``, and move the result to ``path``.
 
-    Whatever goes wrong (a full disk, an interrupt), nothing half-written stands under the final name. Where ``path`` is
-    a symbolic link, the link is replaced, and what it leads to stays as it is.
+    Whatever goes wrong (a full disk, an interrupt), nothing incomplete stands under the final name. Where ``path`` is
+    a symbolic link, the link is replaced, and its target stays as it is.
     """
     with staging(path.parent, path.name) as folder:
         beside = folder / path.name  # a .pt2 archive carries its own file name inside
@@ -62,9 +62,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_archive(path: Path, write: Callable[[io.BytesIO], None]) -> None:
-    """Write one of torch's zip archives, such as ``torch.save`` makes, by way of memory.
+    """Write one of torch's zip archives, such as ``torch.save`` makes, through memory.
 
-    Given a path, torch's writer does not raise on a full disk: it ends the process, and what was trained in it.
+    Given a path, torch's writer does not raise on a full disk: it ends the process, and the training is lost.
 
     Raises:
         OSError: where the file cannot be written.
@@ -76,12 +76,12 @@ def write_archive(path: Path, write: Callable[[io.BytesIO], None]) -> None:
 
 @contextmanager
 def staging(parent: Path, name: str) -> Iterator[Path]:
-    """A new folder in ``parent`` to write ``name`` in before it is moved to its place; gone afterwards.
+    """A temporary folder in ``parent`` to write ``name`` in before it is moved into place.
 
-    Those that processes left there which were killed are removed first.
+    Folders that killed processes left there are removed first.
 
     Raises:
-        OSError: where no folder can be made in ``parent``.
+        OSError: where no folder can be created in ``parent``.
     """
     remove_leftovers(parent, name)
     folder = Path(tempfile.mkdtemp(prefix=_prefix(name), dir=parent))
@@ -104,7 +104,7 @@ def leftovers(parent: Path, name: str) -> Iterator[Path]:
 
 
 def remove_leftovers(parent: Path, name: str) -> None:
-    """Remove the staging folders of ``name`` that processes left which were killed."""
+    """Remove the staging folders of ``name`` that killed processes left."""
     for folder in leftovers(parent, name):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -119,9 +119,9 @@ def _lock(folder: Path) -> IO[Any] | None:
         return None
     unlocked = folder / f"{_LOCK}.new"
     file = unlocked.open("wb")
-    with suppress(OSError):  # some network file systems cannot
+    with suppress(OSError):  # some network file systems have no locks
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        unlocked.rename(folder / _LOCK)  # only now, or another process could find it there and not locked
+        unlocked.rename(folder / _LOCK)  # only now, or another process could see it unlocked
         return file
     file.close()
     return None
@@ -135,7 +135,7 @@ def _is_dead(folder: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
     except FileNotFoundError:
-        # Killed before it could lock, or just about to lock: a minute tells them apart.
+        # Killed before it could lock, or about to lock: its age distinguishes the two.
         with suppress(OSError):
             return time.time() - folder.stat().st_mtime > 60
         return False

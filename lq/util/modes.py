@@ -1,4 +1,4 @@
-"""Temporary states of a module that are put back on the way out, whatever happens."""
+"""Temporary states of a module, restored on exit whatever happens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """``module.eval()``, and each submodule's own training flag back afterwards."""
+    """``module.eval()``; each submodule's own training flag is restored on exit."""
     flags = {submodule: submodule.training for submodule in module.modules()}
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""Silence for a while, where somebody else's code tells what is nobody's concern here."""
+"""Silencing other packages' irrelevant warnings for a while."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """No Python warnings, and from the loggers called ``names`` errors alone; as before afterwards."""
+    """No Python warnings, and only errors from the loggers called ``names``; restored on exit."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:

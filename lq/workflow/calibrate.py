@@ -1,4 +1,4 @@
-"""Calibrate: show a prepared model data, and let each quantizer take its range from what it saw."""
+"""Calibrate: run a prepared model on data, and let each quantizer take its range from what it saw."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ M = TypeVar("M", bound=nn.Module)
 #: What the user types to have the calibrator chosen.
 AUTO = "auto"
 
-#: With "auto", every so manieth batch is held out, up to so many: they only judge the calibrators.
+#: With "auto", every n-th batch is held out, up to a limit: these only judge the calibrators.
 _HELD_OUT_EVERY, _MOST_HELD_OUT = 4, 4
 
 
@@ -53,15 +53,15 @@ def calibrate(
     Args:
         model: a prepared module.
         batches: inputs for the model, for example a DataLoader: each a tensor, a tuple or list (the forward's
-            arguments, and labels or more behind them, which are left out) or a dict (its keyword arguments; other keys
+            arguments, then labels or others, which are left out) or a dict (its keyword arguments; other keys
             are left out). They are moved to the model's device.
         calibrator: how ranges follow from the statistics: ``"minmax"``, ``"moving_average"``, ``"percentile"`` (or
             ``"percentile:99.9"``), ``"mse"``, ``"entropy"`` or a
             :class:`~lq.numerics.calibrators.Calibrator`; ``"auto"`` holds a few batches out and takes the one whose
             INT8 outputs are nearest to float on them. By default the one that goes with the observer: ``"mse"`` with
             histograms.
-        num_batches: at most so many batches, or all.
-        num_samples: no further batch once so many samples were seen.
+        num_batches: how many batches at most; by default all.
+        num_samples: stop once so many samples were seen.
         forward: runs the model on one batch and returns its outputs; for batches of any other form.
         progress: whether to show a progress bar.
 
@@ -69,9 +69,9 @@ def calibrate(
         ``model`` itself.
 
     Raises:
-        CalibrationError: where there is no data, or a NaN or an infinity in what the model makes of them. After this
+        CalibrationError: where there is no data, or a NaN or an infinity in the model's values. After this
             or any other exception on the way, Ctrl-C included, the quantizers are off and the model computes in float.
-        ValueError: where ``model`` is not prepared, or an argument is none of its choices; before anything changes.
+        ValueError: where ``model`` is not prepared, or an argument is not one of its choices; before anything changes.
     """
     calibrate_and_compare(
         model,
@@ -95,7 +95,7 @@ def calibrate_and_compare(
     forward: Callable[[Any], Any] | None = None,
     progress: bool = False,
 ) -> CalibratorComparison | None:
-    """:func:`calibrate`, returning what ``calibrator="auto"`` has compared (None for any other)."""
+    """:func:`calibrate`, returning the comparison that ``calibrator="auto"`` made (None for any other)."""
     for name, limit in (("num_batches", num_batches), ("num_samples", num_samples)):
         if limit is not None and limit < 1:
             raise ValueError(f"{name}={limit} must be at least 1")
@@ -130,7 +130,7 @@ def calibrate_and_compare(
     if not auto:
         return None
     if not held_out and first is not None:
-        held_out = [first]  # of one batch nothing can be held out
+        held_out = [first]  # a single batch cannot be held out
     try:
         with evaluating(model), torch.no_grad():
             comparison = choose_calibrator(model, [functools.partial(run, batch) for batch in held_out])
@@ -143,9 +143,9 @@ def calibrate_and_compare(
 
 @contextmanager
 def observing(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model`` computes in float, in evaluation mode, and its activations are watched, from nothing on.
+    """Inside the context, ``model`` computes in float, in evaluation mode, and its activations are watched afresh.
 
-    If the body raises, the quantizers are off, and what they saw so far is forgotten.
+    If the body raises, the quantizers are off, and their statistics are reset.
     """
     for quantizer in quantizers(model).values():
         quantizer.observer.reset()
@@ -171,7 +171,7 @@ def batch_size(batch: Any) -> int:
 
 
 def _limit(batches: Iterable[Any], num_batches: int | None, num_samples: int | None) -> Iterator[Any]:
-    """``batches`` until there were so many of them, or so many samples in them (whole batches)."""
+    """``batches`` up to a number of them, or of samples in them (whole batches)."""
     samples = 0
     for index, batch in enumerate(batches, start=1):
         yield batch
@@ -183,10 +183,10 @@ def _limit(batches: Iterable[Any], num_batches: int | None, num_samples: int | N
 def _expected_batches(
     batches: Iterable[Any], first: Any, num_batches: int | None, num_samples: int | None
 ) -> int | None:
-    """How many batches there will be, as far as one can tell."""
+    """How many batches there will be, as far as that is known."""
     limits = [] if num_batches is None else [num_batches]
     if isinstance(batches, Sized):
-        with suppress(TypeError):  # a DataLoader has a length but of an iterable data set it does not know it
+        with suppress(TypeError):  # a DataLoader has __len__, but with an iterable data set it raises
             limits.append(len(batches))
     if num_samples is not None and batch_size(first):
         limits.append(math.ceil(num_samples / batch_size(first)))
@@ -208,7 +208,7 @@ def _check_ranges(model: nn.Module) -> None:
 
 
 def default_forward(model: nn.Module) -> Callable[[Any], Any]:
-    """What runs a prepared ``model`` on one batch of the forms that :func:`calibrate` takes."""
+    """A function that runs a prepared ``model`` on one batch, in the forms that :func:`calibrate` takes."""
     prepared = prepared_forward(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     arguments = {**prepared.inputs, **prepared.settings}
@@ -241,7 +241,7 @@ def default_forward(model: nn.Module) -> Callable[[Any], Any]:
 
 
 def _alike(value: Any, example: Any) -> bool:
-    """Whether it is a tensor of as many axes, and of numbers of the same kind, where the example is one."""
+    """Whether it is a tensor with as many axes and the same kind of numbers, if the example is one."""
     if not isinstance(example, Tensor):
         return True
     if not isinstance(value, Tensor):

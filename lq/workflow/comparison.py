@@ -1,4 +1,4 @@
-"""Which calibrator serves a model best."""
+"""Which calibrator suits a model best."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SQNR = "output_sqnr_db"
 
 @dataclass(frozen=True)
 class CalibratorComparison:
-    """What a model is worth with each calibrator; ``str(comparison)`` is a table.
+    """A model's metrics with each calibrator; ``str(comparison)`` is a table.
 
     Args:
         scores: metrics by name, by calibrator.
@@ -49,7 +49,7 @@ class CalibratorComparison:
         if metric not in names:
             raise ValueError(f"metric={metric!r} was not measured; choose one of {', '.join(map(repr, names))}")
         sign = -1.0 if smallest else 1.0
-        # Not a number is worse than any: a broken model must not win.
+        # A NaN is worse than any number: a broken model must not win.
         return max(self.scores, key=lambda name: (not math.isnan(v := self.scores[name][metric]), sign * v))
 
     def table(self) -> Table:
@@ -76,7 +76,7 @@ def compare_calibrators(
     """Evaluate a calibrated model in float and with the ranges of each calibrator, from the statistics it holds.
 
     Args:
-        model: a calibrated module; its ranges are afterwards as they were.
+        model: a calibrated module; its ranges are restored afterwards.
         evaluate: called with ``model``, in evaluation mode and without gradients, as it simulates INT8; gives an
             accuracy, or several metrics by name.
         calibrators: those to compare; by default one of each kind.
@@ -143,7 +143,7 @@ def choose_calibrator(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> Ca
                 "the float model's outputs on held-out calibration batches have a NaN or an infinity in them; "
                 "check the calibration data"
             )
-        # INT8 outputs can be infinite (-inf dB) or NaN (as such, and worse than any) where those in float are not.
+        # INT8 outputs can be infinite (-inf dB) or NaN (worse than any) where the float outputs are not.
         scores[str(calibrator)] = {SQNR: math.inf if noise == 0 else float(10 * torch.log10(signal / noise))}
     return CalibratorComparison(scores, {})
 
@@ -160,7 +160,7 @@ def _float_leaves(outputs: Any) -> list[Tensor]:
 
 def _sum_over_processes(values: Tensor, model: nn.Module) -> Tensor:
     if world_size() > 1:
-        # NCCL knows the GPU's tensors only.
+        # NCCL takes only GPU tensors.
         device = next((p.device for p in model.parameters()), values.device)
         values = values.float().to(device)
         dist.all_reduce(values)
@@ -169,9 +169,9 @@ def _sum_over_processes(values: Tensor, model: nn.Module) -> Tensor:
 
 @contextmanager
 def _keeping_ranges(model: nn.Module) -> Iterator[None]:
-    """Ranges, calibrators and states of the quantizers as they are now, on the way out."""
-    found = activation_quantizers(model)
-    kept = {q: (q.scale.clone(), q.zero_point.clone(), q.calibrator) for q in found.values()}
+    """Restore ranges, calibrators and states of the quantizers on exit."""
+    activations = activation_quantizers(model)
+    kept = {q: (q.scale.clone(), q.zero_point.clone(), q.calibrator) for q in activations.values()}
     states = {q: q.state for q in quantizers(model).values()}
     try:
         yield

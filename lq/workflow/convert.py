@@ -47,15 +47,15 @@ def convert(model: nn.Module, target: str | Target | None = None) -> Int8Module:
         if parameter.is_floating_point() and parameter.dtype is not torch.float32:
             raise ValueError(f"parameter {name!r} is {parameter.dtype}; call model.float() before lq.convert(model)")
     check_calibrated(model, "lq.convert(model)")
-    analysis = forward.analyse(resolved)
-    found = _quantizers_for(forward.scheme(resolved), model, analysis)
+    analysis = forward.analyze(resolved)
+    chosen = _quantizers_for(forward.scheme(resolved), model, analysis)
     with quantizers_off(model), without_quantizers(model), evaluating(model):
         difference, _ = check_fold(model, forward, analysis)
-        emitted = emit(model, analysis, found)
+        emitted = emit(model, analysis, chosen)
     int8 = Int8Module(emitted.root, emitted.graph)
     int8.fix_call(forward.signature, forward.settings)
     int8.guards = analysis.captured.guards
-    int8.report = make_report(model, analysis, found, resolved, difference)
+    int8.report = make_report(model, analysis, chosen, resolved, difference)
     int8.example_inputs = tree_map(lambda v: v.detach().cpu() if isinstance(v, Tensor) else v, forward.inputs)
     return int8
 
@@ -67,25 +67,25 @@ def check_calibrated(model: nn.Module, before: str) -> None:
         model: prepared by :func:`lq.prepare`.
         before: the call that needs the ranges, for the message.
     """
-    found = quantizers(model)
-    missing = [n for n, q in found.items() if q.rounds and not q.calibrated and not isinstance(q, WeightQuantizer)]
+    by_name = quantizers(model)
+    missing = [n for n, q in by_name.items() if q.rounds and not q.calibrated and not isinstance(q, WeightQuantizer)]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(found)} quantizers have no range yet ({missing[0]!r} is the first): call "
+            f"{len(missing)} of {len(by_name)} quantizers have no range yet ({missing[0]!r} is the first): call "
             f"lq.calibrate(model, batches), or train the model, before {before}"
         )
 
 
 def _quantizers_for(scheme: Scheme, model: nn.Module, analysis: GraphAnalysis) -> dict[str, Quantizer]:
     """The quantizers of ``model`` that the scheme's target needs, on its grids."""
-    found = quantizers(model)
+    by_name = quantizers(model)
     chosen: dict[str, Quantizer] = {}
     for node in analysis.placement.activations:
         name = site(node)
         grid = scheme.activation(*analysis.placement.names_of(node))
-        chosen[name] = on_grid(grid, found[name], name, scheme.target)
+        chosen[name] = on_grid(grid, by_name[name], name, scheme.target)
     for chain in analysis.placement.chains:
-        quantizer = found[chain.weight_key]
+        quantizer = by_name[chain.weight_key]
         assert isinstance(quantizer, WeightQuantizer)
         weight: Tensor = analysis.values[chain.op.weight]
         grid = scheme.weight(chain.name)
@@ -97,7 +97,7 @@ def _quantizers_for(scheme: Scheme, model: nn.Module, analysis: GraphAnalysis) -
 
 
 def on_grid(grid: QuantSpec, quantizer: Quantizer, name: str, target: Target) -> Quantizer:
-    """``quantizer`` itself where it has that ``grid`` and a range, else one of its own from the same statistics.
+    """``quantizer`` itself where it has that ``grid`` and a range, else a new one from the same statistics.
 
     Raises:
         ValueError: where there are no statistics.
@@ -111,7 +111,7 @@ def on_grid(grid: QuantSpec, quantizer: Quantizer, name: str, target: Target) ->
             f"target={target.name!r} needs the range of {name!r}, whose quantizer holds no statistics: calibrate or "
             f"train the model, or load its statistics (lq.load_statistics), before it is converted for another target"
         )
-    # One of its own: what the prepared model rounds to is its own target's affair.
+    # A new one: the prepared model keeps the grid of its own target.
     retargeted = Quantizer(grid, quantizer.observer, quantizer.calibrator)
     retargeted.update_qparams()
     return _finite(retargeted, name)
@@ -121,6 +121,6 @@ def _finite(quantizer: Quantizer, name: str) -> Quantizer:
     if not torch.isfinite(quantizer.scale).all():
         raise CalibrationError(
             f"the range of {name!r} is not finite (scale {quantizer.scale:g}): training met a NaN or an infinity "
-            f"there, or in front of it. Go back to a checkpoint from before that"
+            f"there, or before it. Go back to a checkpoint from before that"
         )
     return quantizer

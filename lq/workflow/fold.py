@@ -1,4 +1,4 @@
-"""Batch norm folded into the layer in front of it, and the check that nothing else has changed."""
+"""Batch norm folded into the layer before it, and the check that nothing else has changed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def fold_batch_norm(
 ) -> fx.GraphModule:
     """A float network for inference that computes what ``model`` does in evaluation mode, without its batch norms.
 
-    :func:`lq.convert` folds by itself. This shows what folding alone brings: a fair opponent for INT8.
+    :func:`lq.convert` folds by itself. This shows what folding alone gains: a fair baseline for INT8.
 
     Args:
         model: a float module, which is left as it is.
@@ -61,7 +61,7 @@ def folded_float(prepared: nn.Module) -> fx.GraphModule:
         FoldError: where folding changes an output by more than 1e-3.
     """
     forward = prepared_forward(prepared)
-    analysis = forward.analyse()
+    analysis = forward.analyze()
     with quantizers_off(prepared), without_quantizers(prepared), evaluating(prepared):
         difference, emitted = check_fold(prepared, forward, analysis)
     folded = fx.GraphModule(emitted.root, emitted.graph)

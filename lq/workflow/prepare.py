@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from lq.errors import CaptureError, NothingToQuantizeError
-from lq.graph.analysis import GraphAnalysis, analyse
+from lq.graph.analysis import GraphAnalysis, analyze_graph
 from lq.graph.capture.agreement import capture_faithfully, disagreement, training_differences
 from lq.graph.capture.calls import follow, unfollow
 from lq.graph.capture.capture import CapturedGraph
@@ -40,7 +40,7 @@ M = TypeVar("M", bound=nn.Module)
 Mode = Literal["ptq", "qat"]
 
 
-#: A registered function may compute in another order than the layer does; in units of float32's epsilon.
+#: Tolerance for a registered function, which may compute in another order than the layer; in float32's epsilons.
 _REGISTERED_TOLERANCE = 10_000
 
 
@@ -79,18 +79,18 @@ class PreparedForward(QuantizedForward):
         self.weights: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # The graph follows from the module: copies and pickles do without and capture it anew.
+        # The graph follows from the module: copies and pickles omit it and capture it again.
         return {**super().__getstate__(), "captured": None}
 
     def scheme(self, target: Target | None = None) -> Scheme:
         """What each tensor is rounded to, for the module's own target or another one."""
         return Scheme(target or self.target, self.overrides)
 
-    def analyse(self, target: Target | None = None) -> GraphAnalysis:
+    def analyze(self, target: Target | None = None) -> GraphAnalysis:
         """The float graph of the module as it is now, run on the example inputs with all quantizers off.
 
-        The graph is captured anew where the module computes something else by now: a callback changed an attribute, a
-        layer was replaced.
+        The graph is captured again if the module now computes something else: a callback changed an attribute, a layer
+        was replaced.
 
         Args:
             target: whose placement it is; by default that of the target the module was prepared for.
@@ -104,14 +104,14 @@ class PreparedForward(QuantizedForward):
             if captured is None or disagreement(captured, self.module, inputs, self.settings) is not None:
                 captured = capture_faithfully(self.module, inputs, self.settings)
             self.captured = captured
-            analysis = analyse(captured, self.module, inputs, self.scheme(target))
+            analysis = analyze_graph(captured, self.module, inputs, self.scheme(target))
         self._check_known(analysis)
         return analysis
 
     def change(self) -> str | None:
-        """How the module has come to compute something else than it did when it was captured last, or None.
+        """How the module differs from when it was last captured, or None.
 
-        Takes two forward passes of the example inputs; layers that were replaced are followed from here on.
+        Takes two forward passes of the example inputs; replaced layers are followed from now on.
         """
         if self.captured is None:
             return None
@@ -119,7 +119,7 @@ class PreparedForward(QuantizedForward):
             return disagreement(self.captured, self.module, self._moved_inputs(), self.settings)
 
     def _moved_inputs(self) -> dict[str, Any]:
-        """The example inputs where the module is, and in its precision."""
+        """The example inputs on the module's device, and in its precision."""
         # The module may have been moved, or cast (after training in half precision), since the example was given.
         like = next((p for p in self.module.parameters() if p.is_floating_point()), torch.empty(0))
 
@@ -145,7 +145,7 @@ class PreparedForward(QuantizedForward):
         if new:
             raise CaptureError(
                 f"{new[0]!r} is rounded in the INT8 network and had no quantizer when the model was prepared: its "
-                f"forward has taken another way since (an attribute was changed, a layer replaced, a hook added). "
+                f"forward has changed since (an attribute was changed, a layer replaced, a hook added). "
                 f"Call lq.unprepare(model) and lq.prepare it as it is now"
             )
 
@@ -175,7 +175,7 @@ def is_prepared(module: nn.Module) -> bool:
 
 
 def prepared_forward(module: nn.Module) -> PreparedForward:
-    """What is known of a prepared module.
+    """The :class:`PreparedForward` of a prepared module.
 
     Raises:
         ValueError: where ``module`` is not prepared.
@@ -210,15 +210,15 @@ def prepare(
     model is ready to be trained.
 
     Args:
-        model: a float module; where in eval or training mode does not matter, and is kept.
+        model: a float module; its mode (training or evaluation) does not matter, and is kept.
         example_inputs: inputs to run the model with once: a tensor, a tuple (the arguments of the forward) or a dict
             (its keyword arguments). A batch of two or more lets the batch size of the exported model vary.
         example_kwargs: keyword arguments beside ``example_inputs``.
-        target: the engine family: a name, a :class:`~lq.Target`, or ``"auto"`` for what this machine's CPU wants:
+        target: the engine family: a name, a :class:`~lq.Target`, or ``"auto"`` for this machine's CPU:
             ``"x86"`` with VNNI, ``"x86_avx2"`` without, ``"xnnpack"`` on ARM. The log says which.
         mode: ``"ptq"`` or ``"qat"``.
         observer: statistics of the activations. By default ``"histogram"`` for PTQ, which serves every calibrator, and
-            ``"moving_average"`` for QAT, where early batches are to be forgotten. ``"minmax"`` is the cheapest.
+            ``"moving_average"`` for QAT, where early batches should be forgotten. ``"minmax"`` is the cheapest.
         overrides: layers that are quantized in another way, by name: a :class:`~lq.LayerSpec`, or None for a module
             that stays in float. The name of a module stands for everything in it, its parts may be globs
             (``"layer*.*.conv1"``), and the most specific name decides.
@@ -227,7 +227,7 @@ def prepare(
         ``model`` itself.
 
     Raises:
-        ValueError: where an argument is none of its choices, or the model is prepared already.
+        ValueError: where an argument is not one of its choices, or the model is prepared already.
         NothingToQuantizeError: where no layer of the model can run in INT8.
         CaptureError: where the forward of ``model`` cannot be captured as a graph.
 
@@ -257,7 +257,7 @@ def prepare(
         )
     if is_prepared(model):
         raise ValueError(
-            f"this {type(model).__name__} is prepared already; call lq.unprepare(model) first to prepare it anew"
+            f"this {type(model).__name__} is prepared already; call lq.unprepare(model) first to prepare it again"
         )
 
     args, kwargs = example_arguments(example_inputs)
@@ -269,7 +269,7 @@ def prepare(
         captured = capture_faithfully(model, inputs, settings)
         if captured.registered:
             _check_registered(model, captured, inputs, settings)
-        analysis = analyse(captured, model, inputs, scheme)
+        analysis = analyze_graph(captured, model, inputs, scheme)
     paths = [path for path, _ in model.named_modules() if path]
     scheme.overrides.check([*paths, *(site(node) for node in analysis.graph.nodes)])
     placement = analysis.placement
@@ -295,7 +295,7 @@ def prepare(
 
 
 def _put_on_activations(forward: PreparedForward, tree: QuantizerTree, analysis: GraphAnalysis) -> None:
-    """A quantizer for each tensor that the target quantizes, and a watching one for what other targets do."""
+    """A quantizer for each tensor that the target quantizes, and a watching one for those of other targets."""
     scheme, placement = forward.scheme(), analysis.placement
     device = next((p.device for p in forward.module.parameters()), torch.device("cpu"))
     everywhere = {
@@ -330,26 +330,26 @@ def _put_on_weights(forward: PreparedForward, tree: QuantizerTree, analysis: Gra
 
 
 def _check_training(model: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Refuse a prepared model that trains otherwise than the float model, its quantizers off."""
-    found = training_differences(model, partial(unprepared, model), inputs, settings)
-    if found is not None:
+    """Refuse a prepared model that, with its quantizers off, trains differently from the float model."""
+    mismatch = training_differences(model, partial(unprepared, model), inputs, settings)
+    if mismatch is not None:
         name = type(unprepare(model)).__name__
         raise CaptureError(
-            f"prepared, {name} does not train as it did: {found}. Name a part of the model that does not depend on how "
-            f"it is called, or report this with the forward's code"
+            f"prepared, {name} does not train as it did: {mismatch}. Name a part of the model that does not depend on "
+            f"how it is called, or report this with the forward's code"
         )
 
 
 def _check_registered(
     model: nn.Module, captured: CapturedGraph, inputs: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> None:
-    """Refuse a registered function that computes something else than the layer it stands for."""
-    found = disagreement(captured, model, inputs, settings, tolerance=_REGISTERED_TOLERANCE, as_registered=False)
-    if found is not None:
+    """Refuse a registered function that does not compute what its layer does."""
+    mismatch = disagreement(captured, model, inputs, settings, tolerance=_REGISTERED_TOLERANCE, as_registered=False)
+    if mismatch is not None:
         raise ValueError(
             f"with the functions registered for {', '.join(sorted(captured.registered))} the model computes "
-            f"something else ({found}): lq.register_layer(cls, forward) needs a forward that does what that of the "
-            f"class does in evaluation mode"
+            f"something else ({mismatch}): lq.register_layer(cls, forward) needs a forward that computes what the "
+            f"class's own does in evaluation mode"
         )
 
 
@@ -366,7 +366,7 @@ def _variants(scheme: Scheme, mode: Mode) -> Iterator[Scheme]:
 
 
 def unprepare(model: M) -> M:
-    """Take everything off ``model`` that :func:`prepare` put on it; the weights stay as they are now.
+    """Remove everything from ``model`` that :func:`prepare` put on it; the weights stay as they are now.
 
     Raises:
         ValueError: where ``model`` is not prepared.
@@ -386,7 +386,7 @@ def _remove(model: nn.Module, forward: PreparedForward) -> None:
 
 @contextmanager
 def unprepared(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model`` is the float module, at a float module's speed; afterwards prepared as before.
+    """Inside the context, ``model`` is the float module, at a float module's speed; afterwards prepared as before.
 
     Raises:
         ValueError: where ``model`` is not prepared.
@@ -400,7 +400,7 @@ def unprepared(model: nn.Module) -> Iterator[None]:
         finally:
             for module, own in followed.items():
                 module.forward = own
-            follow(model)  # what came in meanwhile
+            follow(model)  # added in the meantime
             model.forward = forward
 
 
@@ -424,9 +424,9 @@ def set_state(model: nn.Module, state: QuantizerState) -> None:
 
 
 def freeze(model: nn.Module) -> None:
-    """Stop watching activations: their scales and zero points keep their values from here on.
+    """Stop watching activations: their scales and zero points keep their values from now on.
 
-    A weight's scale goes on following the weight, which is at hand at all times and clips where it does not.
+    A weight's scale keeps following the weight, which would be clipped otherwise.
     """
     for quantizer in quantizers(model).values():
         if not isinstance(quantizer, WeightQuantizer):
@@ -434,7 +434,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def refresh_weights(model: nn.Module) -> None:
-    """Bring the ranges of the layers' weights up to date, as the next forward would: an optimizer step moved them."""
+    """Update the ranges of the layers' weights, as the next forward would: an optimizer step changed the weights."""
     forward = prepared_forward(model)
     for key, quantizer in quantizers(model).items():
         weight = forward.weight(key)
@@ -456,7 +456,7 @@ def activation_quantizers(model: nn.Module) -> dict[str, Quantizer]:
 
 @contextmanager
 def quantizers_off(model: nn.Module) -> Iterator[None]:
-    """The float model: every quantizer off, and its state back afterwards."""
+    """Inside the context, the float model: every quantizer is off, and its state is restored on exit."""
     states = {quantizer: quantizer.state for quantizer in quantizers(model).values()}
     try:
         for quantizer in states:

@@ -1,4 +1,4 @@
-"""The ranges of a model's quantizers, to be read."""
+"""The ranges of a model's quantizers, as a table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class QuantizerRange:
 
     Args:
         name: of the quantizer, see :func:`~lq.quantizers`.
-        bits: how many the integers take.
+        bits: how many bits the integers take.
         scheme: dtype, symmetry and granularity.
         low: smallest real value on the grid, one or one per channel; empty before calibration.
         high: largest one, likewise.
@@ -43,7 +43,7 @@ class QuantizerRange:
 
     @property
     def range(self) -> str:
-        """``[low, high]``, or what the channels' ranges range over."""
+        """``[low, high]``, or the smallest and the largest of the channels' ranges."""
         if not self.low:
             return "no range yet"
         if len(self.low) == 1:
@@ -79,15 +79,15 @@ def ranges(model: nn.Module) -> RangeTable:
     Raises:
         ValueError: where ``model`` is not prepared.
     """
-    found = quantizers(model)
+    by_name = quantizers(model)
     refresh_weights(model)
-    return RangeTable(tuple(_row(name, quantizer) for name, quantizer in found.items()))
+    return RangeTable(tuple(_row(name, quantizer) for name, quantizer in by_name.items()))
 
 
 def clipped_share(quantizer: Quantizer) -> float | None:
     """Share of the observed values that lie more than half a step outside the grid, to within one bin.
 
-    None where nothing was observed, or only minimum and maximum were and they do lie outside.
+    None if nothing was observed, or if only minimum and maximum are known and lie outside.
     """
     observer = quantizer.observer
     low, high = quantizer.quantized_range()
@@ -100,8 +100,8 @@ def clipped_share(quantizer: Quantizer) -> float | None:
     if not isinstance(observer, HistogramObserver):
         return None
     histogram = Histogram.of(observer)
-    centres = histogram.centres()
-    outside = (centres < low.cpu()) | (centres > high.cpu())
+    centers = histogram.centers()
+    outside = (centers < low.cpu()) | (centers > high.cpu())
     return float(histogram.counts[outside].sum() / histogram.counts.sum())
 
 
@@ -115,11 +115,11 @@ def _row(name: str, quantizer: Quantizer) -> QuantizerRange:
         high=tuple(high.reshape(-1).tolist()),
         calibrator=str(quantizer.calibrator),
         rounds=quantizer.rounds,
-        # A weight's range is its own at any time: nothing of it is clipped.
+        # A weight's range always covers it: nothing is clipped.
         clipped=0.0 if isinstance(quantizer, WeightQuantizer) and quantizer.calibrated else clipped_share(quantizer),
     )
 
 
 def _bits(spec: QuantSpec) -> int:
-    # Symmetric grids lack a value or have one more: [-127, 127] takes 8 bits, [-64, 64] is called 7.
+    # Symmetric grids lack one value or have one more: [-127, 127] counts as 8 bits, [-64, 64] as 7.
     return round(math.log2(spec.quant_max - spec.quant_min))

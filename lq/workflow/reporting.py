@@ -31,7 +31,7 @@ _FLOAT_REASONS = {
     OpKind.LINEAR: "its input or weight has no INT8 form",
     OpKind.BATCH_NORM: "no convolution or linear layer right before it to fold into",
     OpKind.AVG_POOL: "pooling averages in float, between an INT8 input and an INT8 output",
-    OpKind.ADD: "no convolution's own output among its operands",
+    OpKind.ADD: "none of its operands is a convolution's own output",
 }
 
 _NO_KERNEL = "no INT8 kernel for this operator"
@@ -96,7 +96,7 @@ def _kernel_row(kernel: Chain | Operator, quantizers: Mapping[str, Quantizer]) -
 
 
 def operator_label(node: fx.Node, model: nn.Module) -> str:
-    """What a node computes, for people: the class of the layer whose output it is, or else the function's name."""
+    """What a node computes, for people to read: the class of the layer whose output it is, else the function's name."""
     layer = node.meta["layer"]
     if node.op == "call_module":
         return type(model.get_submodule(str(node.target))).__name__
@@ -106,7 +106,7 @@ def operator_label(node: fx.Node, model: nn.Module) -> str:
 
 
 def _computes(node: fx.Node) -> bool:
-    """Whether a node does arithmetic worth a row: not a move of values, not a look at a shape."""
+    """Whether a node does arithmetic worth a row: it neither moves values nor reads a shape."""
     if node.op not in ("call_module", "call_function"):
         return False
     return classify(node) not in (*MOVES, OpKind.SHAPE) and node.target is not operator.getitem
@@ -124,4 +124,4 @@ def report(model: nn.Module) -> QuantizationReport:
     if not is_prepared(model):
         raise ValueError(f"this {type(model).__name__} is neither prepared by lq.prepare nor converted by lq.convert")
     forward = prepared_forward(model)
-    return make_report(model, forward.analyse(), quantizers(model), forward.target)
+    return make_report(model, forward.analyze(), quantizers(model), forward.target)

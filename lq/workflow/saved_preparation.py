@@ -1,4 +1,4 @@
-"""How a module was prepared, as plain values that a checkpoint can hold: enough to prepare its like without data."""
+"""How a module was prepared, as plain values that a checkpoint can hold: enough to prepare another without data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lq.workflow.prepare import M, PreparedForward, prepare
 
 _PRIMITIVES = (bool, int, float, str, type(None))
 
-#: What stands for a tensor: its shape and its dtype.
+#: What represents a tensor: its shape and its dtype.
 _TENSOR = "tensor"
 
 
@@ -27,7 +27,7 @@ def describe_preparation(forward: PreparedForward) -> dict[str, Any]:
         forward: of a prepared module, see :func:`~lq.workflow.prepare.prepared_forward`.
 
     Raises:
-        TypeError: where the module was prepared with an argument that plain values cannot stand for.
+        TypeError: where the module was prepared with an argument that plain values cannot represent.
     """
     target = asdict(forward.target)
     for name in ("activation", "weight"):
@@ -51,7 +51,7 @@ def target_of(description: Mapping[str, Any]) -> Target:
 
 
 def prepare_like(model: M, description: Mapping[str, Any]) -> M:
-    """Prepare ``model`` as the module was that ``description`` tells of; the example inputs are noise of that shape.
+    """Prepare ``model`` as ``description`` says; the example inputs are noise of the same shapes.
 
     Args:
         model: a float module.
@@ -81,7 +81,7 @@ def _plain(value: Any, name: str) -> Any:
         return type(value)(_plain(item, name) for item in value)
     if type(value) is dict and all(isinstance(key, str) for key in value) and _TENSOR not in value:
         return {key: _plain(item, name) for key, item in value.items()}
-    raise TypeError(f"argument {name!r} of the forward has a {type(value).__name__}, which is no plain value")
+    raise TypeError(f"argument {name!r} of the forward has a {type(value).__name__}, which is not a plain value")
 
 
 def _example(value: Any, generator: torch.Generator) -> Any:
@@ -89,7 +89,7 @@ def _example(value: Any, generator: torch.Generator) -> Any:
         shape, dtype = value[_TENSOR]["shape"], getattr(torch, value[_TENSOR]["dtype"])
         if dtype.is_floating_point:
             return torch.randn(shape, generator=generator).to(dtype)
-        # 0 is an index of every table, and a mask that lets everything through divides by no zero.
+        # 0 is an index of every table, and a mask that lets everything through avoids a division by zero.
         return torch.ones(shape, dtype=dtype) if dtype is torch.bool else torch.zeros(shape, dtype=dtype)
     if isinstance(value, (list, tuple)):
         return type(value)(_example(item, generator) for item in value)

@@ -1,4 +1,4 @@
-"""Statistics as files of their own, apart from the weights: calibrate on one machine, quantize on another."""
+"""Statistics in their own files, apart from the weights: calibrate on one machine, quantize on another."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def save_statistics(model: nn.Module, path: str | Path) -> None:
         OSError: where ``path`` cannot be written.
     """
     path = Path(path)
-    found = activation_quantizers(model)
+    quantizers = activation_quantizers(model)
     arrays: dict[str, np.ndarray] = {}
-    for name, quantizer in found.items():
+    for name, quantizer in quantizers.items():
         low, high = quantizer.observer.range()
         if not quantizer.calibrated or low > high:
             raise ValueError(f"{name!r} holds no statistics; call lq.calibrate(model, batches) first")
@@ -55,14 +55,15 @@ def save_statistics(model: nn.Module, path: str | Path) -> None:
         "format": _FORMAT,
         "model": type(model).__name__,
         "quantizers": {
-            name: {"observer": type(q.observer).__name__, "calibrator": str(q.calibrator)} for name, q in found.items()
+            name: {"observer": type(q.observer).__name__, "calibrator": str(q.calibrator)}
+            for name, q in quantizers.items()
         },
     }
     arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
     ensure_writable_dir(path.parent, "path")
 
     def write(beside: Path) -> None:
-        with beside.open("wb") as file:  # given a path, numpy would put .npz behind its name
+        with beside.open("wb") as file:  # given a path, numpy would append .npz to its name
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
     write_atomically(path, write)
@@ -81,19 +82,19 @@ def load_statistics(model: M, path: str | Path, calibrator: str | Calibrator | N
 
     Raises:
         FileNotFoundError: where there is no file.
-        ValueError: where ``model`` is not prepared, the file is none of statistics or is damaged, or it is of another
-            model: then with the names that differ. The model is as before.
+        ValueError: where ``model`` is not prepared, the file holds no statistics or is damaged, or it is of another
+            model: then with the names that differ. The model is left as it was.
     """
-    found = activation_quantizers(model)
-    model_name, saved, arrays = _read(Path(path), len(found))
-    missing, unknown = [n for n in found if n not in saved], [n for n in saved if n not in found]
+    quantizers = activation_quantizers(model)
+    model_name, saved, arrays = _read(Path(path), len(quantizers))
+    missing, unknown = [n for n in quantizers if n not in saved], [n for n in saved if n not in quantizers]
     if missing or unknown:
         raise ValueError(
             f"path={str(path)!r} holds the statistics of another model ({model_name}): {len(missing)} quantizers "
             f"of this {type(model).__name__} are not in the file{_some(missing)}, {len(unknown)} of the file's are not "
             f"in the model{_some(unknown)}"
         )
-    for name, quantizer in found.items():
+    for name, quantizer in quantizers.items():
         observer_name, _ = saved[name]
         if type(quantizer.observer).__name__ != observer_name:
             raise ValueError(
@@ -101,7 +102,7 @@ def load_statistics(model: M, path: str | Path, calibrator: str | Calibrator | N
                 f"{type(quantizer.observer).__name__} here; prepare the model with the observer it was calibrated with"
             )
     loaded = {}
-    for name, quantizer in found.items():
+    for name, quantizer in quantizers.items():
         observer = copy.deepcopy(quantizer.observer)
         try:
             observer.load_state_dict(arrays[name])
@@ -110,10 +111,10 @@ def load_statistics(model: M, path: str | Path, calibrator: str | Calibrator | N
         _, calibrator_name = saved[name]
         chosen = get_calibrator(calibrator or calibrator_name)
         loaded[quantizer] = observer, chosen, chosen(observer, quantizer.spec)
-    for quantizer, (observer, chosen, found_range) in loaded.items():
+    for quantizer, (observer, chosen, new_range) in loaded.items():
         quantizer.observer = observer
         quantizer.calibrator = chosen
-        quantizer.set_range(*found_range)
+        quantizer.set_range(*new_range)
     simulate(model)
     return model
 
@@ -124,7 +125,7 @@ def _read(path: Path, count: int) -> tuple[str, dict[str, tuple[str, str]], dict
         raise FileNotFoundError(f"path={str(path)!r}: no such file")
     tensors: dict[str, dict[str, Tensor]] = {}
     try:
-        # numpy does not close a file that it opened itself and then found to be damaged.
+        # numpy does not close a file that it opened and found damaged.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             largest = count * _QUANTIZER_BYTES + _HEADER_BYTES + _COMPRESSION * path.stat().st_size
             checked_members(arrays.zip, max_bytes=largest)

@@ -102,13 +102,13 @@ def test_named_layers_and_modules_alone(layers: str | list[str] | Iterator[str],
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        (["layer3"], r"no activation's quantizer is called 'layer3' .*near are .*'layer1\.relu'"),
-        (["layer1.rellu"], r"called 'layer1\.rellu'.*near are 'layer1\.relu'"),
+        (["layer3"], r"no activation's quantizer is called 'layer3' .*similar are .*'layer1\.relu'"),
+        (["layer1.rellu"], r"called 'layer1\.rellu'.*similar are 'layer1\.relu'"),
         # A prefix of a name is no module, and a weight's range is its own.
-        (["layer"], r"called 'layer'.*near are"),
-        (["layer1.conv1.weight"], r"called 'layer1\.conv1\.weight'.*near are"),
-        (["layer1", "zzz"], r"called 'zzz'.*near are 'input', 'stem\.1'"),
-        ("", r"called ''.*near are"),
+        (["layer"], r"called 'layer'.*similar are"),
+        (["layer1.conv1.weight"], r"called 'layer1\.conv1\.weight'.*similar are"),
+        (["layer1", "zzz"], r"called 'zzz'.*similar are 'input', 'stem\.1'"),
+        ("", r"called ''.*similar are"),
     ],
 )
 def test_names_that_match_nothing(calibrated: nn.Module, layers: list[str], message: str) -> None:

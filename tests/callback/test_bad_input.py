@@ -25,7 +25,7 @@ from lq import QuantizationCallback
         ({"target": "arm"}, r"target='arm'.*'x86', 'x86_avx2'"),
         ({"calibrator": "median"}, r"calibrator='median' is unknown.*'minmax', 'moving_average'"),
         ({"calibrator": "minmx"}, r"did you mean 'minmax'"),
-        ({"calibrator": "percentile:high"}, r"'high' is no number"),
+        ({"calibrator": "percentile:high"}, r"'high' is not a valid number"),
         ({"calibrator": "percentile:101"}, r"percentile=101.0 must be in"),
         ({"mode": "qat", "calibrator": "mse"}, r"calibrator='mse' is not for mode='qat'"),
         ({"export": "onnx"}, r"export='onnx' must be a list, with elements of 'pt2', 'aoti', 'onnx'"),

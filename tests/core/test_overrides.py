@@ -142,7 +142,7 @@ def test_order_does_not_matter_and_modules_pass_on(patterns: list[str], path: st
 
 
 def test_what_matches_nothing_is_an_error_with_near_names() -> None:
-    with pytest.raises(ValueError, match=r"'layer4.0.conv3' matches nothing in the model; near are .*conv1'"):
+    with pytest.raises(ValueError, match=r"'layer4.0.conv3' matches nothing in the model; similar are .*conv1'"):
         lq.prepare(resnet(), images(2), overrides={"layer4.0.conv3": None})
     with pytest.raises(ValueError, match=r"overrides: 'block\*' matches nothing"):
         lq.prepare(resnet(), images(2), overrides={"block*": None})
@@ -154,7 +154,7 @@ def test_what_matches_nothing_is_an_error_with_near_names() -> None:
         (
             {"fc": {"bits": 4}},
             ValueError,
-            r"'fc' has an unknown key 'bits'; choose of 'weight_bits'",
+            r"'fc' has an unknown key 'bits'; choose from 'weight_bits'",
         ),
         ({"fc": 4}, TypeError, r"'fc' has 4; give a LayerSpec, a mapping of its arguments, or None for float"),
         ({"fc": {"weight_bits": 9}}, ValueError, r"weight_bits=9 must be a whole number from 2 to 8"),

@@ -338,14 +338,14 @@ def test_an_empty_class_is_named(root: Path) -> None:
         ({"num_workers": -1}, r"num_workers=-1 must be an integer of at least 0"),
         (
             {"weights": "ResNet18_Weights.IMAGENET1K_V9"},
-            r"weights='ResNet18_Weights.IMAGENET1K_V9' is no classifier's of torchvision; did you mean "
+            r"weights='ResNet18_Weights.IMAGENET1K_V9' does not belong to a classifier of torchvision; did you mean "
             r"'ResNet18_Weights.IMAGENET1K_V1'",
         ),
-        ({"weights": "resnet18"}, r"weights='resnet18' is no .*"),
+        ({"weights": "resnet18"}, r"weights='resnet18' does not belong to a classifier .*"),
         ({"weights": "?"}, r"weights='\?' .*give it as 'ResNet50_Weights.IMAGENET1K_V2'"),
-        ({"weights": None}, r"weights=None is no classifier's"),
-        ({"weights": "FCN_ResNet50_Weights.DEFAULT"}, r"is no classifier's of torchvision"),
-        ({"weights": "R3D_18_Weights.DEFAULT"}, r"is no classifier's of torchvision"),
+        ({"weights": None}, r"weights=None does not belong to a classifier"),
+        ({"weights": "FCN_ResNet50_Weights.DEFAULT"}, r"does not belong to a classifier of torchvision"),
+        ({"weights": "R3D_18_Weights.DEFAULT"}, r"does not belong to a classifier of torchvision"),
     ],
 )
 def test_arguments_are_checked_before_the_folder(arguments: dict[str, Any], message: str) -> None:

@@ -14,14 +14,14 @@ from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, 
 
 from lq.data import CIFAR10, InMemoryDataset, Shapes10
 from lq.data.in_memory import InMemoryDataModule, ready_batch
-from lq.data.splits import ImageData, LabelledImages
+from lq.data.splits import ImageData, LabeledImages
 
 
 def numbered(count: int, **options: Any) -> InMemoryDataset:
     """Image ``i`` holds the byte ``i`` and has the label ``i``; normalisation gives back the byte."""
     images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 8, 8)
     unit = (1 / 255,) * 3
-    return InMemoryDataset(LabelledImages(images, torch.arange(count)), (0.0,) * 3, unit, **options)
+    return InMemoryDataset(LabeledImages(images, torch.arange(count)), (0.0,) * 3, unit, **options)
 
 
 def labels_of(loader: DataLoader[Any]) -> list[int]:
@@ -98,7 +98,7 @@ class Numbered(InMemoryDataModule):
     def load(self) -> ImageData:
         images = torch.arange(220, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 32, 32)
         labels = torch.arange(220) % 10
-        return ImageData(LabelledImages(images[:200], labels[:200]), LabelledImages(images[200:], labels[200:]), ())
+        return ImageData(LabeledImages(images[:200], labels[:200]), LabeledImages(images[200:], labels[200:]), ())
 
 
 def test_a_held_out_share_is_stratified_and_apart_from_training() -> None:

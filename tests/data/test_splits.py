@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lq.data.splits import LabelledImages, hold_out, stratified_order
+from lq.data.splits import LabeledImages, hold_out, stratified_order
 
 
 @settings(deadline=None, max_examples=50)
@@ -41,7 +41,7 @@ def test_an_empty_split_has_an_empty_order() -> None:
 
 def test_hold_out_parts_without_loss_or_overlap() -> None:
     images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1)
-    rest, held = hold_out(LabelledImages(images, torch.arange(4).repeat(10)), fraction=0.3, seed=5)
+    rest, held = hold_out(LabeledImages(images, torch.arange(4).repeat(10)), fraction=0.3, seed=5)
     assert (len(rest), len(held)) == (28, 12)
     assert torch.bincount(held.labels).tolist() == [3, 3, 3, 3]
     assert sorted(torch.cat([rest.images, held.images]).flatten().tolist()) == list(range(40))

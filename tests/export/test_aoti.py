@@ -82,7 +82,7 @@ print("the same")
 def test_damaged_packages(package: Path, tmp_path: Path) -> None:
     whole = package.read_bytes()
     (tmp_path / "half.pt2").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="is no INT8 network written by lq, or is damaged"):
+    with pytest.raises(ValueError, match="is not an INT8 network written by lq, or is damaged"):
         lq.load(tmp_path / "half.pt2", "aoti")
     content = bytearray(whole)
     content[whole.index(b"ELF") + 5000] ^= 1

@@ -87,7 +87,7 @@ def test_bad_arguments(files: list[Path]) -> None:
         lq.benchmark(files, runtimes=["aoti"])
     network = nn.Flatten()
     network.hook = lambda: None  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="float_model is a Flatten that cannot be sent to a process of its own"):
+    with pytest.raises(ValueError, match="float_model is a Flatten that cannot be sent to another process"):
         lq.benchmark(files, float_model=network)
 
 

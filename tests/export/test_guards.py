@@ -133,7 +133,8 @@ def test_sizes_are_fixed_where_they_cannot_be_free(tmp_path: Path, monkeypatch: 
     assert loaded.metadata is not None
     assert loaded.metadata.tensors[0].shape == (None, 3, 16, 16)
     (note,) = loaded.metadata.notes
-    assert note.startswith("the image size is fixed, for the network cannot be exported with free ones: The inequality")
+    start = "the image size is fixed, because the network cannot be exported with free ones: The inequality"
+    assert note.startswith(start)
     assert torch.equal(loaded(X[:1]), int8(X[:1]))
     with pytest.raises(ValueError, match=r"input 'x' must have the shape \(any, 3, 16, 16\), got \(1, 3, 20, 16\)"):
         loaded(torch.randn(1, 3, 20, 16))
@@ -146,7 +147,8 @@ def test_a_hard_coded_batch(tmp_path: Path) -> None:
     assert torch.equal(loaded(X), int8(X))
     assert loaded.metadata is not None
     (note,) = loaded.metadata.notes
-    assert note == "the batch size of the input 'x' is fixed at 4, for the network can be computed with no other"
+    expected = "the batch size of the input 'x' is fixed at 4, because the network cannot be computed with any other"
+    assert note == expected
     with pytest.raises(ValueError, match=r"input 'x' must have the shape \(4, 3, any, any\), got \(2, 3, 16, 16\)"):
         loaded(X[:2])
 

@@ -141,7 +141,7 @@ def test_onnx_files_that_no_engine_takes(runtime: str, engine: str, folder: Path
     (tmp_path / "half.onnx").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.onnx").write_text("hello")
     for name in ("operator", "half", "text"):
-        message = rf"path='.*{name}\.onnx' is no ONNX model that {engine} can run: it is damaged, or of an opset"
+        message = rf"path='.*{name}\.onnx' is not an ONNX model that {engine} can run: it is damaged, or has an opset"
         with pytest.raises(ValueError, match=message):
             lq.load(tmp_path / f"{name}.onnx", runtime)
 
@@ -150,7 +150,7 @@ def test_an_opset_from_the_future(folder: Path, tmp_path: Path) -> None:
     future = onnx.load(folder / "int8.onnx")
     future.opset_import[0].version = 999
     (tmp_path / "future.onnx").write_bytes(future.SerializeToString())
-    with pytest.raises(ValueError, match=r"future\.onnx' is no ONNX model that ONNX Runtime can run: .*opset"):
+    with pytest.raises(ValueError, match=r"future\.onnx' is not an ONNX model that ONNX Runtime can run: .*opset"):
         lq.load(tmp_path / "future.onnx", "onnxruntime")
 
 

@@ -340,8 +340,8 @@ def test_bad_arguments(files: Files, tmp_path: Path) -> None:
             "target='arm' is unknown; choose one of 'auto', 'x86', 'x86_avx2'",
         ),
         ("int8.onnx", {"samples": {"y": X}}, "samples must be inputs of the network, x; got y"),
-        ("int8.onnx", {"opset": 999}, "opset=999 is none that torch's exporter writes"),
-        ("int8.onnx", {"opset": 17}, "opset=17 is none that torch's exporter writes here; it made opset 18"),
+        ("int8.onnx", {"opset": 999}, "opset=999 is not supported by torch's exporter"),
+        ("int8.onnx", {"opset": 17}, "opset=17 is not supported by torch's exporter here, which wrote opset 18"),
     ):
         with pytest.raises(ValueError, match=message):
             lq.export(model, tmp_path / path, **arguments)  # type: ignore[arg-type]

@@ -146,7 +146,7 @@ def test_bad_paths_and_files(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "foreign.pt2", "w") as archive:
         archive.writestr("hello.txt", "hello")
     for name in ("half", "text", "foreign"):
-        with pytest.raises(ValueError, match="is no INT8 network written by lq, or is damaged"):
+        with pytest.raises(ValueError, match="is not an INT8 network written by lq, or is damaged"):
             lq.load(tmp_path / f"{name}.pt2")
 
 

@@ -24,7 +24,7 @@ def fails(*args: Any, **kwargs: Any) -> None:
 def test_failures_are_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing = {
         "end.inspection._weights": "reading the graph",
-        "end.inspection.analyze": "analysing the layers",
+        "end.inspection.analyze": "analyzing the layers",
         "end.fit_end.compare_predictions": "comparing predictions",
         "end.inspection._activations": "collecting histograms",
         "end.conversion.result_page": "writing the page",
@@ -44,7 +44,7 @@ def test_failures_are_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("mode", ["ptq", "qat"])
 @pytest.mark.parametrize("model_class", [Direct, DictBatches])
-def test_every_shape_of_module_is_analysed(mode: str, model_class: type, tmp_path: Path) -> None:
+def test_every_shape_of_module_is_analyzed(mode: str, model_class: type, tmp_path: Path) -> None:
     data = dict_loader() if model_class is DictBatches else loader()
     callback = quantization(tmp_path, mode=mode, analyze=True, evaluate=False, calibrator="minmax")
     fit(model_class(), tmp_path, callback, data=data)
@@ -72,7 +72,7 @@ def test_what_is_no_classifier_has_no_predictions(
     assert "chart-confusion" not in (tmp_path / "int8" / "int8.html").read_text()
 
 
-def test_nothing_is_analysed_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_analyzed_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspection, "analyze", fails)
     callback = quantization(tmp_path, analyze=False, evaluate=False, calibrator="minmax")
     fit(Wrapped(), tmp_path, callback)

@@ -91,7 +91,7 @@ def test_what_is_no_file_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for name, said in (
         ("nowhere.pt2", "no such file"),
         ("float.ckpt", "it holds a float model"),
-        ("text.ckpt", "it is no checkpoint, or is damaged"),
+        ("text.ckpt", "it is not a checkpoint, or is damaged"),
         ("other.json", "not what lq writes to int8.json"),
     ):
         with pytest.raises(SystemExit):

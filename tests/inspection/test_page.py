@@ -145,7 +145,7 @@ def test_without_an_analysis(ptq_run: FinishedRun) -> None:
     untimed = report.with_times([{} for _ in report.layers])
     reader = read(result_page(replace(ptq_run.result, analysis=None, report=untimed)))
     assert "Advice" not in reader.texts["h2"]
-    assert reader.texts["caption"] == ["A click on a header sorts by it, once more turns the order round."]
+    assert reader.texts["caption"] == ["Click a header to sort by it, again to reverse the order."]
 
 
 def test_page_is_written_below_the_output_folder_alone(ptq_run: FinishedRun) -> None:

@@ -179,7 +179,7 @@ def test_checkpoints_of_parts_are_the_float_network(mode: str, tmp_path: Path) -
 def test_a_part_says_what_it_was_made_for(tmp_path: Path) -> None:
     model = module(shapes.Apart)
     trainer(tmp_path, quantization(tmp_path)).fit(model, train_data(), val_data())
-    with pytest.raises(TypeError, match=r"in the place of 'head' was made for calls of the form \(tensor\); got"):
+    with pytest.raises(TypeError, match=r"in place of 'head' was made for calls of the form \(tensor\); got"):
         model.head(images(4)[0].flatten(1), None)
 
 

@@ -373,5 +373,5 @@ def test_the_teacher_is_neither_trained_nor_saved(tmp_path: Path) -> None:
 
 def test_a_model_is_not_its_own_teacher() -> None:
     model = network()
-    with pytest.raises(TypeError, match="another nn.Module than model"):
+    with pytest.raises(TypeError, match="an nn.Module other than model"):
         Classifier(model, 4, teacher=model)

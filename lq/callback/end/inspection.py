@@ -136,11 +136,11 @@ def inspect_unit(
     unit, findings = staged.unit, Findings()
     step, batches = _samples(settings, trainer, staged)
     if not batches:
-        rank_zero_info("lq: there are no data to analyse the layers with")
+        rank_zero_info("lq: there are no data to analyze the layers with")
     with warns_on_failure("reading the graph"):
-        graph = prepared_forward(unit).analyse()
+        graph = prepared_forward(unit).analyze()
         findings = Findings(weights=_weights(unit, graph), inputs=_inputs(unit, graph), graph=graph, graph_root=unit)
-    with warns_on_failure("analysing the layers"):
+    with warns_on_failure("analyzing the layers"):
         if batches:
             bar = trainer.progress_bar_callback
             analysis = analyze(

@@ -47,7 +47,7 @@ def add_histogram(writer: Any, tag: str, histogram: Histogram, step: int) -> Non
     padding = -len(histogram.counts) % merged
     counts = torch.nn.functional.pad(histogram.counts, (0, padding)).reshape(-1, merged).sum(1)
     edges = histogram.upper[0] + histogram.width * (merged * torch.arange(1, len(counts) + 1) - 1)
-    centres = histogram.centres()
+    centres = histogram.centers()
     total, squares = histogram.counts @ centres, histogram.counts @ centres.square()
     low, high = float(histogram.low), float(histogram.high)
     _add(writer, tag, counts, edges, low, high, float(total), float(squares), step)

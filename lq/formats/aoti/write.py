@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 
 def check_compiler() -> None:
-    """Check that there is the C++ compiler that Inductor will ask for.
+    """Check that the C++ compiler that Inductor will call is installed.
 
     Raises:
         CompilerError: where there is none.
@@ -39,13 +39,13 @@ def check_compiler() -> None:
     except RuntimeError as error:
         asked = ", ".join(name for name in config.cpp.cxx if name)
         raise CompilerError(
-            f"an AOTInductor package takes a C++ compiler to write, and there is none here (looked for: {asked}); "
+            f"writing an AOTInductor package takes a C++ compiler, and there is none here (looked for: {asked}); "
             f"install g++ or clang++, name one in the environment variable CXX, or choose the format 'pt2'"
         ) from error
 
 
 def overflows_here(model: Int8Module) -> bool:
-    """Whether the network has weights that this CPU's kernels are not right with, see
+    """Whether the network has weights that this CPU's kernels get wrong, see
     :func:`lq.int8.onednn.weight_for_this_cpu`."""
     nodes = [node for node in model.graph.nodes if node.op == "call_function" and node.target is DEQUANTIZE_WEIGHT]
     weights = [[lookup(model, str(source.target)) for source in node.args[:2]] for node in nodes]
@@ -53,8 +53,8 @@ def overflows_here(model: Int8Module) -> bool:
 
 
 def for_this_cpu(model: Int8Module) -> Int8Module:
-    """``model`` as this CPU's kernels compute it right: with weights that their sums cannot overflow with, and without
-    the convolutions that :func:`lq.int8.onednn.is_racy` knows; itself where it is like that already."""
+    """``model`` as this CPU's kernels compute it correctly: with weights that cannot overflow their sums, and without
+    the convolutions for which :func:`lq.int8.onednn.is_racy` holds; ``model`` itself if nothing has to change."""
     if not has_onednn_int8():
         return model
     adjusted = copy.deepcopy(model)
@@ -72,7 +72,7 @@ def for_this_cpu(model: Int8Module) -> Int8Module:
 
 
 def _subsample_first(model: Int8Module, node: Any) -> bool:
-    """Let a convolution that is not to be trusted with its stride read every so manieth pixel instead."""
+    """Let a convolution whose stride the kernels get wrong read every ``stride``-th pixel, with stride 1."""
     stride, padding, *settings = conv_settings(node)
     dequantize, weight = node.args[:2]
     if DEQUANTIZE_WEIGHT is not weight.target or not is_racy(lookup(model, weight.args[0].target), stride, padding):
@@ -103,16 +103,16 @@ class _Shapes(fx.Interpreter):
 
 
 def linear_for_single_positions(model: Int8Module) -> Int8Module:
-    """``model`` with linear layers for the 1x1 convolutions that give a single position, which compute the same.
+    """``model`` with equivalent linear layers in place of the 1x1 convolutions whose output is a single position.
 
-    oneDNN lays the weights of such a convolution out otherwise for a batch of one than for any other, and for one
-    thread than for two, and a package, whose weights are laid out once, re-orders them at every call: 40 ms for
-    512x512. A linear layer has one layout.
+    oneDNN's weight layout for such a convolution depends on whether the batch is one and on the number of threads, and
+    a package, whose weights are laid out once, re-orders them at every call: 40 ms for 512x512. A linear layer has one
+    layout.
     """
     with torch.no_grad():
         shapes = _Shapes(model)
         shapes.run(*examples(model).values())
-    found = []
+    pointwise = []
     for node in shapes.graph.nodes:
         if node.op != "call_function" or node.target is not aten.conv2d.default or node.name not in shapes.shapes:
             continue
@@ -122,12 +122,12 @@ def linear_for_single_positions(model: Int8Module) -> Int8Module:
             continue
         is_pointwise = tuple(lookup(model, weight.args[0].target).shape[2:]) == (1, 1)
         if is_pointwise and tuple(shapes.shapes[node.name][2:]) == (1, 1):
-            found.append(node.name)
-    if not found:
+            pointwise.append(node.name)
+    if not pointwise:
         return model
     adjusted = copy.deepcopy(model)
     for node in list(adjusted.graph.nodes):
-        if node.name in found:
+        if node.name in pointwise:
             _make_linear(adjusted, node)
     return adjusted
 
@@ -153,7 +153,7 @@ def _make_linear(model: Int8Module, node: Any) -> None:
     graph.erase_node(node)
 
 
-#: Whether Inductor is compiling a package of ours: its passes are every compilation's in the process.
+#: Whether Inductor is compiling one of our packages: its passes apply to every compilation in the process.
 _compiling: ContextVar[bool] = ContextVar("lq_compiling", default=False)
 
 
@@ -161,8 +161,8 @@ _compiling: ContextVar[bool] = ContextVar("lq_compiling", default=False)
 def _lay_weights_out_for_sizes() -> None:
     """Give Inductor a pass that lays weights out for the sizes that a convolution meets.
 
-    Where the batch size is free, its own lays them out for none, and some kernels re-order them at every call. But for
-    a batch of one (see :func:`linear_for_single_positions`) the layout is the same for all batches.
+    Where the batch size is free, its own pass lays them out for no size, and some kernels re-order them at every call.
+    Except for a batch of one (see :func:`linear_for_single_positions`) the layout is the same for all batches.
     """
     from torch._inductor.fx_passes.freezing_patterns import register_freezing_graph_pattern
     from torch._inductor.pattern_matcher import CallFunction, Ignored, Match
@@ -172,7 +172,7 @@ def _lay_weights_out_for_sizes() -> None:
     def is_ours(match: Match) -> bool:
         return _compiling.get() and match.output_node().args[8] is None
 
-    # After those that it has, which write the nodes and fuse them.
+    # After Inductor's own passes, which write the nodes and fuse them.
     @register_freezing_graph_pattern(  # type: ignore[untyped-decorator]
         CallFunction([prepack, prepack.default], *[Ignored()] * 9), extra_check=is_ours, pass_number=3
     )
@@ -189,22 +189,22 @@ def write_package(program: ExportedProgram, metadata: Metadata, path: Path) -> N
     """Compile ``program`` and write it to a ``.pt2`` package.
 
     Raises:
-        CompilerError: where that fails; mostly for want of a C++ compiler.
+        CompilerError: where that fails, usually because there is no C++ compiler.
     """
     with quiet("torch.utils._pytree", "torch.utils.cpp_extension", "torch._inductor"):
         # Both take seconds to import, and only this needs them. The first registers Inductor's INT8 passes: without
-        # them nothing fuses, and INT8 is slower than float by far.
+        # them nothing fuses, and INT8 is much slower than float.
         import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
         from torch._inductor import aoti_compile_and_package
 
         settings = {
-            "freezing": True,  # weights are packed for the kernels now and not in each process
-            "cpp.dynamic_threads": True,  # as many threads as where it runs, not as here
+            "freezing": True,  # weights are packed for the kernels now, not in each process
+            "cpp.dynamic_threads": True,  # the number of threads where it runs, not the number here
             "aot_inductor.metadata": {KEY: metadata.to_json()},
         }
         _lay_weights_out_for_sizes()
         compiling = _compiling.set(True)
-        package = io.BytesIO()  # and not the path: see write_archive
+        package = io.BytesIO()  # not the path: see write_archive
         try:
             with torch.no_grad():
                 aoti_compile_and_package(program, package_path=package, inductor_configs=settings)

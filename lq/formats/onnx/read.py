@@ -1,4 +1,4 @@
-"""What an ONNX file says about its inputs and outputs, and whether it is whole."""
+"""What an ONNX file says about its inputs and outputs, and whether it is intact."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lq.interface.metadata import KEY, Metadata, TensorSpec
 
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(bool)": "bool"}
 
-#: The metadata property with the checksum of the file's graph, which the format itself has none of.
+#: The metadata property with the checksum of the file's graph; the format itself has none.
 CHECKSUM = "lq.sha256"
 
-#: Where a tensor can lie in a file: for each kind of message in onnx.proto, the fields that hold messages, and theirs.
+#: Where a tensor can lie in a file: for each message type of onnx.proto, the fields that hold messages, and which.
 _FIELDS = {
     "model": {7: "graph", 14: "property", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -30,12 +30,12 @@ _FIELDS = {
 #: Fields of a tensor that say that its values are in another file.
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14
 
-#: Subgraphs within subgraphs: no network has so many levels, and a file of a few bytes a level could.
+#: Levels of nested subgraphs: no network has so many, but a small malicious file could.
 _MAX_DEPTH = 100
 
 
 def check_file(path: Path) -> None:
-    """Refuse a file whose values are in other files, and one that is not what lq wrote.
+    """Refuse a file whose values are in other files, and one that was changed after lq wrote it.
 
     An engine would follow a path in the file, on this machine and with this user's rights. What cannot be read as ONNX
     is left to the engine, which says why.
@@ -63,12 +63,12 @@ def read_properties(path: Path) -> dict[str, str]:
     """The file's metadata properties.
 
     Raises:
-        ValueError: where it is no ONNX file.
+        ValueError: where it is not an ONNX file.
     """
     try:
         return dict(_property(part) for number, part in _parts(memoryview(path.read_bytes())) if number == 14)
     except (ValueError, IndexError, TypeError) as error:
-        raise ValueError("it is no ONNX model") from error
+        raise ValueError("it is not an ONNX model") from error
 
 
 def _external_tensor(message: memoryview, kind: str, depth: int) -> bool:
@@ -90,7 +90,7 @@ def _property(message: Any) -> tuple[str, str]:
 
 
 def _parts(message: memoryview) -> Iterator[tuple[int, Any]]:
-    """The fields of a protobuf message: number, and the bytes or the number that it holds."""
+    """The fields of a protobuf message: field number, and the bytes or the integer that it holds."""
     at = 0
     while at < len(message):
         key, at = _number(message, at)
@@ -103,7 +103,7 @@ def _parts(message: memoryview) -> Iterator[tuple[int, Any]]:
         if wire == 2:
             length, at = _number(message, at)
         elif not length:
-            raise ValueError("no protobuf message")
+            raise ValueError("not a protobuf message")
         if at + length > len(message):
             raise ValueError("ends within a field")
         yield number, message[at : at + length]
@@ -111,7 +111,7 @@ def _parts(message: memoryview) -> Iterator[tuple[int, Any]]:
 
 
 def _number(message: memoryview, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, and where it ends."""
+    """A varint (seven bits per byte), and where it ends."""
     value = shift = 0
     while True:
         byte = message[at]
@@ -120,14 +120,14 @@ def _number(message: memoryview, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         if shift > 63:
-            raise ValueError("no number")
+            raise ValueError("not a varint")
 
 
 def unreadable(path: Path, engine: str, error: Exception) -> ValueError:
     """The error for a file that an engine does not take."""
     reason = " ".join(str(error).split())
     return ValueError(
-        f"path={str(path)!r} is no ONNX model that {engine} can run: it is damaged, or of an opset or with an operator "
+        f"path={str(path)!r} is not an ONNX model that {engine} can run: it is damaged, or has an opset or an operator "
         f"that this version of {engine} does not know. {engine} says: {reason}"
     )
 
@@ -138,10 +138,10 @@ def metadata_of(path: Path, properties: dict[str, str], inputs: list[tuple[str, 
     Args:
         path: the file, for error messages.
         properties: the file's metadata properties.
-        inputs: name, ONNX type and shape of each input; a size that is free is no integer.
+        inputs: name, ONNX type and shape of each input; a free size is not an integer.
 
     Raises:
-        ValueError: where the metadata are damaged, or an input is of a type that no tensor here has.
+        ValueError: where the metadata are damaged, or an input has an unsupported type.
     """
     if KEY in properties:
         try:

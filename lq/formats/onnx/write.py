@@ -17,7 +17,7 @@ from lq.formats.onnx.read import CHECKSUM
 from lq.interface.metadata import KEY, Metadata
 from lq.util.distribution import install
 
-#: ONNX Runtime, OpenVINO and TensorRT 10 all read it.
+#: ONNX Runtime, OpenVINO and TensorRT 10 all read this opset.
 OPSET = 18
 
 #: Share of the int32 range that a bias may take; the rest is for the sum it is added to.
@@ -25,7 +25,7 @@ _LARGEST_BIAS = 2**30
 
 
 def import_onnx() -> Any:
-    """The package, with onnxscript, which torch's exporter needs, at hand.
+    """The ``onnx`` package; also checks for onnxscript, which torch's exporter needs.
 
     Raises:
         MissingRuntimeError: where one of them is not installed.
@@ -45,9 +45,9 @@ def to_onnx(
 ) -> Any:
     """The ``onnx.ModelProto`` of a quantize/dequantize program.
 
-    Weights are INT8 initializers behind a DequantizeLinear. Biases are INT32 initializers with the scale
-    ``s_x * s_w`` behind one, which is what makes INT8 kernels of a convolution and its bias (TensorRT wants them in
-    float instead). The batch size is free.
+    Weights are INT8 initializers that a DequantizeLinear reads. So are biases, as INT32 with the scale ``s_x * s_w``,
+    which engines need to fuse a convolution and its bias into an INT8 kernel (TensorRT wants float biases instead).
+    The batch size is free.
 
     Args:
         program: from :func:`lq.formats.pt2.write.export_program`.
@@ -73,7 +73,9 @@ def to_onnx(
     model = exported.model_proto
     written = next(entry.version for entry in model.opset_import if entry.domain == "")
     if written != opset:
-        raise ValueError(f"opset={opset} is none that torch's exporter writes here; it made opset {written} of it")
+        raise ValueError(
+            f"opset={opset} is not supported by torch's exporter here, which wrote opset {written} instead"
+        )
     _drop_debugging_information(model)
     _name_free_sizes(model)
     _pool_globally(onnx, model)
@@ -89,7 +91,7 @@ def to_onnx(
 
 
 def _readable(metadata: Metadata) -> dict[str, str]:
-    """What a person looks for in a model viewer, beside the JSON that lq reads."""
+    """What a person looks for in a model viewer, in addition to the JSON that lq reads."""
     properties = {"lq.version": metadata.lq, "lq.target": metadata.target}
     if metadata.labels is not None:
         properties["labels"] = "\n".join(metadata.labels)
@@ -134,13 +136,13 @@ def _pool_globally(onnx: Any, model: Any) -> None:
 
 
 def _rename_quantized(model: Any, sites: list[str]) -> None:
-    """Name integers after the tensor of the float model that they are, and nodes after their weight's layer."""
+    """Name integers after their tensor in the float model, and nodes after their weight's layer."""
     renamed: dict[str, str] = {}
     for node in model.graph.node:
         if node.op_type == "QuantizeLinear":
-            found = re.fullmatch(r"quantize_per_tensor(?:_(\d+))?", node.output[0])
-            if found is not None:
-                renamed[node.output[0]] = f"{sites[int(found.group(1) or 0)]}.quantized"
+            match = re.fullmatch(r"quantize_per_tensor(?:_(\d+))?", node.output[0])
+            if match is not None:
+                renamed[node.output[0]] = f"{sites[int(match.group(1) or 0)]}.quantized"
     taken = {name for node in model.graph.node for name in node.output} - set(renamed)
     renamed = {old: new for old, new in renamed.items() if new not in taken}
     made_by = {name: node for node in model.graph.node for name in node.output}
@@ -152,7 +154,7 @@ def _rename_quantized(model: Any, sites: list[str]) -> None:
         if dequantize is not None and dequantize.input[0].endswith(".weight"):
             layer = dequantize.input[0].removesuffix(".weight")
             calls[layer] = calls.get(layer, 0) + 1
-            node.name = layer if calls[layer] == 1 else f"{layer}:{calls[layer]}"  # a layer that is called again
+            node.name = layer if calls[layer] == 1 else f"{layer}:{calls[layer]}"  # a further call of the layer
     for value in model.graph.value_info:
         value.name = renamed.get(value.name, value.name)
 
@@ -178,7 +180,7 @@ def _quantize_biases(onnx: Any, model: Any) -> None:
         stored = initializers[weight.input[0]], initializers[weight.input[1]]
         integers, scale = (onnx.numpy_helper.to_array(value) for value in stored)
         bias = onnx.numpy_helper.to_array(initializers[node.input[2]]).astype(np.float64)
-        # A channel whose weights are next to nothing has a scale that its bias does not fit in 32 bits with.
+        # If a channel's weights are almost zero, its scale is too small for its bias to fit into 32 bits.
         least = np.abs(bias) / (_LARGEST_BIAS * x_scale)
         if (least > scale).any():
             ratio = np.maximum(least / scale, 1.0)
@@ -204,7 +206,7 @@ def _quantize_biases(onnx: Any, model: Any) -> None:
         )
         node.input[2] = f"{name}.dequantized"
     for node in reversed(dequantizes):
-        graph.node.insert(0, node)  # they read initializers alone
+        graph.node.insert(0, node)  # they read initializers only
     _drop_unread_initializers(graph)
 
 

@@ -1,9 +1,9 @@
-"""A ``.pt2`` program from a stranger: nothing in it is unpickled, evaluated or imported.
+"""A ``.pt2`` program from an untrusted source: nothing in it is unpickled, evaluated or imported.
 
 ``torch.export.load`` trusts its file: it unpickles example inputs, constants and weights that ask for it, evaluates the
-text of every symbolic size (by way of sympy) and of guards, calls any function of Python's that a node names, imports
-modules that a text of nested arguments names, writes names into code that it runs, and does not look at checksums. So
-what torch is given here is another archive, made of the parts of the file that were looked at.
+text of every symbolic size (through sympy) and of guards, calls any Python function that a node names, imports
+modules that a description of nested arguments names, writes names into code that it runs, and ignores checksums. So
+torch is given a new archive here, made of the checked parts of the file.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _WEIGHTS = "data/weights/model_weights_config.json"
 _CONSTANTS = "data/constants/model_constants_config.json"
 _SAMPLES = "data/sample_inputs/model.pt"
 
-#: The members that a program is made of, and those that torch writes beside it.
+#: The members that make up a program, and those that torch writes beside it.
 _MEMBERS = re.compile(
     rf"{_MODEL}|{_WEIGHTS}|{_CONSTANTS}|{_SAMPLES}|data/weights/weight_\d+|data/constants/tensor_\d+"
     rf"|extra/{KEY}|archive_format|archive_version|byteorder|version|\.data/\w+"
 )
 
-#: Functions of Python's and torch's that compute with sizes.
+#: Python's and torch's functions that compute with sizes.
 _SIZES = re.compile(
     r"_operator\.(add|and_|eq|floordiv|ge|getitem|gt|le|lshift|lt|mod|mul|ne|neg|or_|pos|pow|rshift|sub|truediv)"
     r"|math\.(ceil|floor|trunc|sqrt)|torch\.sym_(float|int|ite|max|min|not|sqrt|sum)|torch\._sym_\w+"
@@ -49,7 +49,7 @@ _NAMESPACES = ("aten", "quantized_decomposed", "torchvision")
 _WITH_FILES = ("from_file", "save")
 _HIGHER_ORDER = re.compile(r"torch\.ops\.higher_order\.(cond|while_loop|wrap_with_autocast|wrap_with_set_grad_enabled)")
 
-#: Namespaces that come with torch; any other is of a package that this process has imported.
+#: Namespaces that come with torch; any other belongs to a package that this process has imported.
 _OF_TORCH = re.compile(
     r"_\w*|c10d\w*|coor|debug\w*|export|flex\w*|fsdp|higher_order|image|inductor\w*|mempool|mkl\w*|onednn|onnx\w*|prim|prims"
     r"|profiler|quantization|quantized|rngprims|rpc|sparse|static_runtime|streams|symm_mem|torchao|torchaudio|torchtext"
@@ -76,7 +76,7 @@ def read_program(path: Path) -> tuple[io.BytesIO, str]:
     """``(archive, metadata)``: a ``.pt2`` archive that torch may load, and the text that lq wrote into it.
 
     Raises:
-        ValueError: where the file is damaged, or is no program of tensors and their operators alone.
+        ValueError: where the file is damaged, or is not a program of tensors and their operators alone.
     """
     members = _members(path)
     for name, check in ((_WEIGHTS, r"weight_\d+"), (_CONSTANTS, r"tensor_\d+")):
@@ -91,13 +91,13 @@ def _members(path: Path) -> dict[str, bytes]:
     root, names = names_of(content)
     for name in names:
         if not _MEMBERS.fullmatch(name):
-            raise ValueError(f"its member {name!r} is none that lq writes")
+            raise ValueError(f"lq writes no member {name!r}")
     return {name: content[root + name] for name in names}
 
 
 def _text(members: Mapping[str, bytes]) -> str:
     if f"extra/{KEY}" not in members:
-        raise ValueError("it says nothing of its inputs: lq did not write it")
+        raise ValueError("it does not describe its inputs: lq did not write it")
     return members[f"extra/{KEY}"].decode()
 
 
@@ -120,22 +120,22 @@ def _json(members: Mapping[str, bytes], name: str) -> Any:
 
 
 def _check_payloads(config: Any, file: str, members: Mapping[str, bytes], folder: str) -> None:
-    """Weights and constants are bytes in files of the archive, and as many as they have elements."""
+    """Check that weights and constants are files of the archive, with as many bytes as their elements take."""
     try:
         for name, payload in config["config"].items():
             place, meta = payload["path_name"], payload["tensor_meta"]
             if payload["use_pickle"] or not re.fullmatch(file, place) or not _PATH.fullmatch(name):
-                raise ValueError(f"its weight or constant {name!r} is no plain tensor")
-            if not members[f"{folder}/{place}"]:  # of no bytes torch makes zeros, of any size
+                raise ValueError(f"its weight or constant {name!r} is not a plain tensor")
+            if not members[f"{folder}/{place}"]:  # from an empty file torch makes zeros of any size
                 sizes = [size["as_int"] for size in meta["sizes"]]
                 if 0 not in sizes:
                     raise ValueError(f"its tensor {name!r} of the shape {sizes} has no bytes")
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"its weights or constants cannot be told: {error!r}") from error
+        raise ValueError(f"its weights or constants cannot be read: {error!r}") from error
 
 
 def _plain_samples(members: Mapping[str, bytes]) -> bytes:
-    """The example inputs, read without unpickling, and written anew."""
+    """The example inputs, read without unpickling and written again."""
     content = members.get(_SAMPLES)
     if content is None:
         raise ValueError("it has no example inputs")
@@ -144,16 +144,16 @@ def _plain_samples(members: Mapping[str, bytes]) -> bytes:
         args, kwargs = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         plain = all(isinstance(leaf, Tensor | int | float | str | None) for leaf in tree_leaves((args, kwargs)))
     except Exception as error:
-        raise ValueError("its example inputs are no plain tensors") from error
+        raise ValueError("its example inputs are not plain tensors") from error
     if type(args) is not tuple or type(kwargs) is not dict or not plain:
-        raise ValueError("its example inputs are no plain tensors")
+        raise ValueError("its example inputs are not plain tensors")
     buffer = io.BytesIO()
     torch.save((args, kwargs), buffer)
     return buffer.getvalue()
 
 
 def _checked_program(program: Any) -> dict[str, Any]:
-    """The program without what says how it came about, with every text in it looked at."""
+    """The program without its traces of the export, every text in it checked."""
     try:
         program["guards_code"] = []  # Python code; sizes are checked when the network is called
         program["graph_module"]["metadata"] = {}
@@ -169,7 +169,7 @@ def _checked_program(program: Any) -> dict[str, Any]:
 
 
 def _check(value: Any, key: str) -> None:
-    """Look at every text below ``value``, which stands under ``key``."""
+    """Check every text in ``value``, which stands under ``key``."""
     if isinstance(value, dict):
         if isinstance(value.get("target"), str) and "inputs" in value:  # a node
             value["metadata"] = {}
@@ -187,12 +187,12 @@ def _check(value: Any, key: str) -> None:
 def _check_operator(target: str) -> None:
     if _SIZES.fullmatch(target) or _HIGHER_ORDER.fullmatch(target):
         return
-    found = _OPERATOR.fullmatch(target)
-    if found is not None and found["namespace"] in _NAMESPACES and found["name"] not in _WITH_FILES:
+    match = _OPERATOR.fullmatch(target)
+    if match is not None and match["namespace"] in _NAMESPACES and match["name"] not in _WITH_FILES:
         return
-    if found is not None and not _OF_TORCH.fullmatch(found["namespace"]) and found["namespace"] not in _NAMESPACES:
+    if match is not None and not _OF_TORCH.fullmatch(match["namespace"]) and match["namespace"] not in _NAMESPACES:
         return  # what the user's own program registered
-    raise ValueError(f"its program calls {target!r}, which is no operator on tensors")
+    raise ValueError(f"its program calls {target!r}, which is not an operator on tensors")
 
 
 def _check_name(name: str) -> None:
@@ -201,7 +201,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_arguments(text: str) -> None:
-    """The names of arguments that are given by name become those of a function."""
+    """Check the names of keyword arguments, which become parameters of a generated function."""
     check_treespec(text)
     _, schema = json.loads(text)
     for keywords in schema["children_spec"][1:]:
@@ -220,7 +220,7 @@ def _check_word(text: str) -> None:
 
 
 def _check_expression(text: str) -> None:
-    """Sizes are written as sympy's constructors, which sympy's reader leaves to ``eval``."""
+    """Check a size, written as sympy's constructors, which sympy's reader passes to ``eval``."""
     if len(text) > _MAX_EXPRESSION:
         raise ValueError(f"its program has a size of {len(text)} characters")
     try:
@@ -263,7 +263,7 @@ def _integer(node: ast.expr, largest: int) -> bool:
     return False
 
 
-#: How the texts of a program are looked at, by their key; what is in none of them has to be a word.
+#: How the texts of a program are checked, by their key; under any other key a text has to be a word.
 _CHECKS: dict[str, Callable[[str], None]] = {
     "as_name": _check_name,
     "as_operator": _check_operator,

@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 
 def examples(model: Int8Module, *, own_batch: bool = False) -> dict[str, Any]:
-    """Zeros of the example inputs' shapes: a file keeps its example inputs, and a training image is nobody else's.
+    """Zeros of the example inputs' shapes: a file keeps its example inputs, and a training image may be private.
 
     Args:
         model: the INT8 network.
@@ -42,18 +42,18 @@ def examples(model: Int8Module, *, own_batch: bool = False) -> dict[str, Any]:
             return value
         if own_batch:
             return torch.zeros_like(value)
-        # An export of a batch of one would be for a batch of one.
+        # An export with a batch of one would fix the batch size to one.
         return value.new_zeros((2, *value.shape[1:]) if value.dim() else ())
 
     return {name: tree_map(zeros, value) for name, value in model.example_inputs.items()}
 
 
-#: They tell of every size that turned out to be fixed; that is for the network to decide.
+#: These loggers warn of every size that turned out to be fixed, which is up to the network.
 _TALKATIVE = ("torch.export", "torch._export", "torch.fx.experimental")
 
 
 def _without_circular_padding(graph: fx.Graph) -> fx.Graph:
-    """Circular padding in ``graph`` as slices put together, which every engine knows."""
+    """Circular padding in ``graph`` as concatenated slices, which every engine supports."""
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in (F.pad, aten.pad.default):
             continue
@@ -77,7 +77,7 @@ def _without_circular_padding(graph: fx.Graph) -> fx.Graph:
 
 @dataclass(frozen=True)
 class Program:
-    """A network as a ``torch.export`` program, and for which sizes of its inputs it is.
+    """A network as a ``torch.export`` program, and the input sizes it is for.
 
     Args:
         exported: the program.
@@ -93,7 +93,7 @@ class Program:
 
 
 def export_program(model: Int8Module, *, free_sizes: bool) -> Program:
-    """The network as a program, its batch size free where the network allows that.
+    """The network as a program, with a free batch size where the network allows that.
 
     Where a network cannot be exported with free sizes, such as one whose linear layer fits one image size, they are
     fixed to those of the example inputs, and a note says so.
@@ -101,7 +101,7 @@ def export_program(model: Int8Module, *, free_sizes: bool) -> Program:
     Args:
         model: the INT8 network.
         free_sizes: whether the sizes of the other axes, but for the channels, are free as well. Engines that compile
-            ahead of time make better kernels for sizes that they know.
+            ahead of time make better kernels for known sizes.
 
     Raises:
         ValueError: where the network cannot be exported (a submodule with control flow that depends on data stays
@@ -148,7 +148,7 @@ def export_program(model: Int8Module, *, free_sizes: bool) -> Program:
             continue
         if not errors:
             return program
-        reason = f"{choices[free]}, for the network cannot be exported with free ones: {_first_line(errors[0])}"
+        reason = f"{choices[free]}, because the network cannot be exported with free ones: {_first_line(errors[0])}"
         return replace(program, notes=(reason, *program.notes))
     raise ValueError(f"the network cannot be exported: {errors[-1]}") from errors[-1]
 
@@ -163,7 +163,7 @@ def _sizes(
     """The shapes of the program's inputs and the guards of those that are free.
 
     Raises:
-        GuardError: where a guard is of something else than sizes.
+        GuardError: where a guard is of anything but sizes.
     """
     paths, _ = tree_flatten_with_path(inputs)
     names = set(exported.graph_signature.user_inputs)
@@ -194,7 +194,7 @@ def _sizes(
 
 
 def _limits(size: str, limits: Any) -> list[str]:
-    # An end that is open is an infinity of torch's own, which is no number.
+    # An open end is torch's own infinity, which is not a number.
     low, high = (int(end) if getattr(end, "is_Integer", False) else None for end in (limits.lower, limits.upper))
     guards = [f"{size} >= {low}"] if low is not None and low > 1 else []
     return guards + ([f"{size} <= {high}"] if high is not None else [])
@@ -203,11 +203,11 @@ def _limits(size: str, limits: Any) -> list[str]:
 def _fixed_by_the_network(
     inputs: dict[str, Any], shapes: tuple[tuple[int | None, ...], ...], free_axes: Callable[[Any], Any]
 ) -> tuple[str, ...]:
-    """Which sizes were asked to be free and are not, for the network computes with one of them."""
+    """Which sizes should be free and are not, because the network can be computed with one value only."""
     paths, _ = tree_flatten_with_path(inputs)
     return tuple(
         f"{'the batch size' if axis == 0 else f'size {axis}'} of the input {input_name(path)!r} is fixed at "
-        f"{shape[axis]}, for the network can be computed with no other"
+        f"{shape[axis]}, because the network cannot be computed with any other"
         for (path, value), shape in zip(paths, shapes, strict=True)
         for axis in free_axes(value) or ()
         if shape[axis] is not None
@@ -237,13 +237,13 @@ def _rewritten(code: str, sources: dict[str, str]) -> str:
     try:
         return ast.unparse(_SizesByName(sources).visit(ast.parse(code, mode="eval")))
     except SyntaxError as error:
-        raise GuardError(f"{code!r} is no guard of sizes") from error
+        raise GuardError(f"{code!r} is not a guard of sizes") from error
 
 
 def write_program(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
     """Write a ``.pt2`` file that loads without lq and without the training code."""
     extra_files = {KEY: metadata.to_json()}
-    # torch takes a weight in another memory format, of a layer in float, for a part of some larger tensor, and warns.
+    # torch mistakes a float layer's weight in another memory format for part of a larger tensor, and warns.
     weights = program.state_dict
     for name, weight in weights.items():
         if isinstance(weight, Tensor) and not weight.is_contiguous():

@@ -1,1 +1,1 @@
-"""From a module to a graph of ATen operators, and whether both compute the same."""
+"""From a module to a graph of ATen operators, and the check that both compute the same."""

@@ -1,4 +1,4 @@
-"""Whether what was captured computes what the module does."""
+"""The check that a captured graph computes what the module does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lq.graph.capture.preserve import preserved
 from lq.graph.interpret import node_values, output_of
 from lq.interface.guards import fixes_the_batch, input_name
 
-#: Largest difference, root mean square, of what the same operators compute, in units of the dtype's epsilon times the
+#: Largest RMS difference of what the same operators compute, in units of the dtype's epsilon times the
 #: root mean square of the values.
 _OUTPUTS, _GRADIENTS = 100, 1000
 
@@ -39,18 +39,18 @@ def difference(expected: Any, actual: Any, tolerance: float = _OUTPUTS) -> str |
         if isinstance(one, Tensor) != isinstance(other, Tensor):
             return f"a {type(other).__name__} instead of a {type(one).__name__}"
         if isinstance(one, Tensor):
-            found = _tensor_difference(one.detach(), other.detach(), tolerance)
+            mismatch = _tensor_difference(one.detach(), other.detach(), tolerance)
         else:
-            found = None if _same(one, other) else f"{other!r} instead of {one!r}"
-        if found is not None:
-            return found
+            mismatch = None if _same(one, other) else f"{other!r} instead of {one!r}"
+        if mismatch is not None:
+            return mismatch
     return None
 
 
 def _same(one: Any, other: Any) -> bool:
     try:
         return bool(one == other)
-    except Exception:  # objects that cannot be compared are no outputs to judge by
+    except Exception:  # outputs that cannot be compared are ignored
         return True
 
 
@@ -60,11 +60,11 @@ def _tensor_difference(expected: Tensor, actual: Tensor, tolerance: float) -> st
     if expected.dtype != actual.dtype:
         return f"{actual.dtype} instead of {expected.dtype}"
     if not (expected.is_floating_point() or expected.is_complex()):
-        return None if torch.equal(expected, actual) else "other integers"
+        return None if torch.equal(expected, actual) else "different integers"
     if torch.equal(expected, actual):
         return None
     if not torch.equal(torch.isfinite(expected), torch.isfinite(actual)):
-        return "values that are not finite at other places"
+        return "non-finite values in different places"
     finite = torch.isfinite(expected)
     size = torch.where(finite, expected, torch.zeros_like(expected)).abs().double()
     error = torch.where(finite, expected - actual, torch.zeros_like(expected)).abs().double()
@@ -108,7 +108,7 @@ def graph_values(
 
 
 def first_sample(inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The inputs' first sample as a batch of one; None where they are one already, or have no common batch axis."""
+    """The inputs' first sample as a batch of one; None if they are one already, or have no common batch axis."""
     tensors = [leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, Tensor)]
     sizes = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
     if len(sizes) != 1 or sizes <= {0, 1}:
@@ -119,7 +119,7 @@ def first_sample(inputs: Mapping[str, Any]) -> dict[str, Any] | None:
 def capture_faithfully(module: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> CapturedGraph:
     """Capture ``module`` in evaluation mode, and compare the graph with it, on a batch and on its first sample.
 
-    Where they differ, the smallest submodule in which they do becomes a leaf that runs the user's own code.
+    Where they differ, the smallest submodule that differs becomes a leaf that runs the user's own code.
 
     Raises:
         CaptureError: where the forward cannot be captured, or differs in the module's own code.
@@ -128,7 +128,7 @@ def capture_faithfully(module: nn.Module, inputs: Mapping[str, Any], settings: M
     captured = _capture_faithfully(module, inputs, settings, batch=None)
     if not any(map(fixes_the_batch, captured.guards)):
         return captured
-    # The forward asks for the batch's size as a number, which torch.export fixes.
+    # The forward reads the batch size as a number, which torch.export fixes.
     tensors = [leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, Tensor)]
     if all(tensor.dim() and len(tensor) == len(tensors[0]) for tensor in tensors):
         try:
@@ -150,12 +150,12 @@ def _names(inputs: Mapping[str, Any]) -> list[str]:
     return [input_name(path) for path, value in paths if isinstance(value, Tensor)]
 
 
-#: A size that no layer has, nor a multiple of it, and that a loop over the batch can be unrolled for.
+#: A batch size that divides no layer's size, small enough that a loop over the batch can be unrolled.
 _UNCOMMON = 97
 
 
 def _two_samples(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs, or where they are a single sample that one twice: torch.export takes a size of one for fixed."""
+    """The inputs, or a single sample repeated: torch.export treats a size of one as fixed."""
     tensors = [leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, Tensor)]
     if not all(tensor.dim() > 1 and len(tensor) == 1 for tensor in tensors):
         return dict(inputs)
@@ -176,18 +176,18 @@ def _capture_faithfully(
         for one in (inputs, None if fixed else sample):
             if one is None:
                 continue
-            found = disagreement(captured, module, one, settings)
-            if found is None:
+            mismatch = disagreement(captured, module, one, settings)
+            if mismatch is None:
                 continue
             path = _smallest(captured, module, one, settings, known)
             if path:
-                float_leaves = {**known, path: f"captured as a graph it computes something else ({found})"}
+                float_leaves = {**known, path: f"its captured graph computes something else ({mismatch})"}
                 break
             if one is sample:
                 captured.guards = (*captured.guards, *(f"size({name!r}, 0) >= 2" for name in _names(inputs)))
                 continue
             raise CaptureError(
-                f"the graph captured from {type(module).__name__} does not compute what its forward does: {found}. "
+                f"the graph captured from {type(module).__name__} does not compute what its forward does: {mismatch}. "
                 f"Move the code that differs into a submodule of its own (that one then stays in float), or quantize "
                 f"only a part of the model by naming it"
             )
@@ -217,14 +217,14 @@ def disagreement(
     with preserved(module):
         try:
             expected = own_outputs(module, inputs, settings, as_registered=as_registered and bool(captured.registered))
-        except Exception:  # a batch that the module does not take: nothing to compare
+        except Exception:  # the module does not take this batch: nothing to compare
             return None
     with preserved(module):
         try:
             actual = graph_values(captured, module, inputs)[output_of(captured.graph)]
         except Exception as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
-    if captured.precision is not None:  # what autocast computes in few bits, the graph computes in all
+    if captured.precision is not None:  # autocast computes in fewer bits than the graph
         tolerance *= torch.finfo(captured.precision).eps / torch.finfo(torch.float32).eps
     return difference(expected, actual, tolerance)
 
@@ -236,7 +236,7 @@ def _smallest(
     settings: Mapping[str, Any],
     known: Mapping[str, str],
 ) -> str:
-    """Path of the smallest submodule in which graph and forward differ first, and that is no leaf yet."""
+    """Path of the smallest submodule, not a leaf yet, in which graph and forward first differ."""
     with preserved(module), torch.no_grad():
         recorder = Recorder(module, copy.deepcopy(captured.positions), values=True)
         _seed()
@@ -244,7 +244,7 @@ def _smallest(
     nodes = {node.meta["position"]: node for node in captured.graph.nodes if "position" in node.meta}
     with preserved(module):
         values: dict[Any, Any] = {}
-        with suppress(Exception):  # those up to an error tell where it is
+        with suppress(Exception):  # the values before the error show where it is
             graph_values(captured, module, inputs, into=values)
     path = ""
     assert recorder.values is not None
@@ -274,7 +274,7 @@ def training_differences(
     with preserved(module), twin():
         try:
             expected = _training_steps(module, inputs, settings)
-        except Exception:  # what the float model cannot do is not to be compared
+        except Exception:  # if the float model fails there is nothing to compare
             return None
     with preserved(module):
         try:
@@ -282,9 +282,9 @@ def training_differences(
         except Exception as error:
             return f"a training step fails with {type(error).__name__}: {error}".splitlines()[0]
     for (what, one), (_, other) in zip(expected, actual, strict=True):
-        found = difference(one, other, _OUTPUTS if what == "outputs" else _GRADIENTS)
-        if found is not None:
-            return f"{what} of a training step: {found}"
+        mismatch = difference(one, other, _OUTPUTS if what == "outputs" else _GRADIENTS)
+        if mismatch is not None:
+            return f"{what} of a training step: {mismatch}"
     return None
 
 
@@ -299,7 +299,7 @@ def _training_steps(module: nn.Module, inputs: Mapping[str, Any], settings: Mapp
         with torch.enable_grad():
             for leaf in leaves:
                 leaf.requires_grad_()
-            # A forward may write to its inputs, which leaves of the gradient do not allow.
+            # A forward may write to its inputs, which autograd does not allow for leaves.
             passed = {
                 name: tree_map(lambda v: v.view_as(v) if isinstance(v, Tensor) else v, v) for name, v in given.items()
             }

@@ -1,8 +1,8 @@
 """Following a forward as it runs: which module and which torch function is called, and from where in the user's code.
 
-A position names a call in a way that holds from run to run, also where a run leaves parts of the forward out (a layer
-dropped at random, a branch that only training takes): by the calls around it and by the place in the source that it is
-made from, not by how many calls came before it.
+A position names a call in a way that holds from run to run, even if a run skips parts of the forward (a layer
+dropped at random, a branch that only training takes): by the calls around it and its place in the source, not by how
+many calls came before it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _Key = tuple[int, str, "_Place | None", str, int]
 
 _following = threading.local()
 
-#: Where calls of modules come through that are followed.
+#: The code that followed modules' calls pass through.
 _FOLLOWERS = ("lq.graph.",)
 
 
@@ -56,12 +56,12 @@ class Positions:
         return number
 
     def find_module(self, key: _Key, count: int, *, adds: bool) -> int:
-        """The call of a module, wherever in the source it is made from: as training does, and evaluation elsewhere.
+        """The call of a module, wherever in the source it is made: training and evaluation may differ in that.
 
         Args:
             key: of the call.
             count: how many calls of the module came before it, within the call around it.
-            adds: whether it is a new position where there is none.
+            adds: whether to add a position if there is none.
         """
         anywhere = (key[0], key[1], count)
         number = self._numbers.get(key, self._modules.get(anywhere, UNKNOWN))
@@ -71,11 +71,11 @@ class Positions:
         return number
 
     def name(self, position: int) -> str:
-        """What is called there: a function's name, or a module's path with parentheses."""
+        """What is called at a position: a function's name, or a module's path with parentheses."""
         return next(name for (_, name, *_), number in self._numbers.items() if number == position)
 
     def of_module(self, path: str) -> int:
-        """The first call of a module, for one that is called on its own."""
+        """The first call of a module, used where the module is called on its own."""
         return next((number for (_, name, *_), number in self._numbers.items() if name == f"{path}()"), UNKNOWN)
 
 
@@ -90,9 +90,9 @@ class _Activation:
 
 
 class CallTracker(TorchFunctionMode):
-    """Knows the position of each call that is made while it is active, in the thread that it is active in.
+    """Knows the position of each call made while it is active, in its own thread.
 
-    What is done with a call is for subclasses to say. Entered once.
+    Subclasses decide what happens at a call. Entered once.
 
     Args:
         root: the module whose forward is followed; its submodules' forwards are :class:`FollowedForward`.
@@ -139,12 +139,12 @@ class CallTracker(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def watches(self, name: str) -> bool:
-        """Whether a function of that name is of interest; the others run without being looked at."""
+        """Whether a function of that name is of interest; the others are ignored."""
         return name != "__get__"
 
     def call_module(self, followed: FollowedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         caller = self._stack[-1]
-        # What calls the whole are hooks on it and code around it: none of its own calls.
+        # Calls around the root's forward come from its hooks and outer code: they are not its own.
         name = f"{followed.path}()"
         position = self._module_position(name, sys._getframe(2)) if followed.path else WHOLE
         self._stack.append(_Activation(position, followed.path))
@@ -188,7 +188,7 @@ class CallTracker(TorchFunctionMode):
 
 
 def _place(frame: FrameType | None) -> _Place | None:
-    """The place in the user's source that a call comes from, or None where a layer of torch makes it."""
+    """The place in the user's source that a call comes from, or None where one of torch's layers makes it."""
     while frame is not None:
         name = str(frame.f_globals.get("__name__", ""))
         if name.startswith(_FOLLOWERS):
@@ -218,7 +218,7 @@ def _expression(code: CodeType, offset: int) -> int:
 
 
 class FollowedForward:
-    """Stands in for a submodule's forward: the same, and the tracker that follows the whole knows of the call.
+    """Replaces a submodule's forward: runs it, and tells the root's tracker of the call.
 
     Args:
         root: the module whose forward is followed.
@@ -230,7 +230,7 @@ class FollowedForward:
         self.root = root
         self.module = module
         self.path = path
-        #: A forward that the user put on the object, which runs in the place of the class's.
+        #: A forward that the user set on the object, which runs in place of the class's.
         self.own: Callable[..., Any] | None = module.__dict__.get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -276,14 +276,14 @@ def follow(root: nn.Module) -> None:
 
 
 def _can_be_followed(module: nn.Module) -> bool:
-    # Compiled TorchScript takes no attributes, and what has no forward is only held, not called.
+    # Compiled TorchScript takes no attributes, and containers without a forward are not called.
     if type(module).__module__.startswith("torch.jit"):
         return False
     return type(module).forward is not nn.Module.forward or "forward" in module.__dict__
 
 
 def unfollow(root: nn.Module) -> dict[nn.Module, FollowedForward]:
-    """Take off what :func:`follow` put on, and return it."""
+    """Remove what :func:`follow` put on, and return it."""
     removed = {}
     for module in root.modules():
         followed = module.__dict__.get("forward")
@@ -297,7 +297,7 @@ def unfollow(root: nn.Module) -> dict[nn.Module, FollowedForward]:
 
 @contextmanager
 def followed(root: nn.Module) -> Iterator[None]:
-    """Inside, the calls of ``root``'s submodules are known to a :class:`CallTracker`."""
+    """Inside the context, a :class:`CallTracker` sees the calls of ``root``'s submodules."""
     already = any(isinstance(m.__dict__.get("forward"), FollowedForward) for m in root.modules() if m is not root)
     follow(root)
     try:

@@ -1,4 +1,4 @@
-"""From a module to a graph of ATen operators, by ``torch.export``; what cannot be exported is a leaf in it."""
+"""From a module to a graph of ATen operators, by ``torch.export``; what cannot be exported becomes a leaf."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from lq.util.quiet import quiet
 
 aten = torch.ops.aten
 
-#: What `torch.export` says of sizes that turn out to be fixed; that is for the network to decide.
+#: `torch.export`'s loggers that warn of sizes that turn out to be fixed, which is up to the network.
 _TALKATIVE = ("torch.export", "torch._export", "torch.fx.experimental", "torch._subclasses", "torch._dynamo")
 
 
@@ -48,18 +48,18 @@ _TALKATIVE = ("torch.export", "torch._export", "torch.fx.experimental", "torch._
 class CapturedGraph:
     """A module's forward, hooks included, as a graph of ATen operators without writes.
 
-    Of a node's ``meta``, ``"site"`` names the tensor it makes, after where in the module that happens; ``"path"`` is
-    that of the module whose code makes it; ``"layer"`` that of the ``torch.nn`` layer or leaf that it is (or is part
-    of), or None; ``"position"`` is there where the tensor is what a call returns (see :mod:`lq.graph.capture.calls`).
+    In a node's ``meta``, ``"site"`` names the tensor it makes, after the place in the module; ``"path"`` is the path of
+    the module whose code makes it; ``"layer"`` that of the ``torch.nn`` layer or leaf that it is (part of), or None;
+    ``"position"`` is set where a call returns the tensor (see :mod:`lq.graph.capture.calls`).
 
     Args:
         graph: reads the module's attributes and ``constants``.
-        constants: tensors that the forward makes of numbers, by the name that the graph reads them under.
+        constants: tensors that the forward makes from numbers, by the name that the graph reads them under.
         positions: of the calls that make the nodes.
         float_leaves: paths of the modules that are called as they are, with the reason.
-        registered: classes of the layers whose registered function was captured in the place of their forward.
-        guards: what the sizes of the inputs have to fulfil, see :mod:`lq.interface.guards`.
-        precision: the lowest that a region of the forward computes in under autocast, or None; the graph does not.
+        registered: classes of the layers whose registered function was captured in place of their forward.
+        guards: the conditions on the sizes of the inputs, see :mod:`lq.interface.guards`.
+        precision: the lowest that a region of the forward has under autocast, or None; the graph ignores it.
     """
 
     graph: fx.Graph
@@ -96,7 +96,7 @@ class Recorder(CallTracker):
     def on_module(self, followed: FollowedForward, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if registered_forward(followed.module) is not None:
             self.registered.add(type(followed.module).__name__)
-        inputs = leaves.shapes((args, kwargs))  # before the forward may write to them
+        inputs = leaves.shapes((args, kwargs))  # before the forward can write to them
         result = followed.run(*args, **kwargs)
         self.calls[position] = leaves.Shapes(inputs, *leaves.flatten_shapes(result))
         return result
@@ -115,7 +115,7 @@ _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class _Exporter(CallTracker):
-    """Marks the nodes that ``torch.export`` writes with where they come from, and calls leaves as one operator."""
+    """Marks the nodes that ``torch.export`` writes with their origin, and calls leaves as one operator."""
 
     def __init__(self, root: nn.Module, reference: Recorder, float_leaves: dict[str, str]) -> None:
         super().__init__(root, reference.positions, adds=True, start=(UNKNOWN, ""))
@@ -124,13 +124,13 @@ class _Exporter(CallTracker):
         self.failed: dict[str, str] = {}
         self.calls: dict[int, leaves.LeafCall] = {}
         self.shape_env: Any = None
-        #: The sizes of the inputs, by what torch.export calls them: number of the tensor, and axis.
+        #: The sizes of the inputs, by torch.export's symbols: number of the tensor, and axis.
         self.symbols: dict[str, tuple[int, int]] = {}
         self.examples: tuple[Tensor, ...] = ()
         self._asked_by_functions: set[int] = set()
 
     def learn_symbols(self, tensors: tuple[Tensor, ...]) -> None:
-        """Note the inputs' sizes, before anything is asked of them."""
+        """Note the inputs' sizes, before anything depends on them."""
         for number, tensor in enumerate(tensors):
             for axis, size in enumerate(tensor.shape):
                 if isinstance(size, torch.SymInt):
@@ -141,7 +141,7 @@ class _Exporter(CallTracker):
         return 0 if self.shape_env is None else len(self.shape_env.guards)
 
     def own_guards(self) -> list[Any]:
-        """What the forward itself, and not a torch function, asked of sizes."""
+        """The conditions on sizes that the forward itself, not a torch function, tested."""
         guards = [] if self.shape_env is None else self.shape_env.guards
         return [guard.expr for index, guard in enumerate(guards) if index not in self._asked_by_functions]
 
@@ -152,7 +152,7 @@ class _Exporter(CallTracker):
         try:
             return followed.run(*args, **kwargs)
         except Exception as error:
-            # It ran with real tensors; the innermost module that does not with stand-ins becomes a leaf.
+            # It ran with real tensors; the innermost module that fails with fake ones becomes a leaf.
             if shapes is None or not followed.path:
                 raise
             self.failed[followed.path] = _reason(error)
@@ -173,7 +173,7 @@ class _Exporter(CallTracker):
         self, function: Callable[..., Any], position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if function == _DATA:
-            return args[0].detach()  # the same tensor without its history, which is what torch.export knows
+            return args[0].detach()  # the same tensor without its history, which torch.export can follow
         before = self._number_of_guards()
         with traceback.annotate({"lq_path": self.path, "lq_module": self.module_position}):
             result = function(*args, **kwargs)
@@ -204,7 +204,7 @@ def _first_line(error: Exception) -> str:
 
 
 class _Call(nn.Module):
-    """A call of ``module`` with its tensors as arguments and all else fixed, for ``torch.export``."""
+    """A call of ``module`` with its tensors as arguments and everything else fixed, for ``torch.export``."""
 
     def __init__(self, module: nn.Module, arguments: _Arguments, exporter: _Exporter) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ class _Call(nn.Module):
 
 
 class _Arguments:
-    """The arguments of a call, taken apart into tensors and the rest."""
+    """The arguments of a call, split into tensors and the rest."""
 
     def __init__(self, module: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         own = module.__dict__.get("forward")
@@ -248,12 +248,12 @@ def call_arguments(
 
 
 class _Shell(nn.Module):
-    """Holds the place of a TorchScript module, which takes no other forward and which torch.export does not enter."""
+    """Replaces a TorchScript module, whose forward cannot be changed and which torch.export does not enter."""
 
     def __init__(self, scripted: nn.Module) -> None:
         super().__init__()
         self.scripted: Callable[..., Any]
-        self.__dict__["scripted"] = scripted  # no child: its parameters are its own affair
+        self.__dict__["scripted"] = scripted  # not a child: its parameters stay hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves((args, kwargs))):
@@ -281,7 +281,7 @@ def _scripted_in_shells(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def followed_whole(module: nn.Module) -> Iterator[None]:
-    """Inside, the forward of ``module`` and those of its submodules are known to a :class:`CallTracker`."""
+    """Inside the context, a :class:`CallTracker` sees the forward of ``module`` and those of its submodules."""
     replaced = module.__dict__.get("forward")
     with _scripted_in_shells(module), followed(module):
         whole = FollowedForward(module, module, "")
@@ -313,7 +313,7 @@ def capture(
     *,
     batch: int | None = None,
 ) -> CapturedGraph:
-    """Capture what ``module`` computes, in the training mode its submodules are in now.
+    """Capture what ``module`` computes, in the mode (training or evaluation) its submodules are in now.
 
     A submodule that cannot be exported (control flow that depends on data, for example) becomes a leaf that is called
     as it is; the innermost one is taken, so that as much as possible of the model stays visible.
@@ -322,10 +322,10 @@ def capture(
         module: the module.
         inputs: example inputs by the names of the forward's arguments (see :class:`CallSignature`).
         settings: its other arguments, with their values.
-        float_leaves: modules that are to be leaves, by path, with the reason.
-        batch: for a forward that asks for the size of its batch as a number (``len(x)``): a batch of that size is
-            captured, and numbers that are multiples of it are taken for multiples of the batch's size. Whether they
-            are is to be checked at two sizes; an uncommon prime gives no false ones.
+        float_leaves: modules to treat as leaves, by path, with the reason.
+        batch: for a forward that reads its batch size as a number (``len(x)``): a batch of that size is captured, and
+            multiples of that number are taken as multiples of the batch size. The caller has to check this at two
+            sizes; an uncommon prime avoids coincidences.
 
     Raises:
         CaptureError: where the module's own forward cannot be exported.
@@ -356,7 +356,7 @@ def capture(
                         raise _refusal(module, error) from error
                 finally:
                     leaves.forget(exporter.calls)
-                # What a failed attempt left in the graph is gone when it is made anew without the attempt.
+                # A failed attempt may have left nodes in the graph, so it is captured again without the attempt.
                 leaves_by_path.update(exporter.failed)
     captured.registered = frozenset(reference.registered)
     captured.guards = guards
@@ -365,7 +365,7 @@ def capture(
 
 
 def any_size() -> AbstractContextManager[Any]:
-    """Let torch.export take 0 and 1 for sizes like any other, where it would make a program for all others alone."""
+    """Let torch.export treat 0 and 1 like any other size, where it would exclude them from the program."""
     if not hasattr(_fx_config, "backed_size_oblivious"):
         return nullcontext()
     settings: AbstractContextManager[Any] = _fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
@@ -385,11 +385,11 @@ def _refusal(module: nn.Module, error: Exception) -> CaptureError:
 
 
 def _export(call: _Call, tensors: tuple[Tensor, ...], exporter: _Exporter) -> ExportedProgram:
-    """``call`` as a program, with sizes as free as the network lets them be."""
+    """``call`` as a program, with sizes as free as the network allows."""
 
     def axes(value: Tensor, free_sizes: bool) -> dict[int, Any]:
         free = range(value.dim()) if free_sizes else range(min(value.dim(), 1))
-        # One is a size of its own to torch.export, which an example of one would fix.
+        # torch.export treats a size of one specially: an example of that size would fix it.
         return {axis: Dim.AUTO for axis in free if axis != 1 and value.shape[axis] > 1}
 
     attempts = (True, False)
@@ -408,7 +408,7 @@ def _export(call: _Call, tensors: tuple[Tensor, ...], exporter: _Exporter) -> Ex
 
 
 def _functional_graph(program: ExportedProgram) -> tuple[ExportedProgram, fx.Graph, torch.dtype | None]:
-    """The program, its graph without regions and writes, and the lowest precision that a region asks for."""
+    """The program, its graph without regions and writes, and the lowest precision that a region requests."""
     graph, precision = with_regions_inlined(program.graph_module)
     try:
         return program, without_writes(graph), precision
@@ -425,7 +425,7 @@ def _functional_graph(program: ExportedProgram) -> tuple[ExportedProgram, fx.Gra
 
 
 class _UnsupportedNodeError(Exception):
-    """A node that no graph of ours can hold; the module whose code wrote it has to be a leaf."""
+    """A node that our graphs cannot hold; the module whose code wrote it has to be a leaf."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(reason)
@@ -434,10 +434,10 @@ class _UnsupportedNodeError(Exception):
 
 
 def _guards(program: ExportedProgram, exporter: _Exporter, names: Sequence[str]) -> tuple[str, ...]:
-    """What sizes have to fulfil for the program to hold, see :mod:`lq.interface.guards`.
+    """The conditions on sizes under which the program holds, see :mod:`lq.interface.guards`.
 
-    What torch's own functions ask (may these sizes be broadcast, is this one, which has no stride) they ask again when
-    they run; what the forward asks it decides by.
+    Conditions of torch's own functions (can these sizes be broadcast, is this one 1, so that its stride is irrelevant)
+    are tested again when they run; what the forward tests decides what it computes.
     """
     inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
     specs = program.graph_signature.input_specs
@@ -456,7 +456,7 @@ def _guards(program: ExportedProgram, exporter: _Exporter, names: Sequence[str])
         try:
             compile_guard(text)
             guards.append(text)
-        except GuardError:  # of something else than whole numbers: it holds for these sizes
+        except GuardError:  # about something other than integers: it holds for these sizes
             sizes = ((names[number], axis, exporter.examples[number].shape[axis]) for number, axis in asked.values())
             guards += [f"size({name!r}, {axis}) == {size}" for name, axis, size in sizes]
     return tuple(dict.fromkeys(guard for guard in guards if guard != "True"))
@@ -466,10 +466,10 @@ def _is_fixed(size: Any) -> bool:
     return isinstance(size, int) or bool(size.node.expr.is_number)
 
 
-#: Checks, which say nothing of what is computed.
+#: Checks, which compute nothing.
 _CHECKS = ("_assert", "sym_constrain_range", "_functional_assert")
 
-#: Inputs of a program that are the module's own tensors.
+#: Kinds of program inputs that are the module's own tensors.
 _INPUT_KINDS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 
 
@@ -523,7 +523,7 @@ class _Assembly:
             elif spec.kind in _INPUT_KINDS:
                 attributes.append((node, str(spec.target)))
             else:
-                raise _UnsupportedNodeError("", f"it uses an object that is no tensor ({spec.target})")
+                raise _UnsupportedNodeError("", f"it uses an object that is not a tensor ({spec.target})")
         placeholders: dict[str, fx.Node] = {}
         for keys in self.arguments.paths:
             name = str(keys[0])
@@ -543,7 +543,7 @@ class _Assembly:
         return made
 
     def _with_free_batch(self, value: Any) -> Any:
-        """Numbers that stand for multiples of the batch's size as such, in any nesting."""
+        """Numbers that stand for multiples of the batch size as expressions of it, in any nesting."""
         if isinstance(value, (list, tuple)):
             return type(value)(self._with_free_batch(item) for item in value)
         if type(value) is not int or self.batch is None or value <= 0 or value % self.batch:
@@ -586,7 +586,7 @@ class _Assembly:
         if isinstance(node.target, torch._ops.HigherOrderOperator) or any(
             n.op == "get_attr" for n in node.all_input_nodes
         ):
-            raise _UnsupportedNodeError(path, f"it runs a part of its forward in a region of its own ({name})")
+            raise _UnsupportedNodeError(path, f"it runs part of its forward in a separate region ({name})")
         if self.batch is None:
             made = self.graph.node_copy(node, lambda n: self.values[n])
         else:
@@ -629,7 +629,7 @@ class _Assembly:
         made.meta = {"path": "", "name": "output"}
 
     def _mark_positions(self) -> None:
-        """Note the position of each call with the node that makes what it returns."""
+        """Note the position of each call on the node that makes its result."""
         last: dict[int, fx.Node] = {}
         for node in self.graph.nodes:
             exported = node.meta.pop("exported", None)

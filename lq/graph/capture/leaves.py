@@ -1,4 +1,4 @@
-"""Modules that are called as they are: in an exported program, one operator that stands for the call."""
+"""Modules that are called as they are: in an exported program, one operator stands for the call."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Shapes:
     """What a call of a module takes and returns.
 
     Args:
-        inputs: of its tensors, in order.
-        result: its leaves: of tensors their shape, and all else as it is.
+        inputs: shapes of its tensors, in order.
+        result: its leaves: the shapes of tensors, and everything else as it is.
         result_spec: how they are nested.
     """
 
@@ -71,7 +71,7 @@ def _describe(value: Tensor) -> TensorShape:
 
 
 def shapes(values: Any) -> tuple[TensorShape, ...]:
-    """Of all tensors in any nesting."""
+    """The shapes of all tensors in any nesting."""
     return tuple(_describe(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
 
 
@@ -81,7 +81,7 @@ def flatten_shapes(value: Any) -> tuple[tuple[Any, ...], Any]:
     return tuple(_describe(leaf) if isinstance(leaf, Tensor) else leaf for leaf in flat), spec
 
 
-#: What the leaves return that are called in a program which is being exported, by the number of the call.
+#: What leaves return in the program that is being exported, by the number of the call.
 _results: dict[int, Shapes] = {}
 
 _numbers = itertools.count()
@@ -102,7 +102,7 @@ def operator_of_leaves() -> Any:
         ]
 
     torch.library.register_fake("lq::leaf", fake, lib=library)
-    _libraries.append(library)  # what it defines is forgotten with the object
+    _libraries.append(library)  # its definitions are dropped with the object
     return torch.ops.lq.leaf.default
 
 
@@ -110,7 +110,7 @@ _libraries: list[Any] = []
 
 
 def _sizes(shape: tuple[int, ...], known: tuple[TensorShape, ...], inputs: list[Tensor]) -> list[Any]:
-    """The size of a result for inputs of free sizes: an axis that is as long as an input's is taken for that one."""
+    """The size of a result for inputs of free sizes: an axis as long as an input's is assumed to equal it."""
     sizes: list[Any] = []
     for axis, size in enumerate(shape):
         same = (
@@ -122,7 +122,7 @@ def _sizes(shape: tuple[int, ...], known: tuple[TensorShape, ...], inputs: list[
         if axis >= 2 and sizes[-1] is size:
             for given in inputs:
                 for other in given.shape[2:]:
-                    int(other)  # how it follows from them is not known: they are fixed
+                    int(other)  # how it depends on them is not known: they are fixed
     return sizes
 
 
@@ -146,11 +146,11 @@ def call(path: str, shapes: Shapes, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def forget(numbers: Iterable[int]) -> None:
-    """The calls of an export that is over."""
+    """The calls of a finished export."""
     for number in numbers:
         _results.pop(number, None)
 
 
 def keys_of(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What leads to a leaf of nested lists, tuples and dicts."""
+    """The keys that lead to a leaf of nested lists, tuples and dicts."""
     return tuple(getattr(key, "key", getattr(key, "idx", getattr(key, "name", None))) for key in path)

@@ -1,4 +1,4 @@
-"""One spelling for each thing that a captured graph computes, and a name for each tensor in it."""
+"""One form for each computation in a captured graph, and a name for each tensor in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lq.graph.ops import argument
 
 aten = torch.ops.aten
 
-#: Operators that return their input where they are not training: position and name of that argument.
+#: Operators that return their input outside of training: position and name of that argument.
 _DROPOUTS = (
     aten.dropout.default,
     aten.feature_dropout.default,
@@ -52,7 +52,7 @@ def normalize(graph: fx.Graph) -> None:
         elif node.target in (math.ceil, math.floor) and _is_quotient(node.args[0]):
             _divide_integers(graph, node)
         elif node.target in (aten.view.default, aten._unsafe_view.default):
-            node.target = aten.reshape.default  # channels may lie last
+            node.target = aten.reshape.default  # the memory format may be channels-last
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
 
 
@@ -77,7 +77,7 @@ def _is_quotient(value: Any) -> bool:
 
 
 def _divide_integers(graph: fx.Graph, node: fx.Node) -> None:
-    """``ceil(a / b)`` and ``floor(a / b)`` of sizes, which exporters know as divisions of integers alone."""
+    """``ceil(a / b)`` and ``floor(a / b)`` of sizes, which exporters support only as integer divisions."""
     quotient: Any = node.args[0]
     a, b = quotient.args
     steps: list[tuple[Any, Any]] = [(operator.floordiv, b)]

@@ -1,4 +1,4 @@
-"""A module run for nobody to notice."""
+"""Running a module without side effects."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 @contextmanager
 def preserved(module: nn.Module) -> Iterator[None]:
-    """Afterwards the buffers, modes and attributes of ``module``, and all random number generators, are as before.
+    """On exit, the buffers, modes and attributes of ``module`` and all random number generators are restored.
 
-    A forward may count its calls, keep a feature for later, or replace a buffer; where it was exported, what it kept
-    would be a stand-in for a tensor.
+    A forward may count its calls, keep a feature for later, or replace a buffer; after an export, what it kept
+    would be a fake tensor.
     """
     parts = list(module.modules())
     attributes = {part: {name: _shallow(value) for name, value in part.__dict__.items()} for part in parts}
@@ -28,7 +28,7 @@ def preserved(module: nn.Module) -> Iterator[None]:
     states = random.getstate(), np.random.get_state()
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     try:
-        # Compiled parts run as they are: to compile them for this would take seconds, and cannot be followed.
+        # Compiled parts run uncompiled: compiling them for this takes seconds, and compiled code cannot be followed.
         with torch.random.fork_rng(list(devices)), torch.compiler.set_stance("force_eager"):
             yield
     finally:
@@ -39,12 +39,12 @@ def preserved(module: nn.Module) -> Iterator[None]:
             _restore_buffers(part, buffers[part])
 
 
-#: Of ``nn.Module`` itself: what they hold is its own affair.
+#: Attributes of ``nn.Module`` itself.
 _OWN = ("_parameters", "_buffers", "_modules")
 
 
 def _shallow(value: Any) -> Any:
-    """A value that may be changed in place, with what it holds now; the value itself else."""
+    """A value that may be changed in place, with its present content; any other value itself."""
     return (value, type(value)(value)) if type(value) in (list, dict, set, deque) else (value, None)
 
 

@@ -1,4 +1,4 @@
-"""Layers of the user's own, told in operators that can be traced."""
+"""The user's own layers, expressed in operators that can be traced."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _REGISTERED: dict[type[nn.Module], Callable[..., Any]] = {}
 
 
 def register_layer(cls: type[nn.Module], forward: Callable[..., Any]) -> None:
-    """Tell what a layer computes in operators that can be traced, so that it is quantized.
+    """Express what a layer computes in operators that can be traced, so that it is quantized.
 
-    For a layer whose own forward cannot be captured as a graph: code of its own in C++, control flow that depends on
-    data, a kernel that is fused by hand. Without this it stays in float. The function takes the forward's place
+    For a layer whose own forward cannot be captured as a graph: its own C++ code, control flow that depends on
+    data, a hand-fused kernel. Without this it stays in float. The function replaces the forward
     wherever a model with such a layer is prepared, in training as well, and :func:`lq.prepare` checks that the model
     computes the same.
 
@@ -24,7 +24,7 @@ def register_layer(cls: type[nn.Module], forward: Callable[..., Any]) -> None:
         forward: ``forward(layer, *inputs)``, with the parameters of ``layer`` and operators of ``torch.nn.functional``.
 
     Raises:
-        TypeError: where ``cls`` is no class of modules, or ``forward`` cannot be called.
+        TypeError: where ``cls`` is not a subclass of ``nn.Module``, or ``forward`` cannot be called.
 
     Example:
         >>> import lq, torch

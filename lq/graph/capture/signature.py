@@ -17,7 +17,7 @@ def _carries_tensor(value: Any) -> bool:
 
 
 def _with_tensors(value: Any) -> Any:
-    """``value`` with a tensor for each numpy array in it."""
+    """``value`` with each numpy array in it turned into a tensor."""
     if isinstance(value, torch.Tensor):
         return value
     return tree_map(lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf, value)
@@ -28,7 +28,7 @@ def signature_of(module: nn.Module, own: Callable[..., Any] | None) -> CallSigna
 
     Args:
         module: the module.
-        own: a forward that was put on the object, which runs in the place of the class's.
+        own: a forward that was set on the object, which runs in place of the class's.
     """
     return CallSignature(type(module).forward) if own is None else CallSignature(own, takes_self=False)
 
@@ -38,11 +38,11 @@ class CallSignature:
 
     An argument that is a tensor, or a list, tuple or dict with a tensor in it, is an input; what a forward takes as
     ``*args`` or ``**kwargs`` is one tuple or dict. Numpy arrays
-    become tensors. Every other one (a flag, a size, None) changes which graph there is.
+    become tensors. Every other argument (a flag, a size, None) is a setting: it changes the graph.
 
     Args:
         forward: the forward as the module's class has it, with ``self`` as its first parameter.
-        takes_self: False for a forward that was put on the module itself.
+        takes_self: False for a forward that was set on the module itself.
     """
 
     def __init__(self, forward: Callable[..., Any], *, takes_self: bool = True) -> None:

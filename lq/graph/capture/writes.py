@@ -13,7 +13,7 @@ aten = torch.ops.aten
 
 
 class WriteThroughViewError(Exception):
-    """A tensor is written to by way of a view of a part of it."""
+    """A tensor is written to through a view of part of it."""
 
 
 def is_write(node: fx.Node) -> bool:
@@ -23,10 +23,10 @@ def is_write(node: fx.Node) -> bool:
 
 
 def with_regions_inlined(module: Any) -> tuple[fx.Graph, torch.dtype | None]:
-    """A copy of the graph of ``module`` with the regions in its place that run with other gradients or precision.
+    """A copy of the graph of ``module`` with regions of other gradient mode or precision inlined.
 
     Returns:
-        The graph, and the lowest precision that a region asks for: the graph computes as if it had not.
+        The graph, and the lowest precision that a region asks for: the graph ignores it.
     """
     copy = fx.Graph()
     output = copy.graph_copy(module.graph, {}, return_output_node=True)
@@ -65,9 +65,9 @@ def with_regions_inlined(module: Any) -> tuple[fx.Graph, torch.dtype | None]:
 def without_writes(graph: fx.Graph) -> fx.Graph:
     """A copy of ``graph`` in which each operator that overwrites its input makes a new tensor.
 
-    Everything that reads the old one afterwards reads the new one instead; views of it are taken anew.
+    Everything that reads the old one afterwards reads the new one instead; views of it are taken again.
 
-    ``torch.export`` does this too (``run_decompositions``), exactly and in seconds; this is for what networks do, a
+    ``torch.export`` does this too (``run_decompositions``), exactly and in seconds; this covers what networks do, a
     hundred times as fast.
 
     Args:
@@ -92,10 +92,10 @@ def _storage(node: fx.Node) -> int | None:
 
 
 def writes_to_view(write: fx.Node) -> bool:
-    """Whether what a write overwrites is a view, of other shape or strides than the tensor that was made."""
+    """Whether a write overwrites a view that differs in shape or strides from the original tensor."""
     target: Any = write.args[0]
     if not isinstance(target, fx.Node) or _storage(target) is None:
-        return True  # several tensors, of which nothing is known
+        return True  # several tensors, about which nothing is known
     source: Any = target
     while isinstance(source, fx.Node) and _storage(source) == _storage(target):
         if not _is_same_view(source, target):
@@ -114,7 +114,7 @@ class _Functional:
             for source in node.all_input_nodes:
                 self.last_use[source] = self.order[node]
         self.aliases: dict[int, list[fx.Node]] = defaultdict(list)
-        self.now: dict[fx.Node, fx.Node] = {}  # what holds the value that a node's tensor has by now
+        self.now: dict[fx.Node, fx.Node] = {}  # the node that holds the present value of each node's tensor
 
     def run(self) -> None:
         for node in self.nodes:
@@ -156,7 +156,7 @@ class _Functional:
         self._rebase(node, target, made)
 
     def _rebase(self, node: fx.Node, target: fx.Node, made: fx.Node) -> None:
-        """Let all aliases of ``target`` that are read later have what was written."""
+        """Give all aliases of ``target`` that are read later the written value."""
         position = self.order[node]
         storage = _storage(target)
         same = {target, node}
@@ -171,7 +171,7 @@ class _Functional:
             self.now[alias] = self._taken_anew(alias, same, node)
 
     def _taken_anew(self, alias: fx.Node, same: set[fx.Node], before: fx.Node) -> fx.Node:
-        """``alias``, which has to be a view of one of ``same``, of what that one is now."""
+        """``alias``, which has to be a view of one of ``same``, taken of its present value."""
         chain = []
         source: Any = alias
         while source not in same:

@@ -37,7 +37,7 @@ class Parsed(Generic[T]):
 
     Attributes:
         config: an instance of the recipe's config dataclass.
-        dry_run: the user asked what would be done, and not to do it.
+        dry_run: the user asked only what would be done.
     """
 
     config: T
@@ -47,10 +47,10 @@ class Parsed(Generic[T]):
 def field(
     default: Any = dataclasses.MISSING, *, help: str, choices: Sequence[Any] = (), positional: bool = False
 ) -> Any:
-    """A dataclass field with a meaning, for ``--help``, and optionally with the values that it may take.
+    """A dataclass field with a help text and, optionally, the values it may take.
 
     Args:
-        default: copied for every instance, so lists and groups are fine. Without one the user must give a value.
+        default: copied for every instance, so lists and groups are fine. Without a default the user must give a value.
         help: what the key means, in one sentence.
         choices: the allowed values, where the type (a ``Literal``, an ``Enum``) does not name them.
         positional: whether arguments without a ``key=`` are this key's, a list.
@@ -72,7 +72,7 @@ def field(
 def parse(config_cls: type[T], argv: Sequence[str]) -> Parsed[T]:
     """Reads ``[--config FILE] [--dry-run] [key=value ...]``; ``--help`` is for :func:`main`.
 
-    Files come before overrides, wherever they stand. Of two values for one key the later one wins.
+    Files are read before overrides, wherever they stand. Of two values for one key the later one wins.
 
     Args:
         config_cls: a dataclass; fields that are dataclasses are groups, whose keys are dotted.
@@ -146,7 +146,7 @@ def print_help(config_cls: type[Any], description: str = "") -> None:
     keys = _schema(config_cls)
     key_width = max(len(name) for name in keys)
     console = Console()
-    # Keys are for copying: a console too narrow for them and three readable columns is ignored, not obeyed.
+    # Keys are for copying, so the table may be wider than a very narrow console.
     console.width = max(console.width, key_width + 50)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("key", no_wrap=True, min_width=key_width)
@@ -155,7 +155,7 @@ def print_help(config_cls: type[Any], description: str = "") -> None:
     table.add_column("meaning", overflow="fold")
     for name, key in keys.items():
         cells = (name, "", "", key.help) if key.group else (name, key.type_name, key.default, key.meaning)
-        # Text, as rich would take the brackets of list[int] for markup.
+        # Text, because rich would read the brackets of list[int] as markup.
         table.add_row(*map(Text, cells), style="bold" if key.group else "")
     words = "".join(f"{name.upper().removesuffix('S')}... " for name, key in keys.items() if key.positional)
     console.print(Text(f"usage: {_program()} {words}{_USAGE}\n"), soft_wrap=True)
@@ -202,8 +202,8 @@ def _schema(config_cls: type[Any]) -> dict[str, _Key]:
 
 
 def _without_literals(config_cls: type[Any]) -> type[Any]:
-    """A dataclass like ``config_cls`` for OmegaConf 2.3, which Hydra needs and which knows no ``Literal``: there the
-    type of the choices stands, and which ones they are is checked here."""
+    """A dataclass like ``config_cls`` for OmegaConf 2.3, which Hydra needs and which does not support ``Literal``: it
+    gets the type of the choices, and the choices are checked here."""
     hints = get_type_hints(config_cls)
     fields = []
     for item in dataclasses.fields(config_cls):
@@ -220,7 +220,7 @@ def _without_literals(config_cls: type[Any]) -> type[Any]:
 
 
 def _default(item: dataclasses.Field[Any], cls: type[Any]) -> Any:
-    """A group's default, in the class that OmegaConf is given."""
+    """A group's default, in the class that OmegaConf gets."""
     if item.default_factory is dataclasses.MISSING:
         return cls()
     return _copied(item.default_factory(), cls)
@@ -246,7 +246,7 @@ def _is_group(hint: Any) -> bool:
 
 
 def _open(hint: Any) -> Any:
-    """A type that takes what ``hint`` does, with the type of its choices for a ``Literal``."""
+    """The type ``hint``, with the type of its choices in place of a ``Literal``."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         kinds = {type(choice) for choice in arguments}
@@ -322,13 +322,13 @@ def _flatten(values: Mapping[Any, Any], schema: Mapping[str, _Key], prefix: str 
 
 def _find(name: str, schema: Mapping[str, _Key], source: str = "") -> _Key:
     if name not in schema:
-        # By the last part too, or batch_size would not find data.batch_size.
+        # By the last part too, so that batch_size matches data.batch_size.
         by_part: dict[str, list[str]] = {}
         for known in schema:
             by_part.setdefault(known.rpartition(".")[2], []).append(known)
         parts = difflib.get_close_matches(name.rpartition(".")[2], by_part)
         near = [*difflib.get_close_matches(name, schema), *(known for part in parts for known in by_part[part])]
-        suggestion = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "no key is near it;"
+        suggestion = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "no key is similar;"
         raise ConfigError(f"{source}unknown key {name!r}; {suggestion} --help lists all keys")
     key = schema[name]
     if key.group:
@@ -338,7 +338,7 @@ def _find(name: str, schema: Mapping[str, _Key], source: str = "") -> _Key:
 
 
 def _value(key: _Key, text: str) -> Any:
-    """What an override's text stands for: YAML, but for strings the text itself, which YAML could take for a number."""
+    """The value of an override's text: YAML, but strings as they are, because YAML could read them as numbers."""
     if key.optional and text == "null":
         return None
     if all(_is_text(alternative) for alternative in key.alternatives):
@@ -362,7 +362,7 @@ def _assign(conf: DictConfig, key: _Key, value: Any, source: str = "") -> None:
         choices = [choice for hint in key.alternatives for choice in _choices(hint)]
         wanted = _one_of(choices, value) if choices else f"{key.type_name}{_form_hint(key)}"
         raise ConfigError(f"{source}{key.name}={_text(value)}: expected {wanted}") from error
-    if not (isinstance(value, str) and "${" in value):  # a reference is looked at when all values are there
+    if not (isinstance(value, str) and "${" in value):  # a reference is checked once all values are there
         _check_literal(key, OmegaConf.select(conf, key.name), source)
 
 
@@ -390,7 +390,7 @@ def _finish(conf: DictConfig, schema: Mapping[str, _Key], config_cls: type[Any])
     try:
         return _copied(OmegaConf.to_object(conf), config_cls)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
-        # What a dataclass's own __post_init__ refuses.
+        # Raised by a dataclass's own __post_init__.
         raise ConfigError(str(error).splitlines()[0]) from error
 
 
@@ -406,7 +406,7 @@ def _one_of(choices: Sequence[Any], value: Any) -> str:
 
 
 def _form_hint(key: _Key) -> str:
-    """How a value of more than one part is written."""
+    """How a value with several parts is written."""
     forms = {list: ", written [a,b]", tuple: ", written [a,b]", dict: ", written {a: b}"}
     return next((forms[form] for hint in key.alternatives if (form := get_origin(hint)) in forms), "")
 
@@ -436,7 +436,7 @@ def _text(value: Any) -> str:
 
 
 def _plain(conf: Any, resolve: bool) -> Any:
-    """A config of nothing but dicts, lists and YAML's scalars."""
+    """A config as dicts, lists and YAML scalars only."""
 
     def convert(value: Any) -> Any:
         if isinstance(value, Mapping):

@@ -30,8 +30,8 @@ class DataConfig:
         None,
         help="where it lies, data/NAME by default: the publisher's files; for CIFAR-10 also train|test/CLASS/*.jpg",
     )
-    download: bool = field(False, help="fetch the data set into dir where it is not there")
-    fallback: bool = field(True, help="go on with shapes10 where the data set cannot be had; false makes that an error")
+    download: bool = field(False, help="download the data set into dir if it is not there")
+    fallback: bool = field(True, help="use shapes10 where the data set is not available; false makes that an error")
     batch_size: int = field(128, help="images per step")
     num_workers: int = field(0, help="loader processes; the data are in memory, so few are needed")
     max_train: int | None = field(None, help="use only so many training images")
@@ -39,10 +39,10 @@ class DataConfig:
 
 
 def image_data(config: DataConfig, seed: int) -> ImageData:
-    """The data module; where the data set is not to be had, Shapes10, and a notice that cannot be overlooked.
+    """The data module, or Shapes10 and a prominent notice if the data set is not available.
 
     Raises:
-        ConfigError: where the data set is not to be had and ``config.fallback`` is off.
+        ConfigError: where the data set is not available and ``config.fallback`` is off.
     """
     if config.name != "shapes10":
         folder = config.dir or f"data/{config.name}"

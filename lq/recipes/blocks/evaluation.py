@@ -12,10 +12,10 @@ from torchmetrics.classification import MulticlassAccuracy
 
 @torch.no_grad()
 def top1(network: Callable[[Tensor], Any], batches: Iterable[Any], num_classes: int) -> float:
-    """Share of the images, in [0, 1], whose largest logit is their label's.
+    """Share of the images, in [0, 1], whose largest logit is that of their label.
 
     Args:
-        network: gives logits ``(N, num_classes)``; runs where its parameters are, one without any on the CPU.
+        network: gives logits ``(N, num_classes)``; runs where its parameters are, or on the CPU if it has none.
         batches: images ``(N, C, H, W)`` with labels ``(N,)``.
         num_classes: number of classes.
     """

@@ -24,7 +24,7 @@ from lq.schemes.targets import get_target
 
 @dataclass
 class FloatToInt8Config(RunConfig):
-    """What such a recipe is told, whatever the network."""
+    """The config of such a recipe, whatever the network."""
 
     mode: Literal["ptq", "qat"] = field("ptq", help="quantize after training, or fine-tune with fake-quantizers")
     ckpt: str | None = field(None, help="float checkpoint to quantize instead of training one")
@@ -38,7 +38,7 @@ class FloatToInt8Config(RunConfig):
 
 
 def float_to_int8(config: FloatToInt8Config, network_for: Callable[[ImageData], nn.Module]) -> None:
-    """Train (or load) the network, quantize it, and print what that cost and bought.
+    """Train (or load) the network, quantize it, and print what that costs and gains.
 
     Args:
         config: of the recipe.
@@ -85,8 +85,8 @@ def float_to_int8(config: FloatToInt8Config, network_for: Callable[[ImageData], 
         engines = lq.benchmark(
             result.exports, float_model=float_network, folded=True, batch_sizes=config.benchmark, samples=samples
         )
-    found = {"data": data.name, "float_before_qat": before, "result": result, "engines": engines}
-    notes["results"] = str(save_results(output, config, found))
+    results = {"data": data.name, "float_before_qat": before, "result": result, "engines": engines}
+    notes["results"] = str(save_results(output, config, results))
     print_result(result, data.name, notes)
     if engines is not None:
         print(engines)

@@ -1,4 +1,4 @@
-"""The networks that recipes which compare things can be run on, by the name the user types."""
+"""The networks for recipes that compare things, by the name the user types."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from lq.models import build_resnet, build_small_mobilenet_v2
 
-#: What makes each network for so many classes.
+#: Makes each network, given the number of classes.
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "resnet18": lambda num_classes: build_resnet("resnet18", num_classes=num_classes),
     "mobilenet_v2": build_small_mobilenet_v2,

@@ -1,4 +1,4 @@
-"""What a recipe ends with."""
+"""The end of a recipe: what it prints and writes."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from lq.util.files import write_text
 
 
 def print_result(result: QuantizationResult, data: str, notes: dict[str, str]) -> None:
-    """What the one table that a fit ends with is about, which is printed by then, and where its files lie."""
+    """Print what the fit's table (printed already) is about, and where its files are."""
     print(f"\nData: {data}")
     for name, value in notes.items():
         print(f"{name + ':':20s} {value}")
 
 
-def save_results(output: Path, config: Any, found: Mapping[str, Any]) -> Path:
-    """Write what a recipe found to ``results.json``, with its config and the machine.
+def save_results(output: Path, config: Any, results: Mapping[str, Any]) -> Path:
+    """Write a recipe's results to ``results.json``, with its config and the machine.
 
     Args:
         output: the folder.
         config: of the recipe, a dataclass.
-        found: dataclasses, paths and plain values by name; what is None is left out.
+        results: dataclasses, paths and plain values by name; what is None is left out.
 
     Returns:
         The path of the file.
     """
     versions = {"torch": torch.__version__, "lightning": lightning.__version__}
-    values = {name: value for name, value in found.items() if value is not None}
+    values = {name: value for name, value in results.items() if value is not None}
     everything = {"config": config, "machine": cpu_name(), "versions": versions, **values}
     path = output / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ def table_of(rows: list[Row]) -> Table:
 
 
 def save_chart(rows: list[Row], data: str, path: Path) -> None:
-    """Bars of what INT8 changes in the accuracy, a group for each calibrator and a colour for each target."""
+    """Bars of the change in accuracy by INT8, a group for each calibrator and a colour for each target."""
     reference, configurations = rows[0], rows[1:]
     targets = list(dict.fromkeys(row.target for row in configurations))
     calibrators = list(dict.fromkeys(row.calibrator for row in configurations))

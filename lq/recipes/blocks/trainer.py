@@ -1,4 +1,4 @@
-"""The run itself: where it writes, on what it runs."""
+"""The run itself: where it writes, and on what device it runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lq.recipes.blocks.config import field
 
 @dataclass
 class RunConfig:
-    """What a run of any recipe is told."""
+    """The config of a run, for any recipe."""
 
     output_dir: str = field("runs", help="folder for checkpoints, INT8 model and TensorBoard logs")
     seed: int = field(0, help="seed of everything")
@@ -42,6 +42,6 @@ def make_trainer(config: RunConfig, max_epochs: int, callbacks: list[Callback], 
 
 
 def device_of(config: RunConfig) -> torch.device:
-    """Where a recipe runs what no Trainer runs."""
+    """The device for what a recipe runs without a Trainer."""
     wants_gpu = config.accelerator in ("auto", "gpu", "cuda")
     return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")

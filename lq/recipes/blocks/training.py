@@ -64,7 +64,7 @@ def load_float_weights(module: nn.Module, path: str) -> None:
     """Load a checkpoint of a Trainer, or a bare state dict of the network, into a LightningModule with ``.model``.
 
     Raises:
-        ConfigError: where the file does not exist, is no checkpoint, or does not fit the network.
+        ConfigError: where the file does not exist, is not a checkpoint, or does not fit the network.
     """
     try:
         check_torch_archive(Path(path))
