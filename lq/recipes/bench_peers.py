@@ -19,6 +19,7 @@ contender lives in a process of its own, and the processes take turns. Peers nee
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -40,21 +41,20 @@ from lq.recipes.blocks.config import field, main
 from lq.timing.race import Measurement, race
 from lq.util.cpu import cpu_name, has_vnni
 
-#: Network, image size and batch size of each row.
-ROWS = {
-    "resnet18_32_b1": ("resnet18", 32, 1),
-    "resnet18_32_b128": ("resnet18", 32, 128),
-    "resnet18_224_b1": ("resnet18", 224, 1),
-    "resnet50_224_b1": ("resnet50", 224, 1),
-    "mobilenet_v2_224_b1": ("mobilenet_v2", 224, 1),
-    "efficientnet_b0_224_b1": ("efficientnet_b0", 224, 1),
-    "densenet121_224_b1": ("densenet121", 224, 1),
-    "shufflenet_v2_224_b1": ("shufflenet_v2_x1_0", 224, 1),
-    "resnet50_224_b32": ("resnet50", 224, 32),
-}
+#: A row is a network of torchvision, an image size and a batch size.
+ROW = re.compile(r"(?P<network>\w+)_(?P<size>\d+)_b(?P<batch>\d+)")
 
-#: Those that are measured by default; the last one takes longer than all of them.
-DEFAULT_ROWS = list(ROWS)[:-1]
+#: Those that are measured by default.
+DEFAULT_ROWS = [
+    "resnet18_32_b1",
+    "resnet18_32_b128",
+    "resnet18_224_b1",
+    "resnet50_224_b1",
+    "mobilenet_v2_224_b1",
+    "efficientnet_b0_224_b1",
+    "densenet121_224_b1",
+    "shufflenet_v2_x1_0_224_b1",
+]
 
 #: Ways of calling: seconds of sleep before each call.
 WAYS = {"back to back": 0.0, "after 20 ms": 0.02}
@@ -74,7 +74,9 @@ Model = Callable[[Tensor], Any]
 
 def float_network(name: str) -> nn.Module:
     torch.manual_seed(0)
-    network: nn.Module = torchvision.models.get_model(name, num_classes=10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of networks that are slow to initialize
+        network: nn.Module = torchvision.models.get_model(name, num_classes=10)
     return network.eval()
 
 
@@ -229,24 +231,31 @@ DEFAULT_PEERS = ("torch_ao_fx", "pt2e_aoti", "ort_static", "nncf")
 class Config:
     """lq against its peers."""
 
-    rows: list[str] = field(DEFAULT_ROWS, help=f"of {', '.join(ROWS)}")
+    rows: list[str] = field(DEFAULT_ROWS, help="NETWORK_SIZE_bBATCH, the network one of torchvision's")
     peers: list[str] = field(list(DEFAULT_PEERS), help=f"of {', '.join(PEERS)}")
     threads: int = field(2, help="CPU threads")
     seconds: float = field(4.0, help="about how long to time each contender")
 
 
 def run(config: Config) -> None:
-    for argument, values, choices in (("rows", config.rows, tuple(ROWS)), ("peers", config.peers, PEERS)):
-        for value in values:
-            if value not in choices:
-                raise ConfigError(f"{argument}={value!r} is unknown; choose from {', '.join(choices)}")
+    for peer in config.peers:
+        if peer not in PEERS:
+            raise ConfigError(f"peers={peer!r} is unknown; choose from {', '.join(PEERS)}")
+    for row in config.rows:
+        parts = ROW.fullmatch(row)
+        if parts is None or parts["network"] not in torchvision.models.list_models(torchvision.models):
+            raise ConfigError(
+                f"rows={row!r} is not NETWORK_SIZE_bBATCH with a network of torchvision, like {DEFAULT_ROWS[0]}"
+            )
     with tempfile.TemporaryDirectory() as folder:
         for row in config.rows:
             _run_row(row, config, Path(folder))
 
 
 def _run_row(row: str, config: Config, folder: Path) -> None:
-    name, size, batch_size = ROWS[row]
+    parts = ROW.fullmatch(row)
+    assert parts is not None
+    name, size, batch_size = parts["network"], int(parts["size"]), int(parts["batch"])
     contenders: dict[str, Callable[[], Model]] = {FLOAT: partial(float_network, name)}
     contenders |= _ours(name, size, config.threads, folder)
     contenders |= _theirs(name, size, batch_size, config)
@@ -279,7 +288,7 @@ def _ours(name: str, size: int, threads: int, folder: Path) -> dict[str, Callabl
             if not path.exists():
                 lq.export(network, path, format=format.name, verify=False)
             lq.load(path, runtime)
-        except (lq.MissingRuntimeError, CompilerError) as error:
+        except (lq.MissingRuntimeError, CompilerError, ValueError) as error:
             print(f"lq, {runtime} is left out: {error}")
             continue
         contenders[f"lq, {runtime}"] = partial(lq.load, path, runtime, threads=threads)
@@ -309,7 +318,9 @@ def _theirs(name: str, size: int, batch_size: int, config: Config) -> dict[str, 
 
 def _table(row: str, measurements: Mapping[str, Mapping[str, Measurement]], threads: int) -> Table:
     """The contenders, fastest first, for each way of calling."""
-    name, size, batch_size = ROWS[row]
+    parts = ROW.fullmatch(row)
+    assert parts is not None
+    name, size, batch_size = parts["network"], int(parts["size"]), int(parts["batch"])
     table = Table(title=f"{name}, {size}x{size}, batch {batch_size}, {threads} threads, {cpu_name()}")
     table.add_column("contender")
     for way in measurements:
