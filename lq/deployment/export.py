@@ -156,7 +156,7 @@ def pays_off(model: nn.Module, name: FormatName) -> bool:
     if placed is None or len(FORMATS[name].runtimes) > 1:
         return True
     target = placed(forward.target)
-    if forward.mode == "qat" and target.operators != forward.target.operators:
+    if not forward.watches(target):
         return False
     kinds = {operator.kind for operator in forward.analyze(target).placement.operators}
     return not kinds <= {OpKind.ADD, OpKind.AVG_POOL}  # these two are in every file as they are there
@@ -193,16 +193,9 @@ def _network(model: nn.Module, format: Format, target: str | Target | None) -> I
             f"lq.calibrate(model, ...) first"
         )
     if resolved is None:
-        forward = prepared_forward(model)
-        resolved = forward.target
+        resolved = prepared_forward(model).target
         if format.placed is not None:
             resolved = format.placed(resolved)
-        if forward.mode == "qat" and not set(resolved.operators) <= set(forward.target.operators):
-            raise ValueError(
-                f"format={format.name!r} rounds tensors between the convolutions, too, which training for "
-                f"target={forward.target.name!r} did not watch: train with target='onnxruntime', or write "
-                f"format='onnx', which ONNX Runtime runs as well"
-            )
     with evaluating(model):
         return convert(model, resolved)
 

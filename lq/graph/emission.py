@@ -69,6 +69,7 @@ class _Emitter:
         kernels = analysis.placement.kernels if quantizers else analysis.placement.chains
         self.kernel_of = {node: kernel for kernel in kernels for node in kernel.nodes}
         self.carried = self._same_scale_nodes_in_int8()
+        self.tensors = {*dict(module.named_parameters()), *dict(module.named_buffers())}
 
     def emit(self) -> EmittedGraph:
         for node in self.analysis.graph.nodes:
@@ -189,8 +190,7 @@ class _Emitter:
         """A quantizer's scale and zero point, and the bounds and dtype of its integers."""
         quantizer = self._quantizer(key)
         # What makes the tensor may be a parameter, or a module that stays float and has a `scale` of its own.
-        tensors = {*dict(self.module.named_parameters()), *dict(self.module.named_buffers())}
-        holder = f"{key}_quantizer" if tensors & {key, f"{key}.scale", f"{key}.zero_point"} else key
+        holder = f"{key}_quantizer" if self.tensors & {key, f"{key}.scale", f"{key}.zero_point"} else key
         scale = self._buffer(f"{holder}.scale", quantizer.scale.detach().clone())
         zero_point = self._buffer(f"{holder}.zero_point", quantizer.zero_point.detach().clone())
         return scale, zero_point, quantizer.spec.quant_min, quantizer.spec.quant_max, quantizer.spec.dtype

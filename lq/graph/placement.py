@@ -304,19 +304,21 @@ class _Placer:
     def _place_activations(self) -> None:
         kernels = self.placement.kernels
         ends = {kernel.end for kernel in kernels}
-        wanted = set()
+        wanted, concats = set(), set()
         for operator in self.placement.operators:
             wanted.add(operator.end)
-            if operator.kind is not OpKind.CONCAT:  # whose operands are written on its own grid
+            if operator.kind is OpKind.CONCAT:  # its operands are written on its own grid
+                concats.add(operator.node)
+            else:
                 wanted.update(map(source_of, operator.reads))
         for chain in self.placement.chains:
             wanted.update(map(source_of, chain.reads))
-            if self.kinds and chain.op.kind is OpKind.CONV and not _is_result(chain.end):
-                # An engine that fuses no operators into its convolutions has INT8 ones where their outputs are INT8.
-                concats = [operator.node for operator in self.placement.operators if operator.kind is OpKind.CONCAT]
-                # On the concatenation's own grid a ReLU would be a step of its own.
-                if chain.clamp is not None or not all(user in concats for user in chain.end.users):
-                    wanted.add(chain.end)
+            if not self.kinds or chain.op.kind is not OpKind.CONV or _is_result(chain.end):
+                continue
+            # An engine that fuses no operators into its convolutions has INT8 ones where their outputs are INT8. On
+            # the grid of a concatenation that alone reads them a ReLU would be a step of its own.
+            if chain.clamp is not None or not chain.end.users.keys() <= concats:
+                wanted.add(chain.end)
         for node in self.graph.nodes:
             # Pooling an INT8 kernel's output: reading it as INT8 lets the kernel before write INT8.
             if classify(node) is OpKind.AVG_POOL and isinstance(node.args[0], fx.Node):

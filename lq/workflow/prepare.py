@@ -97,6 +97,7 @@ class PreparedForward(QuantizedForward):
 
         Raises:
             CaptureError: where the module cannot be captured any more.
+            ValueError: where training did not watch what the target rounds.
         """
         inputs = self._moved_inputs()
         with unprepared(self.module), evaluating(self.module):
@@ -105,8 +106,13 @@ class PreparedForward(QuantizedForward):
                 captured = capture_faithfully(self.module, inputs, self.settings)
             self.captured = captured
             analysis = analyze_graph(captured, self.module, inputs, self.scheme(target))
-        self._check_known(analysis)
+        self._check_known(analysis, target or self.target)
         return analysis
+
+    def watches(self, target: Target) -> bool:
+        """Whether the tensors that a target's operators round had quantizers from the start; in training, each is time
+        at every step."""
+        return self.mode == "ptq" or set(target.operators) <= set(self.target.operators)
 
     def change(self) -> str | None:
         """How the module differs from when it was last captured, or None.
@@ -130,7 +136,7 @@ class PreparedForward(QuantizedForward):
 
         return {name: tree_map(move, value) for name, value in self.inputs.items()}
 
-    def _check_known(self, analysis: GraphAnalysis) -> None:
+    def _check_known(self, analysis: GraphAnalysis, target: Target) -> None:
         """Refuse a network that rounds what had no quantizer when the model was prepared."""
         placement = analysis.placement
         needed = [*map(site, placement.activations), *(chain.weight_key for chain in placement.chains)]
@@ -142,6 +148,12 @@ class PreparedForward(QuantizedForward):
             if name not in known
             or (name in channels and known[name].spec.per_channel and len(known[name].scale) != channels[name])
         ]
+        if new and not self.watches(target):
+            raise ValueError(
+                f"{new[0]!r} is rounded between the convolutions for ONNX Runtime, which training for "
+                f"target={self.target.name!r} did not watch: train with target='onnxruntime', or write format='onnx', "
+                f"which ONNX Runtime runs as well"
+            )
         if new:
             raise CaptureError(
                 f"{new[0]!r} is rounded in the INT8 network and had no quantizer when the model was prepared: its "

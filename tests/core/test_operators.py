@@ -145,10 +145,12 @@ def test_overrides_name_operators() -> None:
 def test_training_watches_what_its_target_rounds(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     between = OPERATORS["silu"][0]
-    model = lq.prepare(network(between), X[:2], target="x86", mode="qat")
+    model = lq.prepare(network(between), X[:2], target="x86", mode="qat").train()
     model(X)
     with pytest.raises(ValueError, match="train with target='onnxruntime', or write format='onnx'"):
         lq.export(model.eval(), tmp_path / "int8.onnx", format="onnxruntime")
+    with pytest.raises(ValueError, match="train with target='onnxruntime', or write format='onnx'"):
+        lq.convert(model, "onnxruntime")
     model = lq.prepare(network(between), X[:2], target="onnxruntime", mode="qat").train()
     model(X).sum().backward()
     written = lq.export(model.eval(), tmp_path / "int8.onnx", format="onnxruntime")

@@ -201,10 +201,11 @@ class Conversion:
 
         write(NETWORK)
         for name in OTHER_FORMATS:
-            if name not in self.formats or (name in self.optional and not pays_off(unit, name)):
+            if name not in self.formats:
                 continue
             try:
-                write(name)
+                if name not in self.optional or pays_off(unit, name):
+                    write(name)
             except Exception as error:
                 if name not in self.optional:
                     return exports, error

@@ -27,7 +27,8 @@ class QuantConfig:
         None, help="minmax, moving_average, percentile, percentile:99.9, mse, entropy; by default the best one for PTQ"
     )
     export: list[str] | None = field(
-        None, help="formats to write beside int8.pt2: onnx, aoti; by default onnx where it is installed"
+        None,
+        help="formats to write beside int8.pt2: onnx, onnxruntime, aoti; by default ONNX where it is installed",
     )
     overrides: dict[str, Any] = field(
         {}, help="layers quantized in another way, null for those left in float: {layer4: {weight_bits: 6}, fc: null}"
