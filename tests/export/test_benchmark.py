@@ -119,7 +119,8 @@ def test_recipe(network: nn.Module, files: list[Path], tmp_path: Path, capsys: p
 
 def test_peers_recipe_checks_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        (["rows=[resnet99]"], "rows='resnet99' is unknown; choose from resnet18_32_b1"),
+        (["rows=[resnet18]"], "rows='resnet18' is not NETWORK_SIZE_bBATCH with a network of torchvision"),
+        (["rows=[resnet99_32_b1]"], "rows='resnet99_32_b1' is not NETWORK_SIZE_bBATCH with a network of torchvision"),
         (["peers=[tflite]"], "peers='tflite' is unknown; choose from torch_ao_eager"),
     ):
         with pytest.raises(SystemExit):

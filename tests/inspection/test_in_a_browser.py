@@ -105,13 +105,14 @@ def test_page(browser: Browser, ptq_run: FinishedRun, shots: Path) -> None:
 
 def test_page_follows_light_and_dark(browser: Browser, ptq_run: FinishedRun) -> None:
     browser.open((ptq_run.int8 / "int8.html").as_uri())
+    browser.run("document.images[0].scrollIntoView()")
     seen = {}
     for scheme in ("light", "dark"):
         browser.prefer(scheme)
-        browser.run("document.images[0].scrollIntoView()")
-        # The browser sees to the picture's source a moment after the colours.
-        browser.wait_for("document.images[0].complete && document.images[0].currentSrc !== window.before")
-        browser.run("window.before = document.images[0].currentSrc")
+        # The browser sees to the picture's source a moment after the colours; which one it had before
+        # depends on the test before.
+        dark = "document.images[0].currentSrc === document.images[0].parentElement.querySelector('source').srcset"
+        browser.wait_for(f"document.images[0].complete && ({dark}) === {str(scheme == 'dark').lower()}")
         seen[scheme] = browser.run("getComputedStyle(document.body).backgroundColor")
     assert seen["light"] != seen["dark"]
 
