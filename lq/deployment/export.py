@@ -19,6 +19,7 @@ from lq.deployment.formats import FORMATS, Draft, Format, FormatName
 from lq.deployment.load import load
 from lq.deployment.verify import (
     OUTPUT_TOLERANCE,
+    QuantizedTensor,
     UnreadableError,
     Verification,
     allowed_difference,
@@ -279,12 +280,12 @@ def _write(
     path: Path,
     format: Format,
     inputs: dict[str, Any],
-    simulation: tuple[Any, list[Tensor]],
+    simulation: tuple[Any, list[QuantizedTensor]],
     verify: bool,
 ) -> ExportResult:
     verifications: list[Verification] = []
     unreadable: dict[str, str] = {}
-    outputs, integers = simulation
+    outputs, quantized = simulation
     verifying = 0.0
 
     def write(beside: Path) -> None:
@@ -295,7 +296,7 @@ def _write(
         begun = time.perf_counter()
         if format.check_layers is not None:
             with suppress(UnreadableError):  # the engines run it once more below, each with its own error
-                format.check_layers(beside, draft, integers, outputs, draft.metadata.flatten((), inputs))
+                format.check_layers(beside, draft, quantized, outputs, draft.metadata.flatten((), inputs))
         for runtime in format.installed_runtimes():
             try:
                 verifications.append(_verify(beside, runtime, int8, inputs, simulation))
@@ -320,10 +321,10 @@ def _write(
 
 
 def _verify(
-    file: Path, runtime: str, int8: Int8Module, inputs: dict[str, Any], simulation: tuple[Any, list[Tensor]]
+    file: Path, runtime: str, int8: Int8Module, inputs: dict[str, Any], simulation: tuple[Any, list[QuantizedTensor]]
 ) -> Verification:
     """Judge what an engine makes of a file: layer by layer where its layers are accessible, else by its outputs."""
-    expected, integers = simulation
+    expected, quantized = simulation
     try:
         loaded = load(file, runtime)
         outputs = loaded(**inputs)
@@ -333,11 +334,11 @@ def _verify(
     wrong = None
     if isinstance(loaded, Int8Module):
         tensors = _tensors(int8)
-        check_program(loaded, tensors, integers, expected, inputs)
+        check_program(loaded, tensors, quantized, expected, inputs)
         if not has_onednn_int8():
             return verification
         try:
-            check_kernels(loaded, tensors, integers, expected, inputs)
+            check_kernels(loaded, tensors, quantized, expected, inputs)
         except ExportMismatchError as error:
             wrong = str(error)
     elif verification.relative_difference > OUTPUT_TOLERANCE:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from lq.deployment.verify import check_onnx
+from lq.deployment.verify import QuantizedTensor, check_onnx
 from lq.engines.aoti import AotiModel
 from lq.engines.base import InferenceModel
 from lq.engines.onnxruntime import OnnxRuntimeModel, import_onnxruntime
@@ -88,8 +88,8 @@ class Format:
         check_dependencies: raises where something is missing that writing (or, if asked for, verifying) needs.
         adapt: gives the INT8 network as this format's engines compute it; the file is compared with that.
         layout: that network as it is written: its weights laid out or cut for the example's image size.
-        check_layers: a file, its draft, the simulation's integers and outputs and the flat inputs: raises where a layer
-            computes something else. None where the engine shows no layers.
+        check_layers: a file, its draft, what the simulation quantizes, its outputs and the flat inputs: raises where a
+            layer computes something else. None where the engine shows no layers.
         free_sizes: whether it takes images of any size that the network takes.
         packages: that have to be there for the callback to write it unasked; None where it never does.
         takes_long: writing it takes a compiler: the rehearsal leaves it out.
@@ -109,7 +109,7 @@ class Format:
     check_dependencies: Callable[[bool], None] = lambda verify: None
     adapt: Callable[[Int8Module], Int8Module] = lambda int8: int8
     layout: Callable[[Int8Module], Int8Module] = lambda int8: int8
-    check_layers: Callable[[Path, Draft, list[Tensor], Any, list[Tensor]], None] | None = None
+    check_layers: Callable[[Path, Draft, list[QuantizedTensor], Any, list[Tensor]], None] | None = None
     free_sizes: bool = False
     packages: tuple[str, ...] | None = None
     takes_long: bool = False
@@ -167,8 +167,10 @@ def _check_onnx_dependencies(verify: bool) -> None:
         import_onnxruntime()
 
 
-def _check_onnx_layers(path: Path, draft: Draft, integers: list[Tensor], outputs: Any, inputs: list[Tensor]) -> None:
-    check_onnx(import_onnx().load(path), draft.tensors, integers, outputs, inputs)
+def _check_onnx_layers(
+    path: Path, draft: Draft, quantized: list[QuantizedTensor], outputs: Any, inputs: list[Tensor]
+) -> None:
+    check_onnx(import_onnx().load(path), draft.tensors, quantized, outputs, inputs)
 
 
 def _cropped(int8: Int8Module) -> Int8Module:

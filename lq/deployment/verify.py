@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,10 @@ CHANNEL_TOLERANCE = 0.5
 
 #: Channels with fewer integers than this have no meaningful mean.
 _CHANNEL_SIZE = 16
+
+#: Largest RMS difference of a channel before it is rounded, where the same operators compute it from the same integers:
+#: relative to its RMS, and in steps of its grid, which is what it may be where next to nothing is left to round.
+VALUE_TOLERANCE = 0.01
 
 #: Largest RMS difference of the outputs, relative to their RMS, where the same operators compute them from the same
 #: inputs.
@@ -102,6 +106,21 @@ def compare(runtime: str, outputs: Any, expected: Any) -> Verification:
     return Verification(runtime, samples, float(error.abs().max()), relative, agreement)
 
 
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """What a quantize node of the simulation reads and makes.
+
+    Args:
+        value: the tensor before it is rounded.
+        step: the distance of two neighbours on its grid.
+        integers: the tensor afterwards.
+    """
+
+    value: Tensor
+    step: float
+    integers: Tensor
+
+
 class _Simulation(fx.Interpreter):
     """Runs a quantize/dequantize graph with its own function for every quantize node."""
 
@@ -119,15 +138,16 @@ class _Simulation(fx.Interpreter):
         return self.run(*inputs.values())
 
 
-def simulated(model: Int8Module, inputs: Mapping[str, Any]) -> tuple[Any, list[Tensor]]:
-    """The outputs of the simulation, and the integers of each quantize node in the order of the graph."""
-    integers: list[Tensor] = []
+def simulated(model: Int8Module, inputs: Mapping[str, Any]) -> tuple[Any, list[QuantizedTensor]]:
+    """The outputs of the simulation, and what each quantize node reads and makes, in the order of the graph."""
+    quantized: list[QuantizedTensor] = []
 
     def quantize(node: fx.Node, args: tuple[Any, ...]) -> Tensor:
-        integers.append(QUANTIZE(*args))
-        return integers[-1]
+        integers: Tensor = QUANTIZE(*args)
+        quantized.append(QuantizedTensor(args[0], float(args[1]), integers))
+        return integers
 
-    return _Simulation(model, quantize).outputs(inputs), integers
+    return _Simulation(model, quantize).outputs(inputs), quantized
 
 
 def allowed_difference(model: Int8Module, inputs: Mapping[str, Any], outputs: Any) -> float:
@@ -158,33 +178,72 @@ def allowed_difference(model: Int8Module, inputs: Mapping[str, Any], outputs: An
     return max(OUTPUT_TOLERANCE, _MARGIN * max(spread))
 
 
-def _check_layers(what: str, pairs: Iterable[tuple[str, Tensor, Tensor]]) -> None:
+def _by_channel(steps: Tensor) -> Iterator[Tensor]:
+    """``steps`` as (channels, values of a channel), for either place that a layer may have its channels in."""
+    if steps.dim() < 2:
+        yield steps.reshape(1, -1)
+        return
+    yield steps.transpose(0, 1).flatten(1)
+    if steps.dim() > 2:  # linear layers have their channels last
+        yield steps.flatten(0, -2).T
+
+
+def _check_shape(what: str, name: str, actual: Tensor, wanted: Tensor) -> None:
+    if actual.shape != wanted.shape:
+        raise ExportMismatchError(
+            f"{what} differs from the INT8 network in the layer that ends in {name!r}: it gives the shape "
+            f"{tuple(actual.shape)} instead of {tuple(wanted.shape)}"
+        )
+
+
+def _check_integers(what: str, pairs: Iterable[tuple[str, Tensor, Tensor]]) -> None:
     """Compare the integers that layers computed from given integers with the simulation's.
 
     Raises:
         ExportMismatchError: where they differ; it names the first layer that does.
     """
     for name, actual, wanted in pairs:
-        if actual.shape != wanted.shape:
-            raise ExportMismatchError(
-                f"{what} differs from the INT8 network in the layer that ends in {name!r}: it gives the shape "
-                f"{tuple(actual.shape)} instead of {tuple(wanted.shape)}"
-            )
+        _check_shape(what, name, actual, wanted)
         steps = (actual.int() - wanted.int()).abs().float()
         if not steps.numel():
             continue
-        channels = steps.transpose(0, 1).flatten(1).mean(1) if steps.dim() > 1 else steps.mean().reshape(1)
-        is_off = steps.numel() >= _CHANNEL_SIZE * len(channels) and channels.max() > CHANNEL_TOLERANCE
-        if steps.mean() > LAYER_TOLERANCE or is_off:
+        means = [channels.mean(1) for channels in _by_channel(steps) if channels.shape[1] >= _CHANNEL_SIZE]
+        worst = max((float(mean.max()) for mean in means), default=0.0)
+        if steps.mean() > LAYER_TOLERANCE or worst > CHANNEL_TOLERANCE:
             raise ExportMismatchError(
                 f"{what} differs from the INT8 network in the layer that ends in {name!r}: its integers are "
-                f"{steps.mean():.2f} steps apart on average, {channels.max():.2f} in one channel, {steps.max():.0f} "
-                f"at most"
+                f"{steps.mean():.2f} steps apart on average, {worst:.2f} in one channel, {steps.max():.0f} at most"
             )
 
 
+def _check_values(what: str, pairs: Iterable[tuple[str, Tensor, QuantizedTensor]]) -> None:
+    """Compare what layers computed from given integers, before it is rounded, with the simulation's.
+
+    Rounding hides a wrong scale of a channel that lies within a few steps of its tensor's grid.
+
+    Raises:
+        ExportMismatchError: where they differ; it names the first layer that does.
+    """
+    for name, actual, wanted in pairs:
+        _check_shape(what, name, actual, wanted.value)
+        if not actual.numel():
+            continue
+        equal = torch.isclose(actual, wanted.value, rtol=0, atol=0, equal_nan=True)  # of infinite ones, too
+        difference = (actual - wanted.value).masked_fill(equal, 0.0) / wanted.step
+        for values, differences in zip(_by_channel(wanted.value / wanted.step), _by_channel(difference), strict=True):
+            size, apart = (steps.square().mean(1).sqrt() for steps in (values, differences))
+            excess = apart - VALUE_TOLERANCE * (1 + size)
+            if not (excess <= 0).all():
+                worst = int(excess.argmax())
+                raise ExportMismatchError(
+                    f"{what} differs from the INT8 network in the layer that ends in {name!r}: before it is rounded, "
+                    f"channel {worst} is {apart[worst]:.2f} steps of the grid apart (RMS) where its values are "
+                    f"{size[worst]:.2f}"
+                )
+
+
 def check_program(
-    loaded: Int8Module, names: list[str], expected: list[Tensor], outputs: Any, inputs: Mapping[str, Any]
+    loaded: Int8Module, names: list[str], expected: list[QuantizedTensor], outputs: Any, inputs: Mapping[str, Any]
 ) -> None:
     """Compare what a ``.pt2`` program computes as written, without kernels, with the simulation.
 
@@ -193,7 +252,7 @@ def check_program(
     Args:
         loaded: the network in the file.
         names: of the tensors that are quantized.
-        expected: the simulation's integers under these names.
+        expected: what the simulation quantizes under these names.
         outputs: the simulation's outputs.
         inputs: by name.
 
@@ -201,21 +260,26 @@ def check_program(
         ExportMismatchError: where they differ; it names the first layer that does.
     """
     given = iter(expected)
+    values: list[Tensor] = []
     computed: list[Tensor] = []
 
     def quantize(node: fx.Node, args: tuple[Any, ...]) -> Tensor:
+        values.append(args[0])
         computed.append(QUANTIZE(*args))
-        return next(given, computed[-1])
+        wanted = next(given, None)
+        return computed[-1] if wanted is None else wanted.integers
 
     actual = _Simulation(loaded, quantize).outputs(inputs)
     if len(computed) != len(expected):
         raise ExportMismatchError(f"the .pt2 file quantizes {len(computed)} tensors, the INT8 network {len(expected)}")
-    _check_layers("the .pt2 file", zip(names, computed, expected, strict=True))
-    _check_last_layer("the .pt2 file", actual, outputs)
+    what = "the .pt2 file"
+    _check_integers(what, zip(names, computed, (wanted.integers for wanted in expected), strict=True))
+    _check_values(what, zip(names, values, expected, strict=True))
+    _check_last_layer(what, actual, outputs)
 
 
 def check_kernels(
-    loaded: Int8Module, names: list[str], expected: list[Tensor], outputs: Any, inputs: Mapping[str, Any]
+    loaded: Int8Module, names: list[str], expected: list[QuantizedTensor], outputs: Any, inputs: Mapping[str, Any]
 ) -> None:
     """Compare what this CPU's kernels compute with the simulation, as :func:`check_program` does.
 
@@ -225,7 +289,8 @@ def check_kernels(
     graph = constant_qparams(loaded.graph, loaded)
     indices = {node: index for index, node in enumerate(node for node in graph.nodes if node.target is QUANTIZE)}
     # The kernels' integers are unsigned.
-    wanted = [(value.int() + 128).to(torch.uint8) if value.dtype is torch.int8 else value for value in expected]
+    integers = (tensor.integers for tensor in expected)
+    wanted = [(value.int() + 128).to(torch.uint8) if value.dtype is torch.int8 else value for value in integers]
     computed: dict[int, Tensor] = {}
 
     def watch(node: fx.Node, integers: Tensor) -> Tensor:
@@ -236,7 +301,7 @@ def check_kernels(
 
     actual = lower(graph, loaded, list(inputs.values()), watch).outputs
     pairs = ((names[index], value, wanted[index]) for index, value in sorted(computed.items()))
-    _check_layers("what this CPU's INT8 kernels make of it", pairs)
+    _check_integers("what this CPU's INT8 kernels make of it", pairs)
     _check_last_layer("what this CPU's INT8 kernels make of it", actual, outputs)
 
 
@@ -246,7 +311,9 @@ def _check_last_layer(what: str, actual: Any, outputs: Any) -> None:
         raise ExportMismatchError(f"{what} differs from the INT8 network in its last layer: {compared}")
 
 
-def check_onnx(model: Any, names: list[str], expected: list[Tensor], outputs: Any, inputs: list[Tensor]) -> None:
+def check_onnx(
+    model: Any, names: list[str], expected: list[QuantizedTensor], outputs: Any, inputs: list[Tensor]
+) -> None:
     """Compare what an ONNX model computes in each layer with what the simulation does.
 
     ONNX Runtime fuses nothing here, and each layer is given the simulation's integers to read: a rounding that went
@@ -255,7 +322,7 @@ def check_onnx(model: Any, names: list[str], expected: list[Tensor], outputs: An
     Args:
         model: the ``onnx.ModelProto``.
         names: names of the integers in it, see :func:`lq.formats.onnx.write.to_onnx`.
-        expected: the simulation's integers under these names.
+        expected: what the simulation quantizes under these names.
         outputs: the simulation's outputs.
         inputs: the flat inputs.
 
@@ -268,17 +335,23 @@ def check_onnx(model: Any, names: list[str], expected: list[Tensor], outputs: An
     ort = import_onnxruntime()
     apart = onnx.ModelProto()
     apart.CopyFrom(model)
-    wanted = {f"{name}.quantized": value for name, value in zip(names, expected, strict=True)}
+    wanted = {f"{name}.quantized": tensor for name, tensor in zip(names, expected, strict=True)}
     feeds = {value.name: tensor.numpy(force=True) for value, tensor in zip(model.graph.input, inputs, strict=True)}
-    computed = {}
+    read, computed = {}, {}
     for node in apart.graph.node:
         name = node.output[0]
         if node.op_type == "QuantizeLinear" and name in wanted:
-            dtype = onnx.TensorProto.UINT8 if wanted[name].dtype is torch.uint8 else onnx.TensorProto.INT8
+            integers = wanted[name].integers
+            dtype = onnx.TensorProto.UINT8 if integers.dtype is torch.uint8 else onnx.TensorProto.INT8
+            read[name] = node.input[0]
             node.output[0] = computed[name] = f"{name}.computed"
             apart.graph.output.append(onnx.helper.make_tensor_value_info(computed[name], dtype, None))
-            apart.graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, wanted[name].shape))
-            feeds[name] = wanted[name].contiguous().numpy()
+            apart.graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, integers.shape))
+            feeds[name] = integers.contiguous().numpy()
+    known = {value.name for value in (*apart.graph.input, *apart.graph.output)}
+    for value in dict.fromkeys(read.values()):
+        if value not in known:
+            apart.graph.output.append(onnx.helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None))
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
@@ -286,11 +359,11 @@ def check_onnx(model: Any, names: list[str], expected: list[Tensor], outputs: An
         session = ort.InferenceSession(apart.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise UnreadableError("onnxruntime", error) from error
-    results = dict(zip((value.name for value in apart.graph.output), session.run(None, feeds), strict=True))
-    pairs = (
-        (name.removesuffix(".quantized"), torch.from_numpy(results[output]), wanted[name])
-        for name, output in computed.items()
+    names = [value.name for value in apart.graph.output]
+    results = {name: torch.from_numpy(value) for name, value in zip(names, session.run(None, feeds), strict=True)}
+    what, ends = "the ONNX file", {name: name.removesuffix(".quantized") for name in computed}
+    _check_integers(what, ((ends[name], results[output], wanted[name].integers) for name, output in computed.items()))
+    _check_values(
+        what, ((ends[name], results[value], wanted[name]) for name, value in read.items() if value in results)
     )
-    _check_layers("the ONNX file", pairs)
-    actual = [torch.from_numpy(results[value.name]) for value in model.graph.output]
-    _check_last_layer("the ONNX file", actual, outputs)
+    _check_last_layer(what, [results[value.name] for value in model.graph.output], outputs)

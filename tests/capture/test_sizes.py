@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -138,10 +139,27 @@ class DownUntilSmall(nn.Module):
         return self.fc(x.amax((2, 3)))
 
 
+class ComputedPadding(nn.Module):
+    """Pads before each strided convolution by what the size of its input asks for, as TensorFlow does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(n, 8, 3, stride=2) for n in (3, 8, 8, 8))
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.convs:
+            height, width = (max((math.ceil(size / 2) - 1) * 2 + 3 - size, 0) for size in x.shape[-2:])
+            x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+            x = F.relu(layer(x))
+        return self.fc(x.mean((2, 3)))
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     **{kind.__name__: lambda kind=kind: network(kind()) for kind in BRANCHES},  # type: ignore[misc]
     "InTheRoot": InTheRoot,
     "DownUntilSmall": DownUntilSmall,
+    "ComputedPadding": ComputedPadding,
 }
 
 

@@ -7,9 +7,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
+from sympy import preorder_traversal  # type: ignore[import-untyped]
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor
 from torch.export import Dim, ExportedProgram
@@ -110,6 +112,23 @@ class Recorder(CallTracker):
         return result
 
 
+#: The longest expression of a free size, in terms. torch.export simplifies each size in each operator: padding that is
+#: computed from the image size before each strided convolution takes it minutes, with expressions of thousands of
+#: terms, where ordinary networks need up to 50.
+_MAX_TERMS = 100
+
+
+class _UnwieldySizeError(Exception):
+    """A free size has become too long an expression to go on with."""
+
+
+def _check_size(size: Any) -> None:
+    if isinstance(size, torch.SymInt):
+        terms = preorder_traversal(size.node._expr)
+        if next(islice(terms, _MAX_TERMS, None), None) is not None:
+            raise _UnwieldySizeError(f"a size is an expression of more than {_MAX_TERMS} terms")
+
+
 #: ``tensor.data``, which torch.export does not follow.
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
@@ -151,6 +170,8 @@ class _Exporter(CallTracker):
             return self._call_leaf(followed.path, position, shapes, args, kwargs)
         try:
             return followed.run(*args, **kwargs)
+        except _UnwieldySizeError:
+            raise
         except Exception as error:
             # It ran with real tensors; the innermost module that fails with fake ones becomes a leaf.
             if shapes is None or not followed.path:
@@ -178,6 +199,9 @@ class _Exporter(CallTracker):
         with traceback.annotate({"lq_path": self.path, "lq_module": self.module_position}):
             result = function(*args, **kwargs)
         self._asked_by_functions.update(range(before, self._number_of_guards()))
+        if isinstance(result, Tensor):
+            for size in result.shape:
+                _check_size(size)
         if isinstance(result, Tensor) and position != UNKNOWN:
             node = _node_of(result)
             if node is not None:
