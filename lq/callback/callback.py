@@ -32,6 +32,7 @@ from lq.callback.steps.own_setup import after_own_setup, waits_for_setup
 from lq.callback.steps.stages import StagedUnit, attach, staged_unit
 from lq.callback.support import check_alone, check_trainer
 from lq.callback.training import all_reduce_ranges, training_share
+from lq.callback.validated import ValidatedWeights
 from lq.deployment.formats import FORMATS, FormatName
 from lq.errors import CalibrationError, NothingToQuantizeError
 from lq.numerics.quantizer import QuantizerState
@@ -85,7 +86,9 @@ class QuantizationCallback(HasSettings, Callback):
         convert: whether to convert at the end; without it QAT leaves the prepared model, PTQ does nothing.
         weights: ``"best"`` converts the weights of the best checkpoint, by the metric of the first ModelCheckpoint that
             monitors one; ``"last"`` those that training ended with. By default the best ones where there are such,
-            except with StochasticWeightAveraging, whose average is there only at the end; the log says which.
+            except with StochasticWeightAveraging, whose average is there only at the end; the log says which. Where a
+            callback or a hook puts an average (EMA) in the model's place for validation, it is the average that
+            validation used last, or when the best checkpoint was written.
         evaluate: whether to run the validation data through the float model and through INT8 on every engine that is
             installed, and to time all of them, and each layer in float and in INT8.
         analyze: whether to look for the layers that do harm, on a few samples of the validation data (without such, of
@@ -165,6 +168,7 @@ class QuantizationCallback(HasSettings, Callback):
         self._int8_dir: Path | None = None
         self._frozen_norms: set[nn.Module] = set()
         self._range_log = RangeLog()
+        self._validated = ValidatedWeights()
         self._phase: Phase = "setup"
         self._checked_epoch = 0
         self._begun: float | None = None
@@ -201,6 +205,7 @@ class QuantizationCallback(HasSettings, Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.known_before = known_checkpoints(trainer)
+        self._validated.reset(trainer)
         staged = staged_unit(pl_module)
         if not staged.is_built:
             raise _nothing_to_quantize(pl_module)
@@ -223,6 +228,7 @@ class QuantizationCallback(HasSettings, Callback):
             tell_of_a_change(staged)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._validated.compare(trainer, pl_module)
         if self.mode != "qat" or averages_at_the_end(trainer):
             return  # the average is another network, whose statistics its last epoch has to learn
         unit = staged_unit(pl_module).unit
@@ -242,6 +248,7 @@ class QuantizationCallback(HasSettings, Callback):
             self._range_log.log(trainer, unit)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated.compare(trainer, pl_module)
         self._thaw()
         if self.mode == "qat":
             refresh_weights(staged_unit(pl_module).unit)
@@ -250,7 +257,11 @@ class QuantizationCallback(HasSettings, Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         # By now an averaging callback has put the average in the model's place.
-        if self.mode == "qat" and batch_idx == dataloader_idx == 0 and averages_buffers(trainer):
+        if not batch_idx == dataloader_idx == 0:
+            return
+        if self.convert:
+            self._validated.take(trainer, pl_module)
+        if self.mode == "qat" and averages_buffers(trainer):
             staged = staged_unit(pl_module)
             if staged.stage == "prepared":
                 refresh_averaged_ranges(staged)
@@ -265,6 +276,7 @@ class QuantizationCallback(HasSettings, Callback):
                 staged,
                 self._int8_dir,
                 known_before=self.known_before,
+                validated=self._validated,
                 fit_begun=self._begun,
             )
             if self.result is not None:

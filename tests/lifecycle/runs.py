@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from lq import QuantizationCallback
+from lq import Int8Module, QuantizationCallback
 from lq.util.modes import evaluating
 
 BATCHES = 4
@@ -140,6 +140,18 @@ def every_epoch(folder: Path, **kwargs: Any) -> ModelCheckpoint:
 
 def state_of(pl_module: torch.nn.Module) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in pl_module.state_dict().items()}
+
+
+def weights(path: Any) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
+    return found
+
+
+def converted_from(run: Trainer, model: LightningModule, folder: Path) -> dict[str, torch.Tensor]:
+    """The float weights that the INT8 network was made of."""
+    assert any(isinstance(m, Int8Module) for m in model.modules())
+    run.save_checkpoint(folder / "after.ckpt")
+    return weights(folder / "after.ckpt")
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

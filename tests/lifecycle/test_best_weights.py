@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 from callback.classifiers import Wrapped
-from lifecycle.runs import every_epoch, module, quantization, state_of, train_data, trainer, val_data
+from lifecycle.runs import (
+    converted_from,
+    every_epoch,
+    module,
+    quantization,
+    state_of,
+    train_data,
+    trainer,
+    val_data,
+    weights,
+)
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
@@ -21,18 +31,6 @@ class WorseAndWorse(Wrapped):
 
     def on_validation_epoch_end(self) -> None:
         self.log("harm", float(self.current_epoch))
-
-
-def weights(path: Any) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
-    return found
-
-
-def converted_from(run: Trainer, model: LightningModule, folder: Path) -> dict[str, torch.Tensor]:
-    """The float weights that the INT8 network was made of."""
-    assert any(isinstance(m, Int8Module) for m in model.modules())
-    run.save_checkpoint(folder / "after.ckpt")
-    return weights(folder / "after.ckpt")
 
 
 @pytest.mark.parametrize("mode", ["ptq", "qat"])

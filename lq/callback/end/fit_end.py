@@ -27,6 +27,7 @@ from lq.callback.steps.evaluation import evaluate
 from lq.callback.steps.looking import find_as_called
 from lq.callback.steps.running import run_unit
 from lq.callback.steps.stages import StagedUnit
+from lq.callback.validated import ValidatedWeights, differs
 from lq.errors import CalibrationError
 from lq.interface.metadata import dtype_name
 from lq.util.distributed import agreed
@@ -34,7 +35,7 @@ from lq.util.modes import evaluating
 from lq.workflow.calibrate import calibrate_and_compare
 from lq.workflow.comparison import CalibratorComparison
 from lq.workflow.convert import convert
-from lq.workflow.prepare import unprepared
+from lq.workflow.prepare import refresh_weights, unprepared
 
 
 def quantize_at_fit_end(
@@ -44,6 +45,7 @@ def quantize_at_fit_end(
     output_dir: Path | None,
     *,
     known_before: Mapping[str, Any] | None = None,
+    validated: ValidatedWeights | None = None,
     fit_begun: float | None = None,
     source: str | None = None,
 ) -> Outcome:
@@ -59,6 +61,7 @@ def quantize_at_fit_end(
         staged: the unit, in float (PTQ) or prepared (QAT).
         output_dir: where the files go; None to keep none.
         known_before: see :func:`~lq.callback.end.weights.load_weights`.
+        validated: the weights that validation used in place of those that were trained.
         fit_begun: when, see :meth:`~lq.callback.settings.QuantizationSettings.analysis_seconds`.
         source: what the weights are, where they are not to be chosen.
 
@@ -78,6 +81,7 @@ def quantize_at_fit_end(
                 output_dir,
                 watch,
                 known_before=known_before,
+                validated=validated,
                 fit_begun=fit_begun,
                 source=source,
             )
@@ -101,14 +105,22 @@ def _quantize(
     watch: Stopwatch,
     *,
     known_before: Mapping[str, Any] | None,
+    validated: ValidatedWeights | None,
     fit_begun: float | None,
     source: str | None,
 ) -> Outcome:
     pl_module = trainer.lightning_module
     path, weights = (None, source) if source is not None else choose_weights(trainer, settings.weights)
-    rank_zero_info(f"lq: INT8 is made of {weights}")
     if path is not None:
         load_weights(trainer, pl_module, path, known_before)
+    average = None if validated is None else validated.of(path)
+    if average is not None and differs(pl_module, average):
+        pl_module.load_state_dict(average, strict=False)
+        if settings.mode == "qat":
+            refresh_averaged_ranges(staged)
+            refresh_weights(staged.unit)
+        weights = f"the average that validation used {'last' if path is None else f'when it led to {path}'}"
+    rank_zero_info(f"lq: INT8 is made of {weights}")
     if pl_module.dtype != torch.float32:
         rank_zero_info(f"lq: the weights are cast from {dtype_name(pl_module.dtype)} to float32, and calibrated so")
         pl_module.float()
