@@ -5,11 +5,12 @@ import os
 import pytest
 import torch
 
+from helpers.finished_run import FinishedRun, finished_run
 from lq.callback import outputs
 from lq.schemes import targets
 from lq.timing import measure as timing
 
-# Every fit would write and run an ONNX file more; `callback/test_engines.py` has a fit with nothing but defaults.
+# Every fit would write and run an ONNX file more; `callback/end/test_engines.py` has a fit with nothing but defaults.
 outputs.UNASKED = ()
 
 # What is computed here is small: on busy cores, threads would wait for each other for most of the time. The processes
@@ -39,3 +40,15 @@ def same_target_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def same_weights_every_time() -> None:
     """The networks of a test are the same whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def qat_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A finished QAT run, in which one layer's input range was cut to a tenth."""
+    return finished_run(tmp_path_factory.mktemp("qat"), "qat")
+
+
+@pytest.fixture(scope="session")
+def ptq_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A finished PTQ run, likewise, with other loggers beside TensorBoard."""
+    return finished_run(tmp_path_factory.mktemp("ptq"), "ptq")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core.networks import Residual
 
 import lq
+from helpers.networks import Residual
 from lq import QuantizationCallback
 from lq.analysis import study
 

@@ -8,7 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from analysis.references import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lq
+from helpers.analysis_references import (
     TENSORS,
     Reference,
     activation_grid,
@@ -18,11 +23,6 @@ from analysis.references import (
     round_weight,
     sqnr,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
-
-import lq
 from lq.schemes.targets import TARGETS
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from analysis.references import network
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lq
+from helpers.analysis_references import network
 from lq.graph.capture import registry
 from lq.numerics.quantizer import QuantizerState
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from analysis.references import sqnr
-from core.networks import networks, randomize_batch_norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
+from helpers.analysis_references import sqnr
+from helpers.networks import networks, randomize_batch_norm
 from lq.numerics.quantizer import QuantizerState
 
 

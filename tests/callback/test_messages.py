@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from callback.classifiers import Wrapped, images, loader, network
-from callback.fits import fit, quantization
 from torch.utils.data import DataLoader
 
 import lq
+from helpers.classifiers import Wrapped, images, loader, network
+from helpers.fits import fit, quantization
 from lq import Int8Module
 from lq.util.modes import evaluating
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from image_files import encode, write_folder
 from PIL import Image
-from small_trainer import small_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 import lq
+from helpers.image_files import encode, write_folder
+from helpers.small_trainer import small_trainer
 from lq import QuantizationCallback
 from lq.data import DatasetNotFoundError, ImageNet
 from lq.models import Classifier, build_vgg

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from image_files import tree, write_zip
 from lightning.pytorch import LightningModule
-from small_trainer import small_trainer
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, Subset
 
+from helpers.image_files import tree, write_zip
+from helpers.small_trainer import small_trainer
 from lq.data import CIFAR10, InMemoryDataset, Shapes10
 from lq.data.in_memory import InMemoryDataModule, ready_batch
 from lq.data.splits import ImageData, LabeledImages

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TINY
 
 import lq
+from helpers.tiny_recipe import TINY
 from lq.models import Classifier, build_resnet
 from lq.recipes import cifar_resnet18 as recipe
 from lq.recipes.blocks.config import main

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TINY
 
 import lq
+from helpers.tiny_recipe import TINY
 from lq.recipes import cifar_vgg16 as recipe
 from lq.recipes.blocks.config import main
 
