@@ -28,6 +28,7 @@ import lq
 from helpers.classifiers import Wrapped
 from helpers.networks import Residual, randomize_batch_norm
 from helpers.processes import finish, start
+from helpers.quantized import calibrated, noise
 from helpers.runs import every_epoch, module, quantization, train_data, trainer, val_data
 from lq.data.image_folder import decode_rgb
 from lq.deployment.formats import read_metadata
@@ -35,7 +36,7 @@ from lq.recipes import inspect_file
 from lq.recipes.blocks.config import main
 from lq.util.archives import check_torch_archive, checked_members, read_members
 
-X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+X = noise(8, seed=1)
 
 MODEL = "archive/models/model.json"
 SAMPLES = "archive/data/sample_inputs/model.pt"
@@ -46,8 +47,7 @@ CONSTANTS = "archive/data/constants/model_constants_config.json"
 @pytest.fixture(scope="module")
 def prepared() -> torch.nn.Module:
     torch.manual_seed(0)
-    model = randomize_batch_norm(Residual()).eval()
-    return lq.calibrate(lq.prepare(model, X, target="x86_avx2"), [X])
+    return calibrated(randomize_batch_norm(Residual()), X)
 
 
 @pytest.fixture(scope="module")

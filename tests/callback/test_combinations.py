@@ -38,6 +38,7 @@ from helpers.runs import (
     assert_same,
     every_epoch,
     interrupted,
+    is_int8,
     module,
     quantization,
     state_of,
@@ -49,10 +50,6 @@ from lq import Int8Module, QuantizationCallback
 from lq.numerics.functional import choose_qparams
 
 both_modes = pytest.mark.parametrize("mode", ["ptq", "qat"])
-
-
-def is_int8(model: Any) -> bool:
-    return any(isinstance(m, Int8Module) for m in model.modules())
 
 
 def accuracy(model: Any, folder: Path) -> float:

@@ -13,13 +13,9 @@ from torch.utils.data import DataLoader
 import lq
 from helpers.classifiers import Wrapped, images, loader, network
 from helpers.fits import fit, quantization
+from helpers.modules import NeverTrained
 from lq import Int8Module
 from lq.util.modes import evaluating
-
-
-class NeverTrained(Wrapped):
-    def on_train_start(self) -> None:
-        pytest.fail("training began")
 
 
 def batches_of(*tensors: torch.Tensor) -> Any:

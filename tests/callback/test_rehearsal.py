@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 import lq
 from helpers import step_shapes as shapes
 from helpers.classifiers import Direct, Wrapped, images
-from helpers.modules import Manual
+from helpers.modules import Manual, NeverTrained
 from helpers.runs import (
     StatefulLoader,
     assert_same,
@@ -94,11 +94,6 @@ def test_it_changes_nothing_of_a_run_that_is_resumed(mode: str, tmp_path: Path) 
         run.fit(model, train_data(), val_data(), ckpt_path=checkpoint.last_model_path)
         states.append(state_of(model))
     assert_same(*states)
-
-
-class NeverTrained(Wrapped):
-    def on_train_start(self) -> None:
-        pytest.fail("training began")
 
 
 @both_modes

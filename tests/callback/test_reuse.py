@@ -12,14 +12,10 @@ from lightning.pytorch import Callback
 
 import lq
 from helpers.classifiers import Direct, Wrapped
-from helpers.runs import every_epoch, logits, module, quantization, state_of, train_data, trainer, val_data
-from lq import Int8Module, QuantizerState
+from helpers.runs import every_epoch, is_int8, logits, module, quantization, state_of, train_data, trainer, val_data
+from lq import QuantizerState
 
 both_modes = pytest.mark.parametrize("mode", ["ptq", "qat"])
-
-
-def is_int8(model: Any) -> bool:
-    return any(isinstance(m, Int8Module) for m in model.modules())
 
 
 def float_weights(run: Any, folder: Path) -> dict[str, torch.Tensor]:

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import lq
 from helpers import step_shapes as shapes
-from helpers.classifiers import Wrapped, images
+from helpers.classifiers import images
+from helpers.modules import NeverTrained
 from helpers.runs import (
     StopBehind,
     assert_same,
@@ -70,11 +71,6 @@ def test_what_the_steps_call_is_quantized(cls: Any, mode: str, tmp_path: Path) -
     assert again["val_loss"] != callback.result.float_side.metrics["val_loss"]
 
     assert isinstance(lq.load(callback.result.artifact), Int8Module)
-
-
-class NeverTrained(Wrapped):
-    def on_train_start(self) -> None:
-        pytest.fail("training began")
 
 
 @pytest.mark.parametrize("cls", [shapes.Averaged, shapes.AveragedByTorch])

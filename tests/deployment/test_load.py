@@ -17,9 +17,10 @@ from onnx import TensorProto, helper
 import lq
 from helpers.classifiers import Wrapped, loader
 from helpers.networks import WideResidual, randomize_batch_norm
+from helpers.quantized import calibrated, noise
 from lq.formats.onnx.read import CHECKSUM
 
-X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+X = noise(8, seed=1)
 
 RUNTIMES = {"torch": "int8.pt2", "onnxruntime": "int8.onnx", "openvino": "int8.onnx"}
 
@@ -27,8 +28,7 @@ RUNTIMES = {"torch": "int8.pt2", "onnxruntime": "int8.onnx", "openvino": "int8.o
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    model = randomize_batch_norm(WideResidual()).eval()
-    lq.calibrate(lq.prepare(model, X, target="x86_avx2"), [X])
+    model = calibrated(randomize_batch_norm(WideResidual()), X)
     folder = tmp_path_factory.mktemp("files")
     for name in ("int8.pt2", "int8.onnx"):
         lq.export(model, folder / name, labels=list("abcdefghij"))

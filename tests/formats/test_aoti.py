@@ -13,16 +13,15 @@ import torch._inductor
 
 import lq
 from helpers.networks import Residual, randomize_batch_norm
+from helpers.quantized import noise, quantized
 
-X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+X = noise(8, seed=1)
 
 
 @pytest.fixture(scope="module")
 def network() -> lq.Int8Module:
     torch.manual_seed(0)
-    model = randomize_batch_norm(Residual()).eval()
-    lq.calibrate(lq.prepare(model, X, target="x86_avx2"), [X])
-    return lq.convert(model)
+    return quantized(randomize_batch_norm(Residual()), X)
 
 
 @pytest.fixture(scope="module")

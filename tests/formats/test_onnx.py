@@ -20,19 +20,17 @@ from torch.nn import functional as F
 
 import lq
 from helpers.networks import WideResidual, randomize_batch_norm
+from helpers.quantized import TARGET, calibrated, noise
 from lq.deployment import formats
 from lq.util.cpu import has_vnni
 
-X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+X = noise(8, seed=1)
 
-# 7-bit weights: exact on every x86 CPU, with VNNI and without.
-TARGET = "x86_avx2"
 RUNTIMES = ("onnxruntime", "openvino")
 
 
-def calibrated(model: nn.Module | None = None, x: Tensor = X, target: str = TARGET) -> nn.Module:
-    model = randomize_batch_norm(WideResidual() if model is None else model).eval()
-    return lq.calibrate(lq.prepare(model, x, target=target), [x])
+def calibrated_network(model: nn.Module | None = None, x: Tensor = X, target: str = TARGET) -> nn.Module:
+    return calibrated(randomize_batch_norm(WideResidual() if model is None else model), x, target=target)
 
 
 def initializers(model: onnx.ModelProto) -> dict[str, np.ndarray]:
@@ -63,7 +61,7 @@ class Files:
 
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
-        self.model = calibrated()
+        self.model = calibrated_network()
         self.output = self.model(X)
         self.state = copy.deepcopy(self.model.state_dict())
         targets = (None, "x86_avx2", "onnxruntime", "tensorrt", "xnnpack")
@@ -128,7 +126,7 @@ def test_weights_biases_and_batch(files: Files) -> None:
 
 def test_onnx_runtime_runs_every_layer_and_sum_in_int8(tmp_path: Path) -> None:
     network = torchvision.models.resnet18(num_classes=10)
-    model = calibrated(network, torch.randn(2, 3, 32, 32))
+    model = calibrated_network(network, torch.randn(2, 3, 32, 32))
     lq.export(model, tmp_path / "int8.onnx", verify=False)
     found = optimized(tmp_path / "int8.onnx", tmp_path)
     convolutions = sum(isinstance(module, nn.Conv2d) for module in network.modules())
@@ -171,7 +169,7 @@ def test_one_set_of_scales(files: Files) -> None:
 
 def test_tensorrt_explicit_quantization(tmp_path: Path) -> None:
     network = torchvision.models.resnet18(num_classes=10)
-    model = calibrated(network, torch.randn(4, 3, 32, 32))
+    model = calibrated_network(network, torch.randn(4, 3, 32, 32))
     result = lq.export(model, tmp_path / "int8.onnx", target="tensorrt", verify=False)
     assert result.target == "tensorrt"
     file = onnx.load(tmp_path / "int8.onnx")
@@ -236,7 +234,7 @@ class DeadChannels(nn.Module):
 
 def test_biases_of_dead_channels_fit_in_32_bits(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    result = lq.export(calibrated(DeadChannels()), tmp_path / "int8.onnx")
+    result = lq.export(calibrated_network(DeadChannels()), tmp_path / "int8.onnx")
     assert all(found.relative_difference < 0.02 for found in result.verifications)
     file = onnx.load(tmp_path / "int8.onnx")
     assert np.abs(initializers(file)["conv.bias.quantized"].astype(np.int64)).max() <= 2**30 + 1
@@ -277,7 +275,7 @@ def test_structured_inputs_and_outputs(tmp_path: Path) -> None:
 
 
 def test_a_network_from_a_file_goes_on_to_onnx(tmp_path: Path) -> None:
-    model = calibrated()
+    model = calibrated_network()
     lq.export(lq.convert(model), tmp_path / "int8.pt2", labels=["a", "b"])
     loaded = lq.load(tmp_path / "int8.pt2")
     assert isinstance(loaded, lq.Int8Module)

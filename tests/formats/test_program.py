@@ -16,17 +16,16 @@ from torch.nn import functional as F
 
 import lq
 from helpers.networks import Residual, WithDataDependent, randomize_batch_norm
+from helpers.quantized import noise, quantized
 from lq.deployment import export, verify
 from lq.deployment.verify import OUTPUT_TOLERANCE, allowed_difference, simulated
 from lq.int8.onednn import lower
 
-X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+X = noise(8, seed=1)
 
 
-def quantized() -> lq.Int8Module:
-    model = randomize_batch_norm(Residual()).eval()
-    lq.calibrate(lq.prepare(model, X, target="x86_avx2"), [X])
-    return lq.convert(model)
+def residual() -> lq.Int8Module:
+    return quantized(randomize_batch_norm(Residual()), X)
 
 
 def test_float_checkpoint_to_int8_in_a_new_process_is_bit_identical(tmp_path: Path) -> None:
@@ -64,7 +63,7 @@ print("identical")
 
 
 def test_batch_and_image_size_may_differ_from_the_example(tmp_path: Path) -> None:
-    int8 = quantized()
+    int8 = residual()
     lq.export(int8, tmp_path / "int8.pt2")
     loaded = lq.load(tmp_path / "int8.pt2")
     for shape in ((1, 3, 16, 16), (5, 3, 24, 20)):
@@ -107,7 +106,7 @@ def test_structured_inputs_and_outputs(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    int8, path = quantized(), tmp_path / "int8.pt2"
+    int8, path = residual(), tmp_path / "int8.pt2"
     lq.export(int8, path)
     before = path.read_bytes()
 
@@ -123,13 +122,13 @@ def test_a_failed_write_leaves_the_file_that_was_there(tmp_path: Path, monkeypat
 
 
 def test_training_images_are_not_in_the_file(tmp_path: Path) -> None:
-    int8 = quantized()
+    int8 = residual()
     lq.export(int8, tmp_path / "int8.pt2")
     assert not any(value.any() for value in lq.load(tmp_path / "int8.pt2").example_inputs.values())
 
 
 def test_bad_paths_and_files(tmp_path: Path) -> None:
-    int8 = quantized()
+    int8 = residual()
     with pytest.raises(ValueError, match=r"path='.*model\.pt' must end in \.pt2 or \.onnx"):
         lq.export(int8, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="model is a Residual, neither converted nor prepared"):
@@ -180,7 +179,7 @@ TAMPERED = ("scale", "one channel's scale", "weight", "bias", "last layer")
 
 @pytest.mark.parametrize("wrong", TAMPERED)
 def test_a_program_that_differs_is_refused(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    int8 = quantized()
+    int8 = residual()
     right, other = export.export_program, tamper(int8, wrong)
     monkeypatch.setattr(export, "export_program", lambda model, **kwargs: right(other, **kwargs))
     where = "in its last layer" if wrong == "last layer" else "in the layer that ends in 'bn2'"
@@ -191,7 +190,7 @@ def test_a_program_that_differs_is_refused(wrong: str, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("wrong", TAMPERED)
 def test_kernels_that_differ_are_refused(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    int8 = quantized()
+    int8 = residual()
     other = tamper(int8, wrong)
     # The kernels' weights are those of another module.
     monkeypatch.setattr(verify, "lower", lambda graph, root, *args: lower(graph, other, *args))
@@ -213,7 +212,7 @@ class Chaotic(nn.Module):
 
 
 def test_what_roundings_make_is_allowed_and_no_more(tmp_path: Path) -> None:
-    int8 = quantized()
+    int8 = residual()
     # This one makes next to nothing of them.
     assert allowed_difference(int8, {"x": X}, simulated(int8, {"x": X})[0]) == OUTPUT_TOLERANCE
     torch.manual_seed(0)

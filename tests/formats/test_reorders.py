@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
+from helpers.quantized import noise
 from lq.util.cpu import has_onednn_int8
 
 pytestmark = pytest.mark.skipif(not has_onednn_int8(), reason="no oneDNN INT8 kernels on this machine")
 
-X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+X = noise(4, seed=1)
 
 SCRIPT = """
 import sys, torch, lq

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 import lq
 from helpers.patterns import Forward, conv
+from helpers.quantized import calibrated, noise
 from lq.graph.qdq import DEQUANTIZE_BUFFER
 
-X = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+X = noise(8, 12)
 
 #: What is between the convolutions ``a`` and ``b``, with the names of its operators in a report.
 OPERATORS: dict[str, tuple[Callable[[Any, Tensor], Tensor], set[str]]] = {
@@ -68,17 +69,19 @@ class _Keeping(fx.Interpreter):
         return value
 
 
-def calibrated(between: Callable[[Any, Tensor], Tensor], target: str, **settings: Any) -> tuple[nn.Module, Tensor]:
+def calibrated_network(
+    between: Callable[[Any, Tensor], Tensor], target: str, **settings: Any
+) -> tuple[nn.Module, Tensor]:
     model = network(between)
     with torch.no_grad():
         expected = model(X)
-    return lq.calibrate(lq.prepare(model, X[:2], target=target, **settings), [X], calibrator="minmax"), expected
+    return calibrated(model, X, example=X[:2], target=target, calibrator="minmax", **settings), expected
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_in_int8(name: str) -> None:
     between, kinds = OPERATORS[name]
-    model, expected = calibrated(between, "onnxruntime")
+    model, expected = calibrated_network(between, "onnxruntime")
     rows = {row.kind: row.precision for row in lq.report(model).layers}
     assert {kind: rows.get(kind) for kind in kinds} == dict.fromkeys(kinds, "int8")
     outputs = lq.convert(model)(X)
@@ -93,7 +96,7 @@ def test_on_onnx_runtime(name: str, tmp_path: Path) -> None:
     """Of the optimized graph nothing computes in float but the classifier's mean."""
     ort, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    model, _ = calibrated(OPERATORS[name][0], "x86")
+    model, _ = calibrated_network(OPERATORS[name][0], "x86")
     written = lq.export(model, tmp_path / "int8.onnx", format="onnxruntime")
     assert [verification.runtime for verification in written.verifications] == ["onnxruntime"]
     assert written.verifications[0].relative_difference < 0.02
@@ -128,14 +131,14 @@ def test_hard_swish_is_exact_but_for_its_rounding() -> None:
 
 def test_elsewhere_the_convolution_does_it() -> None:
     """Where an engine fuses the operator into the convolution, no rounding comes between the two."""
-    model, _ = calibrated(OPERATORS["silu"][0], "x86")
+    model, _ = calibrated_network(OPERATORS["silu"][0], "x86")
     (row,) = (row for row in lq.report(model).layers if row.name == "silu")
     assert row.precision == "float"
     assert not lq.quantizers(model)["a"].rounds
 
 
 def test_overrides_name_operators() -> None:
-    model, _ = calibrated(OPERATORS["silu"][0], "onnxruntime", overrides={"silu": None})
+    model, _ = calibrated_network(OPERATORS["silu"][0], "onnxruntime", overrides={"silu": None})
     (row,) = (row for row in lq.report(model).layers if row.name == "silu")
     assert row.precision == "float"
     lq.convert(model)

@@ -12,15 +12,11 @@ from torch import Tensor, nn
 import lq
 from helpers.exact import assert_kernels_are_exact
 from helpers.patterns import Forward, conv, one_convolution_residual, patterns
-from lq.int8.module import Int8Module
+from helpers.quantized import noise, quantized
 from lq.util.cpu import has_onednn_int8
 
-X = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+X = noise(16, seed=1)
 kernels = pytest.mark.skipif(not has_onednn_int8(), reason="no oneDNN INT8 kernels on this machine")
-
-
-def quantized(model: nn.Module) -> Int8Module:
-    return lq.convert(lq.calibrate(lq.prepare(model.eval(), X, target="x86_avx2"), [X]))
 
 
 def assert_equal_but_for_biases(actual: Tensor, expected: Tensor) -> None:
@@ -57,7 +53,7 @@ def test_from_float_to_kernels(name: str) -> None:
 
 @kernels
 def test_a_sum_onto_the_convolutions_own_input_is_made_on_a_copy() -> None:
-    int8 = quantized(one_convolution_residual(64))
+    int8 = quantized(one_convolution_residual(64), X)
     (sum_node,) = (n for n in int8.kernels().graph.nodes if n.target is torch.ops.onednn.qconv2d_pointwise.binary)
     assert sum_node.args[6].target is torch.clone
     expected = int8(X)
@@ -66,7 +62,7 @@ def test_a_sum_onto_the_convolutions_own_input_is_made_on_a_copy() -> None:
 
 @kernels
 def test_threads_share_a_module() -> None:
-    int8 = quantized(one_convolution_residual(16))
+    int8 = quantized(one_convolution_residual(16), X)
     expected = int8(X)
     right: list[bool] = []
     threads = [threading.Thread(target=lambda: right.append(torch.equal(int8(X), expected))) for _ in range(4)]
@@ -120,7 +116,7 @@ def test_what_kernels_cannot_take_is_refused_or_stays_float() -> None:
 
 @kernels
 def test_images_in_other_forms() -> None:
-    int8 = quantized(nn.Sequential(conv(3, 8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(512, 10)))
+    int8 = quantized(nn.Sequential(conv(3, 8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(512, 10)), X)
     expected = int8(X)
     assert torch.equal(int8(X.contiguous(memory_format=torch.channels_last)), expected)
     assert torch.equal(int8(X.double()), expected)

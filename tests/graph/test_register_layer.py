@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
+from helpers.quantized import noise
 from lq.graph.capture import registry
 
 
@@ -54,16 +55,12 @@ def network() -> nn.Sequential:
     ).eval()
 
 
-def images() -> Tensor:
-    return torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
 def layers_of(model: nn.Module) -> dict[str, str]:
     return {layer.name: layer.precision for layer in lq.report(model).layers}
 
 
 def test_without_it_the_layer_stays_in_float_with_the_reason() -> None:
-    model = lq.prepare(network(), images())
+    model = lq.prepare(network(), noise(8, 8))
     (layer,) = (layer for layer in lq.report(model).layers if layer.name == "0")
     assert layer.precision == "float"
     assert "control flow" in layer.reason or "bool" in layer.reason
@@ -71,21 +68,21 @@ def test_without_it_the_layer_stays_in_float_with_the_reason() -> None:
 
 def test_with_it_the_layer_runs_in_int8() -> None:
     lq.register_layer(Gated, compute)
-    model = lq.prepare(network(), images(), target="x86_avx2")
+    model = lq.prepare(network(), noise(8, 8), target="x86_avx2")
     assert set(layers_of(model).values()) == {"int8", "float"}  # the pooling
     assert sum(precision == "int8" for precision in layers_of(model).values()) == 3
-    lq.calibrate(model, [images()])
+    lq.calibrate(model, [noise(8, 8)])
     int8 = lq.convert(model)
-    expected = network()(images())
-    noise = (int8(images()) - expected).square().mean()
-    assert expected.square().mean() / noise > 100
+    expected = network()(noise(8, 8))
+    error = (int8(noise(8, 8)) - expected).square().mean()
+    assert expected.square().mean() / error > 100
     assert [layer for layer in lq.report(int8).layers if "batch_norm" in layer.kind]
 
 
 def test_it_trains() -> None:
     lq.register_layer(Gated, compute)
-    model = lq.prepare(network(), images(), mode="qat").train()
-    loss = model(images()).square().mean()
+    model = lq.prepare(network(), noise(8, 8), mode="qat").train()
+    loss = model(noise(8, 8)).square().mean()
     loss.backward()
     assert model[0].gain.grad is not None
     assert model[0].gain.grad.abs().sum() > 0
@@ -94,7 +91,7 @@ def test_it_trains() -> None:
 def test_a_function_that_computes_something_else_is_refused() -> None:
     lq.register_layer(Gated, lambda layer, x: F.conv2d(x, layer.weight, padding=1))
     with pytest.raises(ValueError, match=r"registered for Gated the model computes something else.*lq.register_layer"):
-        lq.prepare(network(), images())
+        lq.prepare(network(), noise(8, 8))
 
 
 def test_subclasses_are_registered_on_their_own() -> None:
@@ -104,7 +101,7 @@ def test_subclasses_are_registered_on_their_own() -> None:
     lq.register_layer(Gated, compute)
     model = network()
     model[0] = Other(3, 8)
-    assert layers_of(lq.prepare(model, images()))["0"] == "float"
+    assert layers_of(lq.prepare(model, noise(8, 8)))["0"] == "float"
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
+import lq
 from helpers.networks import randomize_batch_norm
-from lq import quantizers
+from lq.numerics.calibrators import Calibrator
 from lq.numerics.quantizer import Quantizer, WeightQuantizer
 
 
@@ -46,8 +47,22 @@ def images(batches: int = 4, samples: int = 4, seed: int = 0) -> list[Tensor]:
     return [torch.randn(samples, 3, 8, 8, generator=generator) * (1 + (i * 7) % 5 / 2) for i in range(batches)]
 
 
+#: What these networks are prepared with and calibrated on.
+BATCHES = images()
+
+
+def prepared(observer: str | None = None, target: str = "x86") -> nn.Module:
+    return lq.prepare(network(), BATCHES[0], observer=observer, target=target)
+
+
+def calibrated(
+    calibrator: str | Calibrator | None = None, observer: str | None = None, target: str = "x86"
+) -> nn.Module:
+    return lq.calibrate(prepared(observer, target), BATCHES, calibrator=calibrator)
+
+
 def activations(model: nn.Module) -> dict[str, Quantizer]:
-    return {name: q for name, q in quantizers(model).items() if not isinstance(q, WeightQuantizer)}
+    return {name: q for name, q in lq.quantizers(model).items() if not isinstance(q, WeightQuantizer)}
 
 
 def found_ranges(model: nn.Module) -> dict[str, tuple[float, int, str]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import lq
+from helpers.quantized import TARGET, quantized
 from helpers.training_steps import (
     Call,
     assert_same,
@@ -29,9 +30,6 @@ from helpers.training_steps import (
     training_step,
 )
 from lq.util.cpu import has_onednn_int8
-
-# 7-bit weights: exact on every x86 CPU, with VNNI and without.
-TARGET = "x86_avx2"
 
 #: Decibels. Shallow networks of random weights have 25 to 40; a forward that lost a factor or an addend has below 15.
 NEAR_FLOAT = 20.0
@@ -167,6 +165,17 @@ def through_file(model: nn.Module, path: Path, runtime: str = "auto") -> Any:
     """``model`` exported to ``path`` and read again."""
     lq.export(model, path)
     return lq.load(path, runtime)
+
+
+def check_program(model: nn.Module, x: Tensor, path: Path) -> None:
+    """A program that is written to ``path`` and read again is the INT8 network of ``model``, whatever the batch."""
+    int8 = quantized(model, x)
+    loaded = through_file(int8, path)
+    assert sqnr(loaded(x), int8(x)) > 40
+    assert sqnr(loaded(x[:3]), int8(x[:3])) > 40
+    loaded.execution = "simulation"
+    assert sqnr(loaded(x), model(x)) > SAME_GRIDS
+    assert loaded.report.int8_layers == int8.report.int8_layers
 
 
 def as_tensors(value: Any) -> Any:

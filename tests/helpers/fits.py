@@ -8,10 +8,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from helpers.classifiers import DictBatches, dict_loader, loader
+from helpers.quantized import TARGET
 from lq import QuantizationCallback
-
-# Exact on every x86 CPU: `x86` warns where there is no VNNI.
-TARGET = "x86_avx2"
 
 
 def fit(model: Any, tmp_path: Path, callback: QuantizationCallback | None, epochs: int = 2, **kwargs: Any) -> Trainer:

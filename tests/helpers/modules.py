@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -131,3 +132,10 @@ class BuiltInSetup(Wrapped):
     def setup(self, stage: str) -> None:
         if self.model is None:
             self.model = Wrapped().model
+
+
+class NeverTrained(Wrapped):
+    """What is wrong is said before training begins."""
+
+    def on_train_start(self) -> None:
+        pytest.fail("training began")

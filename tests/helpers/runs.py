@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from helpers.classifiers import Wrapped, images
-from helpers.fits import TARGET
-from lq import QuantizationCallback
+from helpers.quantized import TARGET
+from lq import Int8Module, QuantizationCallback
 from lq.util.modes import evaluating
 
 BATCHES = 4
@@ -140,6 +140,11 @@ def every_epoch(folder: Path, **kwargs: Any) -> ModelCheckpoint:
 
 def state_of(pl_module: torch.nn.Module) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in pl_module.state_dict().items()}
+
+
+def is_int8(model: torch.nn.Module) -> bool:
+    """Whether the model holds an INT8 network."""
+    return any(isinstance(module, Int8Module) for module in model.modules())
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

@@ -1,10 +1,12 @@
-"""A Trainer that does nothing but run, for what the data's tests fit."""
+"""A Trainer that does nothing but run, for what the data's tests fit, and what a loader gives it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from torch.utils.data import DataLoader
 
 
 def small_trainer(folder: Path, *callbacks: Callback, max_epochs: int = 1) -> Trainer:
@@ -19,3 +21,8 @@ def small_trainer(folder: Path, *callbacks: Callback, max_epochs: int = 1) -> Tr
         default_root_dir=folder,
         callbacks=list(callbacks),
     )
+
+
+def labels_of(loader: DataLoader[Any]) -> list[int]:
+    """The labels of an epoch, in its order."""
+    return [label for _, labels in loader for label in labels.tolist()]

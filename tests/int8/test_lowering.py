@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import lq
 from helpers.exact import assert_kernels_are_exact
 from helpers.patterns import Forward, conv
+from helpers.quantized import calibrated, noise
 from lq.deployment.formats import Format
 from lq.graph.capture.signature import CallSignature
 from lq.graph.qdq import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, constant_qparams
@@ -25,7 +26,7 @@ from lq.int8.onednn import Packed, lower
 from lq.int8.plans import KEPT, Plans
 from lq.util.cpu import has_onednn_int8
 
-X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+X = noise(4, seed=1)
 pytestmark = pytest.mark.skipif(not has_onednn_int8(), reason="no oneDNN INT8 kernels on this machine")
 
 aten = torch.ops.aten
@@ -113,13 +114,9 @@ def networks() -> dict[str, nn.Module]:
     }
 
 
-def calibrated(model: nn.Module, target: str = "x86_avx2") -> nn.Module:
-    return lq.calibrate(lq.prepare(model, X, target=target), [X])
-
-
 @pytest.mark.parametrize("name", networks())
 def test_kernels_in_process_and_from_files(name: str, tmp_path: Path) -> None:
-    model = calibrated(networks()[name])
+    model = calibrated(networks()[name], X)
     int8 = lq.convert(model)
     assert_kernels_are_exact(int8, X)
     lq.export(int8, tmp_path / "int8.pt2")
@@ -138,13 +135,13 @@ def test_integers_stay_on_a_narrow_grid() -> None:
 
 
 def test_a_layer_that_is_called_twice_has_two_names(tmp_path: Path) -> None:
-    lq.export(calibrated(networks()["twice"]), tmp_path / "int8.onnx", verify=False)
+    lq.export(calibrated(networks()["twice"], X), tmp_path / "int8.onnx", verify=False)
     names = [node.name for node in onnx.load(tmp_path / "int8.onnx").graph.node if node.op_type == "Conv"]
     assert names == ["a", "b", "b:2"]
 
 
 def test_a_sum_is_clamped_on_integers() -> None:
-    lowered = lq.convert(calibrated(networks()["sum_relu6"])).kernels()
+    lowered = lq.convert(calibrated(networks()["sum_relu6"], X)).kernels()
     assert BINARY in [node.target for node in lowered.graph.nodes]
     assert lowered.unfused == {}
 
@@ -157,7 +154,7 @@ def test_a_sum_is_clamped_on_integers() -> None:
     ],
 )
 def test_what_does_not_fuse_is_told(name: str, reason: str, tmp_path: Path) -> None:
-    lq.export(calibrated(networks()[name]), tmp_path / "int8.pt2")
+    lq.export(calibrated(networks()[name], X), tmp_path / "int8.pt2")
     loaded = lq.load(tmp_path / "int8.pt2")
     assert isinstance(loaded, lq.Int8Module)
     (told,) = loaded.kernels().unfused.values()
@@ -165,7 +162,7 @@ def test_what_does_not_fuse_is_told(name: str, reason: str, tmp_path: Path) -> N
 
 
 def test_sizes_in_any_order_and_few_plans() -> None:
-    int8 = lq.convert(calibrated(networks()["broadcast_sum"]))
+    int8 = lq.convert(calibrated(networks()["broadcast_sum"], X))
     single = int8(X[:1])
     torch.testing.assert_close(int8(X)[:1], single)
     for shape in ((1, 3, 16, 16), (7, 3, 16, 16), (2, 3, 20, 12), (1, 3, 16, 16), (3, 3, 9, 9), (5, 3, 8, 8)):
@@ -180,7 +177,7 @@ def test_sizes_in_any_order_and_few_plans() -> None:
 
 
 def test_plans_share_weights() -> None:
-    int8 = lq.convert(calibrated(networks()["broadcast_sum"]))
+    int8 = lq.convert(calibrated(networks()["broadcast_sum"], X))
     graph, packed = constant_qparams(int8.graph, int8), Packed()
     one, two, three = (lower(graph, int8, [X[:size]], packed=packed) for size in (1, 2, 3))
     weights = [name for name in two.constants if name.endswith("_weight")]
@@ -295,7 +292,7 @@ def test_an_engine_that_cannot_read_a_file(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(openvino.Core, "read_model", fails)
     with pytest.warns(UserWarning, match="openvino cannot run the file: no such operator here"):
-        result = lq.export(calibrated(networks()["twice"]), tmp_path / "int8.onnx")
+        result = lq.export(calibrated(networks()["twice"], X), tmp_path / "int8.onnx")
     assert result.unreadable == {"openvino": "no such operator here"}
     assert [found.runtime for found in result.verifications] == ["onnxruntime"]
     assert "openvino cannot run it: no such operator here" in str(result)
@@ -304,5 +301,5 @@ def test_an_engine_that_cannot_read_a_file(tmp_path: Path, monkeypatch: pytest.M
         pytest.warns(UserWarning, match="openvino cannot run"),
         pytest.raises(ValueError, match="none of the engines that are installed can run the file.*verify=False"),
     ):
-        lq.export(calibrated(networks()["twice"]), tmp_path / "other.onnx")
+        lq.export(calibrated(networks()["twice"], X), tmp_path / "other.onnx")
     assert list(tmp_path.iterdir()) == [tmp_path / "int8.onnx"]

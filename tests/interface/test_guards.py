@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
+from helpers.quantized import calibrated, noise
 from lq.errors import GuardError
 from lq.interface.guards import check_guards, compile_guard
 
-X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+X = noise(4, seed=1)
 RUNTIMES = {"torch": "int8.pt2", "onnxruntime": "int8.onnx", "openvino": "int8.onnx"}
 
 
@@ -58,12 +59,8 @@ class HardCodedBatch(nn.Module):
         return self.fc(F.relu(self.conv(x)).mean((2, 3)) + torch.arange(4.0)[:, None])
 
 
-def calibrated(model: nn.Module, x: Tensor = X) -> nn.Module:
-    return lq.calibrate(lq.prepare(model.eval(), x, target="x86_avx2"), [x])
-
-
 def test_other_sizes_are_refused_in_a_program(tmp_path: Path) -> None:
-    int8 = lq.convert(calibrated(Branching(Branch())))
+    int8 = lq.convert(calibrated(Branching(Branch()), X))
     lq.export(int8, tmp_path / "int8.pt2")
     loaded = lq.load(tmp_path / "int8.pt2")
     assert isinstance(loaded, lq.Int8Module)
@@ -83,7 +80,7 @@ def test_other_sizes_are_refused_in_a_program(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_other_batches_are_refused_in_an_onnx_file(runtime: str, tmp_path: Path) -> None:
-    int8 = lq.convert(calibrated(Branching(Branch())))
+    int8 = lq.convert(calibrated(Branching(Branch()), X))
     lq.export(int8, tmp_path / "int8.onnx")
     loaded = lq.load(tmp_path / "int8.onnx", runtime)
     for size in (1, 4):
@@ -98,7 +95,7 @@ class SingleImage(nn.Module):
 
 
 def test_a_batch_of_one_that_is_told_apart(tmp_path: Path) -> None:
-    int8 = lq.convert(calibrated(Branching(SingleImage())))
+    int8 = lq.convert(calibrated(Branching(SingleImage()), X))
     lq.export(int8, tmp_path / "int8.pt2")
     loaded = lq.load(tmp_path / "int8.pt2")
     assert torch.equal(loaded(X), int8(X))
@@ -127,7 +124,7 @@ def test_sizes_are_fixed_where_they_cannot_be_free(tmp_path: Path, monkeypatch: 
         return right(*args, dynamic_shapes=dynamic_shapes, **kwargs)
 
     monkeypatch.setattr(torch.export, "export", fails_for_free_images)
-    int8 = lq.convert(calibrated(Branching(nn.Identity())))
+    int8 = lq.convert(calibrated(Branching(nn.Identity()), X))
     lq.export(int8, tmp_path / "int8.pt2")
     loaded = lq.load(tmp_path / "int8.pt2")
     assert loaded.metadata is not None
@@ -141,7 +138,7 @@ def test_sizes_are_fixed_where_they_cannot_be_free(tmp_path: Path, monkeypatch: 
 
 
 def test_a_hard_coded_batch(tmp_path: Path) -> None:
-    int8 = lq.convert(calibrated(HardCodedBatch()))
+    int8 = lq.convert(calibrated(HardCodedBatch(), X))
     lq.export(int8, tmp_path / "int8.pt2")
     loaded = lq.load(tmp_path / "int8.pt2")
     assert torch.equal(loaded(X), int8(X))

@@ -7,13 +7,13 @@ import logging
 from pathlib import Path
 
 import pytest
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lq
 from helpers.classifiers import Wrapped
 from helpers.fits import fit
 from helpers.networks import Residual
+from helpers.quantized import noise
 from helpers.runs import module, quantization, train_data, trainer, val_data
 from lq import QuantizationCallback
 from lq.callback import QuantizationResult
@@ -21,7 +21,7 @@ from lq.deployment.formats import read_metadata
 from lq.schemes import targets
 from lq.util import cpu
 
-X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+X = noise(2)
 
 CPUS = {
     "x86": ("x86_64", True, "x86"),

@@ -10,9 +10,10 @@ import torch
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import lq
+from helpers.quantized import calibrated, noise
 from lq import LayerSpec
 from lq.schemes.overrides import Overrides, Scheme
 from lq.schemes.targets import TARGETS
@@ -24,12 +25,9 @@ def resnet() -> nn.Module:
     return torchvision.models.resnet18(num_classes=10).eval()
 
 
-def images(count: int = 4) -> Tensor:
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
 def prepared(overrides: Any, target: str = "x86_avx2", **kwargs: Any) -> nn.Module:
-    return lq.calibrate(lq.prepare(resnet(), images(2), target=target, overrides=overrides, **kwargs), [images()])
+    x = noise(4, 32)
+    return calibrated(resnet(), x, example=x[:2], target=target, overrides=overrides, **kwargs)
 
 
 def float_layers(model: nn.Module) -> set[str]:
@@ -45,8 +43,8 @@ def test_none_keeps_a_module_in_float() -> None:
     int8 = lq.convert(model)
     assert isinstance(int8.get_submodule("layer4.0.conv1"), nn.Module)
     with torch.no_grad():
-        expected = model(images())
-    assert (int8(images()).argmax(1) == expected.argmax(1)).all()
+        expected = model(noise(4, 32))
+    assert (int8(noise(4, 32)).argmax(1) == expected.argmax(1)).all()
 
 
 def test_a_name_inside_a_module_in_float_can_come_back() -> None:
@@ -83,8 +81,8 @@ def test_bits_and_calibrators_of_a_module(residual: str) -> None:
 
 
 def test_auto_leaves_calibrators_of_their_own() -> None:
-    model = lq.prepare(resnet(), images(2), overrides={"layer3": {"calibrator": "percentile:99"}})
-    lq.calibrate(model, [images(), images(), images()], calibrator="auto")
+    model = lq.prepare(resnet(), noise(2, 32), overrides={"layer3": {"calibrator": "percentile:99"}})
+    lq.calibrate(model, [noise(4, 32), noise(4, 32), noise(4, 32)], calibrator="auto")
     calibrators = {name: str(q.calibrator) for name, q in lq.quantizers(model).items() if not name.endswith("weight")}
     assert {c for name, c in calibrators.items() if name.startswith("layer3")} == {"percentile:99"}
     assert {c for name, c in calibrators.items() if not name.startswith("layer3")} != {"percentile:99"}
@@ -143,9 +141,9 @@ def test_order_does_not_matter_and_modules_pass_on(patterns: list[str], path: st
 
 def test_what_matches_nothing_is_an_error_with_near_names() -> None:
     with pytest.raises(ValueError, match=r"'layer4.0.conv3' matches nothing in the model; similar are .*conv1'"):
-        lq.prepare(resnet(), images(2), overrides={"layer4.0.conv3": None})
+        lq.prepare(resnet(), noise(2, 32), overrides={"layer4.0.conv3": None})
     with pytest.raises(ValueError, match=r"overrides: 'block\*' matches nothing"):
-        lq.prepare(resnet(), images(2), overrides={"block*": None})
+        lq.prepare(resnet(), noise(2, 32), overrides={"block*": None})
 
 
 @pytest.mark.parametrize(
@@ -163,19 +161,19 @@ def test_what_matches_nothing_is_an_error_with_near_names() -> None:
 )
 def test_bad_specs(overrides: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        lq.prepare(resnet(), images(2), overrides=overrides)
+        lq.prepare(resnet(), noise(2, 32), overrides=overrides)
     with pytest.raises(error, match=message):
         lq.QuantizationCallback(overrides=overrides)
 
 
 def test_a_calibrator_that_the_statistics_do_not_serve_is_refused() -> None:
     with pytest.raises(ValueError, match="histogram"):
-        lq.prepare(resnet(), images(2), observer="minmax", overrides={"fc": {}, "layer1": {"calibrator": "mse"}})
+        lq.prepare(resnet(), noise(2, 32), observer="minmax", overrides={"fc": {}, "layer1": {"calibrator": "mse"}})
 
 
 def test_everything_in_float_is_nothing_to_quantize() -> None:
     with pytest.raises(lq.NothingToQuantizeError, match="overrides keep it in float"):
-        lq.prepare(resnet(), images(2), overrides={"*": None})
+        lq.prepare(resnet(), noise(2, 32), overrides={"*": None})
 
 
 def test_export_and_other_targets_keep_them(tmp_path: Path) -> None:
@@ -185,7 +183,7 @@ def test_export_and_other_targets_keep_them(tmp_path: Path) -> None:
         assert state["layer1.0.conv1.weight"].abs().max() == 7
         assert state["layer4.0.conv1.weight"].dtype == torch.float32
     lq.export(model, tmp_path / "int8.pt2")
-    assert torch.equal(lq.load(tmp_path / "int8.pt2")(images()), lq.convert(model)(images()))
+    assert torch.equal(lq.load(tmp_path / "int8.pt2")(noise(4, 32)), lq.convert(model)(noise(4, 32)))
 
 
 def test_a_preparation_tells_of_them() -> None:
@@ -198,11 +196,11 @@ def test_a_preparation_tells_of_them() -> None:
 
 def test_training_with_overrides() -> None:
     model = lq.prepare(
-        resnet(), images(2), mode="qat", overrides={"layer4": None, "layer1": {"weight_bits": 3}}
+        resnet(), noise(2, 32), mode="qat", overrides={"layer4": None, "layer1": {"weight_bits": 3}}
     ).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for _ in range(2):
-        loss = model(images()).square().mean()
+        loss = model(noise(4, 32)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

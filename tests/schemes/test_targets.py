@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 import lq
 from helpers.networks import Residual, SharedResidual, randomize_batch_norm
+from helpers.quantized import TARGET, calibrated, noise
 from lq.graph.qdq import QUANTIZE_BUFFER
 
-X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+X = noise(8, seed=1)
 
 
 def exact(target: str) -> lq.Target:
@@ -22,9 +23,8 @@ def exact(target: str) -> lq.Target:
     return replace(lq.TARGETS[target], weight=lq.TARGETS["x86_avx2"].weight)
 
 
-def calibrated(network: nn.Module | None = None, target: str = "x86_avx2") -> nn.Module:
-    model = randomize_batch_norm(network or Residual()).eval()
-    return lq.calibrate(lq.prepare(model, X, target=target), [X, X * 1.2])
+def calibrated_network(network: nn.Module | None = None, target: str = TARGET) -> nn.Module:
+    return calibrated(randomize_batch_norm(network or Residual()), X, X * 1.2, target=target)
 
 
 def quantizes(int8: lq.Int8Module) -> int:
@@ -35,11 +35,11 @@ def quantizes(int8: lq.Int8Module) -> int:
 @pytest.mark.parametrize("target", list(lq.TARGETS))
 @pytest.mark.parametrize("prepared_for", ["x86_avx2", "onnxruntime", "tensorrt"])
 def test_any_target_from_any_prepared_model(prepared_for: str, target: str, network: type[nn.Module]) -> None:
-    model = calibrated(network(), prepared_for)
+    model = calibrated_network(network(), prepared_for)
     int8 = lq.convert(model, exact(target))
     assert int8.report is not None
     assert int8.report.target == target
-    assert quantizes(int8) == quantizes(lq.convert(calibrated(network(), target)))
+    assert quantizes(int8) == quantizes(lq.convert(calibrated_network(network(), target)))
     # The kernels know unsigned integers alone: signed ones are computed with 128 added.
     assert not int8.kernels().float_ops
     actual = int8(X)
@@ -54,7 +54,7 @@ def network_output(model: nn.Module) -> torch.Tensor:
 
 
 def test_scales_are_shared_where_the_grid_is() -> None:
-    model = calibrated()
+    model = calibrated_network()
     mine, other = lq.convert(model).state_dict(), lq.convert(model, exact("onnxruntime")).state_dict()
     assert mine.keys() < other.keys()
     assert all(torch.equal(value, other[key]) for key, value in mine.items())
@@ -62,7 +62,7 @@ def test_scales_are_shared_where_the_grid_is() -> None:
 
 
 def test_symmetric_scales_come_from_the_same_statistics() -> None:
-    model = lq.recalibrate(calibrated(), "minmax")
+    model = lq.recalibrate(calibrated_network(), "minmax")
     state = lq.convert(model, "tensorrt").state_dict()
     for name, quantizer in lq.quantizers(model).items():
         if f"{name}.scale" in state:
@@ -87,7 +87,7 @@ def test_a_trained_model_goes_to_every_target() -> None:
 
 
 def test_watching_changes_nothing() -> None:
-    model = calibrated()
+    model = calibrated_network()
     watched = [quantizer for quantizer in lq.quantizers(model).values() if not quantizer.rounds]
     assert len(watched) == 1
     expected = model(X)
@@ -97,7 +97,7 @@ def test_watching_changes_nothing() -> None:
 
 
 def test_ranges_without_statistics_are_not_made_up() -> None:
-    model = calibrated()
+    model = calibrated_network()
     for quantizer in lq.quantizers(model).values():
         quantizer.observer.reset()
     lq.convert(model)

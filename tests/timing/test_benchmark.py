@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 import lq
+from helpers.quantized import noise
 from lq.models import build_small_mobilenet_v2
 from lq.recipes import bench_peers
 from lq.recipes import benchmark as recipe
 from lq.recipes.blocks.config import main
 
-X = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+X = noise(12, 32, seed=1)
 
 
 @pytest.fixture(scope="module")

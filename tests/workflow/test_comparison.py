@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import lq
-from helpers.calibration import activations, found_ranges, images, network
+from helpers.calibration import BATCHES, activations, calibrated, found_ranges, images, network
 from lq.numerics.calibrators import CALIBRATORS, MSE
 from lq.numerics.quantizer import QuantizerState
 
-BATCHES = images()
 TEST = images(1, samples=16, seed=1)[0]
 LABELS = torch.arange(16) % 10
 
@@ -27,10 +26,6 @@ def loss(model: nn.Module) -> float:
 
 def accuracy_and_loss(model: nn.Module) -> dict[str, float]:
     return {"accuracy": (model(TEST).argmax(1) == LABELS).float().mean().item(), "loss": loss(model)}
-
-
-def calibrated() -> nn.Module:
-    return lq.calibrate(lq.prepare(network(), BATCHES[0]), BATCHES)
 
 
 def test_figures_are_those_of_recalibrating_by_hand() -> None:

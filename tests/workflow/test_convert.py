@@ -16,20 +16,19 @@ from torch.profiler import ProfilerActivity, profile
 import lq
 from helpers.exact import assert_kernels_are_exact
 from helpers.networks import Residual, SharedResidual, networks, randomize_batch_norm
+from helpers.quantized import TARGET, noise, quantized
 from lq.int8.module import Int8Module
 from lq.util.cpu import has_onednn_int8, has_vnni
 
 # torch's remark on even kernels with padding="same", which one of the networks has.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
-X = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+X = noise(32, seed=1)
 kernels = pytest.mark.skipif(not has_onednn_int8(), reason="no oneDNN INT8 kernels on this machine")
 
 
-def quantized(model: nn.Module, x: Tensor = X, target: str = "x86_avx2") -> tuple[nn.Module, Int8Module]:
-    model = randomize_batch_norm(model).eval()
-    lq.calibrate(lq.prepare(model, x[:4], target=target), [x])
-    return model, lq.convert(model)
+def prepared_and_int8(model: nn.Module, x: Tensor = X, target: str = TARGET) -> tuple[nn.Module, Int8Module]:
+    return model, quantized(randomize_batch_norm(model), x, example=x[:4], target=target)
 
 
 def assert_on_the_same_grids(actual: Tensor, expected: Tensor) -> None:
@@ -41,7 +40,7 @@ def assert_on_the_same_grids(actual: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("name", networks())
 def test_simulation_is_the_prepared_model(name: str) -> None:
-    model, int8 = quantized(networks()[name])
+    model, int8 = prepared_and_int8(networks()[name])
     int8.execution = "simulation"
     off = (int8(X) - model(X)).abs() / model(X).abs().max()
     # Biases lie on the grid of the sums: less than a step of 255 in the mean.
@@ -53,7 +52,7 @@ def test_simulation_is_the_prepared_model(name: str) -> None:
 @kernels
 @pytest.mark.parametrize("name", networks())
 def test_kernels_are_the_simulation(name: str) -> None:
-    _, int8 = quantized(networks()[name])
+    _, int8 = prepared_and_int8(networks()[name])
     int8.execution = "simulation"
     simulated = int8(X)
     int8.execution = "kernels"
@@ -65,7 +64,7 @@ def test_kernels_are_the_simulation(name: str) -> None:
 @kernels
 def test_8_bit_weights_never_saturate() -> None:
     # On a CPU without VNNI the kernels get these weights rounded to 7 bits; 16-bit sums would be far off.
-    _, int8 = quantized(Residual(), X + 5, target="x86")
+    _, int8 = prepared_and_int8(Residual(), X + 5, target="x86")
     ran = int8(X + 5)
     int8.execution = "simulation"
     simulated = int8(X + 5)
@@ -79,7 +78,7 @@ def test_8_bit_weights_never_saturate() -> None:
 @pytest.mark.parametrize("name", ["mobilenet_v2", "squeezenet1_1", "densenet121", "resnet50", "regnet_y_400mf"])
 def test_torchvision_networks(name: str) -> None:
     x = torch.randn(4, 3, 64, 64)
-    _, int8 = quantized(torchvision.models.get_model(name, num_classes=10), x)
+    _, int8 = prepared_and_int8(torchvision.models.get_model(name, num_classes=10), x)
     int8.execution = "simulation"
     simulated = int8(x)
     int8.execution = "kernels"
@@ -97,7 +96,7 @@ def executed(int8: Int8Module, x: Tensor) -> dict[str, int]:
 @pytest.mark.filterwarnings("ignore:.*Profiler.*")
 def test_resnet18_executes_int8_kernels_and_no_float_convolution() -> None:
     x = torch.randn(2, 3, 32, 32)
-    _, int8 = quantized(torchvision.models.resnet18(num_classes=10), x)
+    _, int8 = prepared_and_int8(torchvision.models.resnet18(num_classes=10), x)
     ran = executed(int8, x)
     assert ran["onednn::qconv2d_pointwise"] == 20
     assert ran["onednn::qlinear_pointwise"] == 1
@@ -112,7 +111,7 @@ def test_resnet18_executes_int8_kernels_and_no_float_convolution() -> None:
 
 @kernels
 def test_a_sum_does_not_overwrite_what_is_read_later() -> None:
-    _, int8 = quantized(SharedResidual())
+    _, int8 = prepared_and_int8(SharedResidual())
     sums = [n for n in int8.kernels().graph.nodes if n.target is torch.ops.onednn.qconv2d_pointwise.binary]
     copies = [n for n in int8.kernels().graph.nodes if n.target is torch.clone]
     assert (len(sums), len(copies)) == (2, 1)
@@ -125,7 +124,7 @@ def test_strided_pointwise_convolutions_are_right_every_time(channels: int) -> N
     # oneDNN's AVX2 kernel for these has a race between threads where channels are no multiple of 16.
     x = torch.randn(32, channels, 8, 8)
     model = nn.Sequential(nn.Conv2d(channels, 24, 1, stride=2), nn.ReLU(), nn.Conv2d(24, 24, 1, stride=(1, 2)))
-    _, int8 = quantized(model, x)
+    _, int8 = prepared_and_int8(model, x)
     expected = int8(x)
     int8.execution = "simulation"
     torch.testing.assert_close(expected, int8(x), atol=0.02 * expected.abs().max().item(), rtol=0)
@@ -135,7 +134,7 @@ def test_strided_pointwise_convolutions_are_right_every_time(channels: int) -> N
 
 @kernels
 def test_batch_sizes_in_any_order() -> None:
-    _, int8 = quantized(Residual())
+    _, int8 = prepared_and_int8(Residual())
     expected = int8(X)
     for size in (1, 7, 32, 1, 5):
         torch.testing.assert_close(int8(X[:size]), expected[:size])
@@ -235,15 +234,15 @@ def test_calibration_that_fails_leaves_the_float_model(
 
 
 def test_loading_another_state_takes_effect_at_once() -> None:
-    _, one = quantized(Residual())
-    _, two = quantized(Residual())
+    _, one = prepared_and_int8(Residual())
+    _, two = prepared_and_int8(Residual())
     expected = two(X)
     assert not torch.equal(one(X), expected)
     one.load_state_dict(two.state_dict())
     assert torch.equal(one(X), expected)
     parent_one, parent_two = (
         nn.ModuleDict({"net": copy.deepcopy(one)}),
-        nn.ModuleDict({"net": quantized(Residual())[1]}),
+        nn.ModuleDict({"net": prepared_and_int8(Residual())[1]}),
     )
     parent_one["net"](X)
     parent_one.load_state_dict(parent_two.state_dict())
@@ -251,7 +250,7 @@ def test_loading_another_state_takes_effect_at_once() -> None:
 
 
 def test_converting_leaves_the_prepared_model() -> None:
-    model, int8 = quantized(Residual())
+    model, int8 = prepared_and_int8(Residual())
     before, state = model(X), copy.deepcopy(model.state_dict())
     lq.convert(model)
     assert torch.equal(model(X), before)
@@ -262,7 +261,7 @@ def test_converting_leaves_the_prepared_model() -> None:
 
 
 def test_report_is_a_table_and_a_dict() -> None:
-    _, int8 = quantized(Residual())
+    _, int8 = prepared_and_int8(Residual())
     text = str(int8.report)
     for part in ("conv2", "conv + batch_norm", "int8 [-64, 64] symmetric", "uint8 [0, 255] affine", "pooling averages"):
         assert part in text
@@ -281,7 +280,7 @@ def test_a_submodule_called_like_an_attribute_of_the_int8_module(name: str, tmp_
 
 
 def test_int8_mistakes() -> None:
-    _, int8 = quantized(Residual())
+    _, int8 = prepared_and_int8(Residual())
     with pytest.raises(ValueError, match="execution='gpu' is unknown; choose one of 'auto', 'kernels', 'simulation'"):
         int8.execution = "gpu"
     with pytest.raises(TypeError, match="missing a required argument: 'x'"):

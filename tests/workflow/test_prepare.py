@@ -22,13 +22,14 @@ from helpers.networks import (
     randomize_batch_norm,
     sequential,
 )
+from helpers.quantized import noise
 from lq import QuantizerState
 from lq.numerics.quantizer import WeightQuantizer
 
 # torch's remark on even kernels with padding="same", which one of the networks has.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
-X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+X = noise(4, seed=1)
 
 
 @pytest.mark.parametrize("name", networks())

@@ -8,17 +8,11 @@ import torch
 from torch import nn
 
 import lq
-from helpers.calibration import activations, images, network
+from helpers.calibration import BATCHES, activations, calibrated, network
 from helpers.networks import StandardizedConv, sequential
 from lq.workflow.ranges import QuantizerRange
 
-BATCHES = images()
 DATA = torch.stack(BATCHES).numpy()
-
-
-def calibrated(target: str = "x86", calibrator: str = "minmax", observer: str | None = None) -> nn.Module:
-    model = lq.prepare(network(), BATCHES[0], target=target, observer=observer)
-    return lq.calibrate(model, BATCHES, calibrator=calibrator)
 
 
 def rows_of(model: nn.Module) -> dict[str, QuantizerRange]:
@@ -27,7 +21,7 @@ def rows_of(model: nn.Module) -> dict[str, QuantizerRange]:
 
 @pytest.mark.parametrize(("target", "weight_bits"), [("x86", 8), ("x86_avx2", 7)])
 def test_rows_name_every_quantizer_its_bits_and_its_scheme(target: str, weight_bits: int) -> None:
-    model = calibrated(target)
+    model = calibrated("minmax", target=target)
     rows = rows_of(model)
     assert list(rows) == list(lq.quantizers(model))
     for name, row in rows.items():
@@ -46,20 +40,20 @@ def test_rows_name_every_quantizer_its_bits_and_its_scheme(target: str, weight_b
 
 
 def test_ranges_of_activations_are_those_of_the_data() -> None:
-    row = rows_of(calibrated())["input"]
+    row = rows_of(calibrated("minmax"))["input"]
     # The grid has zero on it, so it lies up to half a step beside the data's own range.
     step = (row.high[0] - row.low[0]) / 255
     assert step == pytest.approx((DATA.max() - DATA.min()) / 255, rel=1e-5)
     np.testing.assert_allclose([row.low[0], row.high[0]], [DATA.min(), DATA.max()], atol=0.51 * step)
     assert row.range == f"[{row.low[0]:.4g}, {row.high[0]:.4g}]"
     assert row.clipped == 0.0
-    relu = rows_of(calibrated())["layer1.relu"]
+    relu = rows_of(calibrated("minmax"))["layer1.relu"]
     assert relu.low == (0.0,)
 
 
 @pytest.mark.parametrize("target", ["x86", "x86_avx2"])
 def test_ranges_of_weights_are_those_of_their_channels(target: str) -> None:
-    model = calibrated(target)  # has not run in INT8 yet
+    model = calibrated("minmax", target=target)  # has not run in INT8 yet
     weight = model.fc.weight.detach()  # type: ignore[union-attr]
     row = rows_of(model)["fc.weight"]
     reach = weight.abs().amax(1).numpy()
@@ -70,7 +64,7 @@ def test_ranges_of_weights_are_those_of_their_channels(target: str) -> None:
 
 
 def test_ranges_of_weights_follow_the_weights() -> None:
-    model = calibrated()
+    model = calibrated("minmax")
     model(BATCHES[0])
     with torch.no_grad():
         model.fc.weight[3] *= 100  # type: ignore[union-attr]
@@ -88,7 +82,7 @@ def test_a_weight_that_the_forward_computes_has_a_range_once_the_model_ran() -> 
 
 @pytest.mark.parametrize("calibrator", ["percentile:99", "percentile:90", "percentile:51", "mse", "entropy"])
 def test_clipped_share_is_counted(calibrator: str) -> None:
-    model = calibrated(calibrator=calibrator)
+    model = calibrated(calibrator)
     row = rows_of(model)["input"]
     assert row.calibrator == str(activations(model)["input"].calibrator)
     width = 2.0 ** int(activations(model)["input"].observer.exponent)
@@ -104,7 +98,7 @@ def test_clipped_share_is_counted(calibrator: str) -> None:
 
 
 def test_clipped_share_that_is_not_known() -> None:
-    model = calibrated(observer="minmax")
+    model = calibrated("minmax", observer="minmax")
     assert rows_of(model)["input"].clipped == 0.0
     quantizer = lq.quantizers(model)["input"]
     quantizer.set_range(torch.tensor(-0.1), torch.tensor(0.1))
@@ -123,7 +117,7 @@ def test_before_calibration() -> None:
 
 
 def test_looking_at_the_table_changes_nothing() -> None:
-    model, twin = calibrated(), calibrated()
+    model, twin = calibrated("minmax"), calibrated("minmax")
     lq.ranges(model)
     assert torch.equal(model(BATCHES[0]), twin(BATCHES[0]))
     unready = lq.prepare(network(), BATCHES[0])

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import lq
-from helpers.calibration import activations, found_ranges, images, network
+from helpers.calibration import BATCHES, activations, found_ranges, network, prepared
 from lq.numerics.calibrators import MSE, Calibrator, Percentile
 
-BATCHES = images()
 CHOICES: list[str | Calibrator] = [
     "minmax",
     "moving_average",
@@ -23,10 +22,6 @@ CHOICES: list[str | Calibrator] = [
     Percentile(90.0),
     MSE(steps=16),
 ]
-
-
-def prepared(observer: str | None = None) -> nn.Module:
-    return lq.prepare(network(), BATCHES[0], observer=observer)
 
 
 @pytest.fixture(scope="module")

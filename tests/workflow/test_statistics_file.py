@@ -14,19 +14,9 @@ import torch
 from torch import nn
 
 import lq
-from helpers.calibration import activations, found_ranges, images, network
+from helpers.calibration import BATCHES, activations, calibrated, found_ranges, network, prepared
 from helpers.networks import Residual
 from lq.numerics.calibrators import CALIBRATORS, MSE, Calibrator, Entropy, MovingAverage, Percentile
-
-BATCHES = images()
-
-
-def prepared(observer: str | None = None, target: str = "x86") -> nn.Module:
-    return lq.prepare(network(), BATCHES[0], observer=observer, target=target)
-
-
-def calibrated(calibrator: str | Calibrator | None = None, observer: str | None = None) -> nn.Module:
-    return lq.calibrate(prepared(observer), BATCHES, calibrator=calibrator)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from helpers.classifiers import Wrapped
-from helpers.runs import every_epoch, module, quantization, state_of, train_data, trainer, val_data
+from helpers.runs import every_epoch, is_int8, module, quantization, state_of, train_data, trainer, val_data
 from lq import Int8Module
 
 
@@ -30,7 +30,7 @@ def weights(path: Any) -> dict[str, torch.Tensor]:
 
 def converted_from(run: Trainer, model: LightningModule, folder: Path) -> dict[str, torch.Tensor]:
     """The float weights that the INT8 network was made of."""
-    assert any(isinstance(m, Int8Module) for m in model.modules())
+    assert is_int8(model)
     run.save_checkpoint(folder / "after.ckpt")
     return weights(folder / "after.ckpt")
 

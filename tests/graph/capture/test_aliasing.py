@@ -14,8 +14,9 @@ import lq
 from helpers.capture_checks import check
 from helpers.networks import randomize_batch_norm
 from helpers.patterns import Forward, conv
+from helpers.quantized import noise
 
-X = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+X = noise(8, 12, seed=1)
 
 
 def network(forward: Any, layers: str, **children: nn.Module) -> nn.Module:

@@ -18,10 +18,11 @@ import lq
 from helpers.capture_checks import as_tensors, check, check_float, check_int8, right_or_refused
 from helpers.networks import Residual, randomize_batch_norm
 from helpers.patterns import Forward, conv
+from helpers.quantized import noise
 from helpers.training_steps import Call, assert_same, sqnr
 
-X = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(1))
-OTHER = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(2))
+X = noise(8, 12, seed=1)
+OTHER = noise(8, 12, seed=2)
 INDEX = torch.arange(8) % 4
 
 

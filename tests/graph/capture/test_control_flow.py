@@ -17,9 +17,10 @@ from torch.nn import functional as F
 import lq
 from helpers.capture_checks import check, check_float, check_int8, check_qat, right_or_refused
 from helpers.patterns import Forward, conv
+from helpers.quantized import noise
 from helpers.training_steps import Call, assert_same, assert_same_step, seed, training_step
 
-X = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+X = noise(8, 12, seed=1)
 
 
 def normalise(x: Tensor) -> Tensor:

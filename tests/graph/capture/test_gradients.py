@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import lq
 from helpers.capture_checks import check, check_float, check_qat
 from helpers.patterns import Forward, conv
+from helpers.quantized import noise
 from helpers.training_steps import Call, assert_same_step, training_step
 
-X = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+X = noise(8, 12, seed=1)
 
 
 class Reverse(torch.autograd.Function):

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
-from helpers.capture_checks import SAME_GRIDS, TARGET, as_tensors, check, through_file
+from helpers.capture_checks import TARGET, as_tensors, check, check_program, through_file
 from helpers.networks import randomize_batch_norm
 from helpers.patterns import Forward, conv
+from helpers.quantized import noise
 from helpers.training_steps import sqnr
 
-X = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+X = noise(8, 12, seed=1)
 
 
 class SqueezeExcite(nn.Module):
@@ -109,15 +110,7 @@ def test_operators(name: str) -> None:
 
 @pytest.mark.parametrize("name", FORWARDS)
 def test_operators_after_a_program(name: str, tmp_path: Path) -> None:
-    model = network(name).eval()
-    lq.calibrate(lq.prepare(model, X, target=TARGET), [X])
-    int8 = lq.convert(model)
-    loaded = through_file(int8, tmp_path / "int8.pt2")
-    assert sqnr(loaded(X), int8(X)) > 40
-    assert sqnr(loaded(X[:3]), int8(X[:3])) > 40
-    loaded.execution = "simulation"
-    assert sqnr(loaded(X), model(X)) > SAME_GRIDS
-    assert loaded.report.int8_layers == int8.report.int8_layers
+    check_program(network(name), X, tmp_path / "int8.pt2")
 
 
 def test_a_relu_shared_with_squeeze_and_excitation() -> None:

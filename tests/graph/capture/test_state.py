@@ -16,9 +16,10 @@ import lq
 from helpers.capture_checks import check, check_float, check_int8, right_or_refused
 from helpers.networks import Residual, randomize_batch_norm
 from helpers.patterns import conv
+from helpers.quantized import noise
 from helpers.training_steps import Call, assert_same, assert_same_step, no_tracing_left, training_step
 
-X = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+X = noise(8, 12, seed=1)
 
 
 class Stateful(nn.Module):
