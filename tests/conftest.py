@@ -20,7 +20,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="run the cases that are marked as thorough, too")
     parser.addoption("--kills", type=int, default=2, help="of each chain of runs in test_kills (default %(default)s)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--thorough"):
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture
+def no_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fits of large networks do not go the way to INT8 twice; the rehearsal has tests of its own."""
+    monkeypatch.setattr("lq.callback.callback.rehearse", lambda *args: None)
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 CONFIG = """
 defaults: [_self_]
 model:
-  _target_: callback.classifiers.Wrapped
+  _target_: helpers.classifiers.Wrapped
 trainer:
   _target_: lightning.pytorch.Trainer
   accelerator: cpu
@@ -64,6 +64,7 @@ def test_trainer_and_callback_from_a_config(tmp_path: Path) -> None:
     assert lq.load(callback.result.artifact)(images(2)[0]).shape == (2, 4)
 
 
+@pytest.mark.usefixtures("no_rehearsal")
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
 def test_a_recipe_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(

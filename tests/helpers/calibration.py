@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections import OrderedDict
 
 import torch
@@ -51,8 +53,14 @@ def images(batches: int = 4, samples: int = 4, seed: int = 0) -> list[Tensor]:
 BATCHES = images()
 
 
-def prepared(observer: str | None = None, target: str = "x86") -> nn.Module:
+@functools.cache
+def _prepared(observer: str | None, target: str) -> nn.Module:
     return lq.prepare(network(), BATCHES[0], observer=observer, target=target)
+
+
+def prepared(observer: str | None = None, target: str = "x86") -> nn.Module:
+    """A copy of a network that was prepared once."""
+    return copy.deepcopy(_prepared(observer, target))
 
 
 def calibrated(

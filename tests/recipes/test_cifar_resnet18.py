@@ -82,6 +82,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert key in printed
 
 
+@pytest.mark.usefixtures("no_rehearsal")
 def test_fine_tuning_of_a_checkpoint_with_a_teacher_overrides_and_engines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ def run(*argv: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.usefixtures("no_rehearsal")
 def test_linear_and_batch_norm_are_one_int8_layer_and_a_run_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,17 +13,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import lq
-from helpers.calibration import found_ranges, images, network
+from helpers.calibration import found_ranges, images, network, prepared
 from lq.numerics.calibrators import Calibrator
 from lq.numerics.observers import Observer
 from lq.numerics.quantizer import QuantizerState
 
 BATCHES = images(5)
 LABELS = torch.arange(4)
-
-
-def prepared() -> nn.Module:
-    return lq.prepare(network(), BATCHES[0])
 
 
 @functools.cache

@@ -75,7 +75,16 @@ def test_8_bit_weights_never_saturate() -> None:
 
 
 @kernels
-@pytest.mark.parametrize("name", ["mobilenet_v2", "squeezenet1_1", "densenet121", "resnet50", "regnet_y_400mf"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mobilenet_v2",
+        "squeezenet1_1",
+        "resnet50",
+        "regnet_y_400mf",
+        pytest.param("densenet121", marks=pytest.mark.thorough),
+    ],
+)
 def test_torchvision_networks(name: str) -> None:
     x = torch.randn(4, 3, 64, 64)
     _, int8 = prepared_and_int8(torchvision.models.get_model(name, num_classes=10), x)

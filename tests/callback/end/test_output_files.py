@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -59,18 +60,30 @@ def assert_one_set(folder: Path) -> dict[str, Any]:
     return result
 
 
-def test_a_later_run_replaces_all_and_nothing_else(tmp_path: Path) -> None:
-    folder = tmp_path / "int8"
-    run(tmp_path, export=["pt2", "onnx"])
+@pytest.fixture(scope="module")
+def earlier_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("earlier")
+    run(folder, export=["pt2", "onnx"])
+    return folder / "int8"
+
+
+@pytest.fixture
+def earlier(earlier_set: Path, tmp_path: Path) -> Path:
+    """The folder of a run that has ended."""
+    return Path(shutil.copytree(earlier_set, tmp_path / "run" / "int8")).parent
+
+
+def test_a_later_run_replaces_all_and_nothing_else(earlier: Path) -> None:
+    folder = earlier / "int8"
     assert (folder / "int8.onnx").exists()
     assert_one_set(folder)
     (folder / "notes.txt").write_text("mine")
     (folder / "unconverted.ckpt").write_text("of a run that failed")
-    page = tmp_path / "precious.html"
+    page = earlier / "precious.html"
     page.write_text("precious")
     (folder / "int8.html").unlink()
     (folder / "int8.html").symlink_to(page)
-    run(tmp_path, mode="qat")
+    run(earlier, mode="qat")
     assert assert_one_set(folder)["mode"] == "qat"
     assert not (folder / "int8.onnx").exists()
     assert (folder / "notes.txt").read_text() == "mine"
@@ -78,26 +91,24 @@ def test_a_later_run_replaces_all_and_nothing_else(tmp_path: Path) -> None:
     assert page.read_text() == "precious"
     assert not (folder / "int8.html").is_symlink()
     assert lq.load(folder / "int8.pt2")(images(4)[0]).shape == (4, 4)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["int8", "precious.html"]
+    assert sorted(entry.name for entry in earlier.iterdir()) == ["int8", "precious.html"]
 
 
 @both_modes
-def test_a_failing_int8_evaluation_keeps_the_earlier_set(mode: str, tmp_path: Path) -> None:
-    run(tmp_path, export=["onnx"])
-    before = tree(tmp_path)
-    fit = trainer(tmp_path, quantization(tmp_path, mode=mode, evaluate=True), epochs=1)
+def test_a_failing_int8_evaluation_keeps_the_earlier_set(mode: str, earlier: Path) -> None:
+    before = tree(earlier)
+    fit = trainer(earlier, quantization(earlier, mode=mode, evaluate=True), epochs=1)
     interrupted(fit, module(FailsInInt8), train_data(), val_data())
-    after = tree(tmp_path)
+    after = tree(earlier)
     assert after.pop("int8/unconverted.ckpt")
     assert after == before
 
 
 @pytest.mark.parametrize("name", ["int8.json", "int8.onnx"])
-def test_a_disk_that_fills_up_at_the_last_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_at_the_last_file(name: str, earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the network's own files cannot be written, the earlier set stays; where an export cannot, the new one comes
     without it."""
-    run(tmp_path)
-    before = tree(tmp_path)
+    before = tree(earlier)
     write = "write_text" if name.endswith(".json") else "write_bytes"
     really_write = getattr(Path, write)
 
@@ -109,42 +120,38 @@ def test_a_disk_that_fills_up_at_the_last_file(name: str, tmp_path: Path, monkey
     monkeypatch.setattr(Path, write, full)
     monkeypatch.setattr("onnx.save", lambda model, path: full(Path(path), b"", original=lambda *_: None))
     exports = ["onnx"] if name.endswith(".onnx") else []
-    fit = trainer(tmp_path, quantization(tmp_path, export=exports), epochs=1)
+    fit = trainer(earlier, quantization(earlier, export=exports), epochs=1)
     interrupted(fit, module(seed=1), train_data(), val_data(), error=OSError)
-    after = tree(tmp_path)
+    after = tree(earlier)
     if name == "int8.json":
         assert after.pop("int8/unconverted.ckpt")
         assert after == before
     else:
-        assert assert_one_set(tmp_path / "int8")["exports"] == [str(tmp_path / "int8" / "int8.pt2")]
+        assert assert_one_set(earlier / "int8")["exports"] == [str(earlier / "int8" / "int8.pt2")]
         assert after != before
 
 
 @both_modes
-def test_a_trial_run_writes_nothing(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    before = tree(tmp_path)
-    callback = quantization(tmp_path, mode=mode, evaluate=True, export=["onnx"])
-    trainer(tmp_path, callback, fast_dev_run=True).fit(module(), train_data(), val_data())
-    assert tree(tmp_path) == before
+def test_a_trial_run_writes_nothing(mode: str, earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(earlier)
+    before = tree(earlier)
+    callback = quantization(earlier, mode=mode, evaluate=True, export=["onnx"])
+    trainer(earlier, callback, fast_dev_run=True).fit(module(), train_data(), val_data())
+    assert tree(earlier) == before
     assert callback.result is not None
     assert (callback.result.artifact, callback.result.exports) == ("", ())
     assert "val_acc" in callback.result.int8_side.metrics
-    fit = trainer(tmp_path, quantization(tmp_path, mode=mode, evaluate=True), fast_dev_run=True)
+    fit = trainer(earlier, quantization(earlier, mode=mode, evaluate=True), fast_dev_run=True)
     interrupted(fit, module(FailsInInt8), train_data(), val_data())
-    assert tree(tmp_path) == before
+    assert tree(earlier) == before
 
 
 def run_until_killed(folder: Path) -> None:
     run(folder, module(KilledInInt8), evaluate=True)
 
 
-def test_a_killed_run_leaves_the_earlier_set_and_the_next_one_clears_up(tmp_path: Path) -> None:
-    folder = tmp_path / "runs"
-    folder.mkdir()
-    run(folder)
-    before = tree(folder)
+def test_a_killed_run_leaves_the_earlier_set_and_the_next_one_clears_up(earlier: Path, tmp_path: Path) -> None:
+    folder, before = earlier, tree(earlier)
     process = start(run_until_killed, folder, output=tmp_path / "output")
     process.join()
     assert process.exitcode == -signal.SIGKILL, (tmp_path / "output").read_text()

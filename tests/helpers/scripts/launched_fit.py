@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from helpers.classifiers import Wrapped, images, loader
-from lq import QuantizationCallback
+from helpers.fits import quantization
 
 
 def main(folder: Path) -> None:
     seed_everything(0, verbose=False)
-    model, callback = Wrapped(), QuantizationCallback(target="x86_avx2", output_dir=str(folder / "int8"))
+    model, callback = Wrapped(), quantization(folder, evaluate=False, calibrator="minmax", export=["pt2"])
     trainer = Trainer(
         max_epochs=2,
         accelerator="cpu",
