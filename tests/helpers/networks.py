@@ -61,6 +61,28 @@ class WideResidual(Residual):
         self.down = nn.Sequential(nn.Conv2d(16, 16, 1, stride=2, bias=False), nn.BatchNorm2d(16))
 
 
+class SmallResNet(nn.Module):
+    """Layers by the names of torchvision's ``resnet18``, and few of them."""
+
+    class Block(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+            self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x)
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 7, stride=8, padding=3, bias=False), nn.BatchNorm2d(16)
+        self.layer1, self.layer4 = nn.Sequential(self.Block(16)), nn.Sequential(self.Block(16))
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layer4(self.layer1(F.relu(self.bn1(self.conv1(x))))).mean((2, 3)))
+
+
 class SharedResidual(nn.Module):
     """The sum's operand is read again behind the sum: a kernel that adds in place must not destroy it."""
 
