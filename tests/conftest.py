@@ -5,11 +5,12 @@ import os
 import pytest
 import torch
 
+from helpers.finished_run import FinishedRun, finished_run
 from lq.callback import outputs
 from lq.schemes import targets
 from lq.timing import measure as timing
 
-# Every fit would write and run an ONNX file more; `callback/test_engines.py` has a fit with nothing but defaults.
+# Every fit would write and run an ONNX file more; `callback/end/test_engines.py` has a fit with nothing but defaults.
 outputs.UNASKED = ()
 
 # What is computed here is small: on busy cores, threads would wait for each other for most of the time. The processes
@@ -19,7 +20,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="run the cases that are marked as thorough, too")
     parser.addoption("--kills", type=int, default=2, help="of each chain of runs in test_kills (default %(default)s)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--thorough"):
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture
+def no_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fits of large networks do not go the way to INT8 twice; the rehearsal has tests of its own."""
+    monkeypatch.setattr("lq.callback.callback.rehearse", lambda *args: None)
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +54,15 @@ def same_target_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def same_weights_every_time() -> None:
     """The networks of a test are the same whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def qat_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A finished QAT run, in which one layer's input range was cut to a tenth."""
+    return finished_run(tmp_path_factory.mktemp("qat"), "qat")
+
+
+@pytest.fixture(scope="session")
+def ptq_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A finished PTQ run, likewise, with other loggers beside TensorBoard."""
+    return finished_run(tmp_path_factory.mktemp("ptq"), "ptq")

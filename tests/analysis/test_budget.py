@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core.networks import Residual
 
 import lq
+from helpers.networks import Residual
+from helpers.quantized import noise
 from lq import QuantizationCallback
 from lq.analysis import study
 
-X = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+X = noise(24)
 
 
 @pytest.fixture

@@ -8,7 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from analysis.references import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lq
+from helpers.analysis_references import (
     TENSORS,
     Reference,
     activation_grid,
@@ -18,21 +23,14 @@ from analysis.references import (
     round_weight,
     sqnr,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
-
-import lq
+from helpers.quantized import calibrated, noise
 from lq.schemes.targets import TARGETS
 
 
-def images(samples: int = 8) -> Tensor:
-    return torch.randn(samples, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def calibrated(target: str = "x86") -> nn.Module:
-    model = lq.prepare(network(), images(2), target=target, observer="minmax")
-    return lq.calibrate(model, [images()], calibrator="minmax")
+def calibrated_network(target: str = "x86") -> nn.Module:
+    return calibrated(
+        network(), noise(8, 8), example=noise(2, 8), target=target, observer="minmax", calibrator="minmax"
+    )
 
 
 def analyzed(model: nn.Module, x: Tensor, timing: bool = False, sensitivity: bool = True) -> lq.Analysis:
@@ -41,10 +39,10 @@ def analyzed(model: nn.Module, x: Tensor, timing: bool = False, sensitivity: boo
 
 @pytest.mark.parametrize("target", ["x86", "x86_avx2"])
 def test_each_figure_of_a_small_network(target: str) -> None:
-    analysis = analyzed(calibrated(target), images())
+    analysis = analyzed(calibrated_network(target), noise(8, 8))
     assert analysis.samples == 8
     reference = Reference(network(), TARGETS[target].weight.quant_max)
-    x = images().double().numpy()
+    x = noise(8, 8).double().numpy()
     outputs = reference.run(x, {}, set())
     floats = dict(reference.values)
     grids = {name: activation_grid(floats[name]) for name in TENSORS}
@@ -96,7 +94,7 @@ def test_each_figure_of_a_small_network(target: str) -> None:
     assert unknown == (None,) * 6
 
 
-CALIBRATED = calibrated()
+CALIBRATED = calibrated_network()
 
 
 @given(
@@ -130,8 +128,8 @@ def test_whatever_the_data(samples: int, shift: float, width: float, seed: int) 
 
 
 def test_figures_add_up_over_batches_and_stop_at_num_samples() -> None:
-    x = images(29)
-    model = calibrated()
+    x = noise(29, 8)
+    model = calibrated_network()
     whole = analyzed(model, x)
     parts = lq.analyze(model, list(x.split([3, 9, 0, 17])), timing=False, progress=False)
     assert whole.samples == parts.samples == 29
@@ -153,14 +151,14 @@ def test_no_more_batches_are_taken_than_needed() -> None:
     def batches() -> object:
         for index in range(9):
             taken.append(index)
-            yield images(4)
+            yield noise(4, 8)
 
-    analysis = lq.analyze(calibrated(), batches(), num_samples=6, timing=False, progress=False)  # type: ignore[arg-type]
+    analysis = lq.analyze(calibrated_network(), batches(), num_samples=6, timing=False, progress=False)  # type: ignore[arg-type]
     assert (analysis.samples, taken) == (6, [0, 1])
 
 
 def test_what_is_not_asked_for_is_none() -> None:
-    analysis = analyzed(calibrated(), images(), sensitivity=False)
+    analysis = analyzed(calibrated_network(), noise(8, 8), sensitivity=False)
     rows = analysis.layers
     assert all(row.only_sqnr_db is row.all_but_sqnr_db is row.float_ms is row.int8_ms is None for row in rows)
     assert analysis.advice() == ()
@@ -172,7 +170,7 @@ def test_what_is_not_asked_for_is_none() -> None:
 
 
 def test_times_and_the_table() -> None:
-    analysis = analyzed(calibrated(), images(), timing=True)
+    analysis = analyzed(calibrated_network(), noise(8, 8), timing=True)
     assert all(row.float_ms is not None and row.float_ms > 0 for row in analysis.layers)
     if lq.util.cpu.has_onednn_int8():
         assert all(row.int8_ms is not None and row.int8_ms > 0 for row in analysis.layers)

@@ -10,28 +10,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from analysis.references import network
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lq
+from helpers.analysis_references import network
+from helpers.quantized import noise
 from lq.graph.capture import registry
 from lq.numerics.quantizer import QuantizerState
 
 
-def images(samples: int = 8) -> Tensor:
-    return torch.randn(samples, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
 def calibrated(mode: Any = "ptq") -> nn.Module:
-    model = lq.prepare(network(), images(2), mode=mode)
-    return lq.calibrate(model, [images()]) if mode == "ptq" else model
+    model = lq.prepare(network(), noise(2, 8), mode=mode)
+    return lq.calibrate(model, [noise(8, 8)]) if mode == "ptq" else model
 
 
 def trained() -> nn.Module:
     """In training mode, watching and rounding, with weights whose ranges were taken before they last moved."""
     model = calibrated("qat").train()
-    model(images()).sum().backward()
+    model(noise(8, 8)).sum().backward()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
@@ -69,14 +66,14 @@ def assert_same(a: Any, b: Any) -> None:
 def test_the_model_is_afterwards_as_it_was(make: Callable[[], nn.Module]) -> None:
     model = make()
     model[3].weight.requires_grad_(False)  # type: ignore[index, union-attr]
-    before, expected = everything(model), copy.deepcopy(model).eval()(images())
-    loader = DataLoader(TensorDataset(images(), torch.zeros(8)), batch_size=3, shuffle=True)
-    given = images()
+    before, expected = everything(model), copy.deepcopy(model).eval()(noise(8, 8))
+    loader = DataLoader(TensorDataset(noise(8, 8), torch.zeros(8)), batch_size=3, shuffle=True)
+    given = noise(8, 8)
     lq.analyze(model, loader, progress=False)
     lq.analyze(model, [given], progress=False)
     assert_same(everything(model), before)
-    assert torch.equal(given, images())
-    assert torch.equal(model.eval()(images()), expected)
+    assert torch.equal(given, noise(8, 8))
+    assert torch.equal(model.eval()(noise(8, 8)), expected)
 
 
 class FailsLate(nn.Module):
@@ -97,16 +94,16 @@ class FailsLate(nn.Module):
 def test_also_after_an_exception_on_the_way(calls: int) -> None:
     late = FailsLate()
     model = nn.Sequential(nn.Conv2d(3, 8, 3), late, nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten()).train()
-    lq.calibrate(lq.prepare(model, images(2)), [images()])
-    lq.analyze(model, [images()], progress=False)
+    lq.calibrate(lq.prepare(model, noise(2, 8)), [noise(8, 8)])
+    lq.analyze(model, [noise(8, 8)], progress=False)
     before = everything(model)
     late.left = calls
     with pytest.raises(KeyboardInterrupt):
-        lq.analyze(model, [images()], progress=False)
+        lq.analyze(model, [noise(8, 8)], progress=False)
     assert_same(everything(model), before)
 
     def batches() -> Iterator[Tensor]:
-        yield images(3)
+        yield noise(3, 8)
         raise OSError("the disk is gone")
 
     late.left = 10**9
@@ -118,10 +115,10 @@ def test_also_after_an_exception_on_the_way(calls: int) -> None:
 
 def test_a_model_whose_quantizers_are_off_has_its_ranges_all_the_same() -> None:
     model = calibrated()
-    expected = lq.analyze(model, [images()], timing=False, progress=False)
+    expected = lq.analyze(model, [noise(8, 8)], timing=False, progress=False)
     for quantizer in lq.quantizers(model).values():
         quantizer.state = QuantizerState.OFF
-    assert lq.analyze(model, [images()], timing=False, progress=False) == expected
+    assert lq.analyze(model, [noise(8, 8)], timing=False, progress=False) == expected
 
 
 def test_hooks_of_the_users_run_as_in_the_prepared_model() -> None:
@@ -130,20 +127,20 @@ def test_hooks_of_the_users_run_as_in_the_prepared_model() -> None:
         model[0].register_forward_hook(lambda module, args, out: out * 2)  # type: ignore[index]
         if shift:
             model.register_forward_pre_hook(lambda module, args: (args[0] + shift,))
-        lq.calibrate(lq.prepare(model, images(2)), [images() + 0.5 - shift], calibrator="minmax")
-        return lq.analyze(model, [images() + 0.5 - shift], timing=False, progress=False)
+        lq.calibrate(lq.prepare(model, noise(2, 8)), [noise(8, 8) + 0.5 - shift], calibrator="minmax")
+        return lq.analyze(model, [noise(8, 8) + 0.5 - shift], timing=False, progress=False)
 
     (added, *layers) = hooked(0.5).layers  # the hook's sum is a row of its own
     assert (added.kind, added.precision) == ("add", "float")
     assert tuple(layers) == hooked(0.0).layers
-    assert tuple(layers) != lq.analyze(calibrated(), [images() + 0.5], timing=False, progress=False).layers
+    assert tuple(layers) != lq.analyze(calibrated(), [noise(8, 8) + 0.5], timing=False, progress=False).layers
 
 
 def test_a_hook_that_came_after_preparation_is_refused_where_it_changes_what_is_rounded() -> None:
     model = calibrated()
     model.register_forward_pre_hook(lambda module, args: (args[0] + 0.5,))
     with pytest.raises(lq.CaptureError, match="'add' is rounded .* a hook added"):
-        lq.analyze(model, [images()], timing=False, progress=False)
+        lq.analyze(model, [noise(8, 8)], timing=False, progress=False)
 
 
 def test_layers_of_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,46 +157,46 @@ def test_layers_of_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
     def ready(overrides: Any = None) -> nn.Module:
         torch.manual_seed(0)
         model = nn.Sequential(Gated(), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten()).eval()
-        return lq.calibrate(lq.prepare(model, images(2), overrides=overrides), [images()])
+        return lq.calibrate(lq.prepare(model, noise(2, 8), overrides=overrides), [noise(8, 8)])
 
-    unregistered = lq.analyze(ready(), [images()], timing=False, progress=False)
+    unregistered = lq.analyze(ready(), [noise(8, 8)], timing=False, progress=False)
     assert (unregistered.layers[0].name, unregistered.layers[0].precision) == ("0", "float")
     assert unregistered.layers[0].parameters == 8 * 3 * 9 + 8
     monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
     lq.register_layer(Gated, lambda layer, x: nn.functional.conv2d(x, layer.weight * layer.gain))
-    analysis = lq.analyze(ready(), [images()], progress=False)
+    analysis = lq.analyze(ready(), [noise(8, 8)], progress=False)
     gated = next(layer for layer in analysis.layers if layer.precision == "int8")
     assert gated.kind == "conv + batch_norm + relu"
     assert gated.weight_sqnr_db is not None and 30 < gated.weight_sqnr_db < 60
     assert gated.weights == 8 * 3 * 9
     with torch.no_grad():
-        expected = lq.unprepare(ready())(images())
-        noise = (ready({gated.name: None})(images()) - expected).square().sum() / expected.square().sum()
-    assert gated.all_but_sqnr_db == pytest.approx(-10 * float(noise.log10()), abs=1e-3)
+        expected = lq.unprepare(ready())(noise(8, 8))
+        error = (ready({gated.name: None})(noise(8, 8)) - expected).square().sum() / expected.square().sum()
+    assert gated.all_but_sqnr_db == pytest.approx(-10 * float(error.log10()), abs=1e-3)
 
 
 def test_mistakes() -> None:
     with pytest.raises(ValueError, match=r"not prepared; call lq\.prepare"):
-        lq.analyze(network(), [images()])
+        lq.analyze(network(), [noise(8, 8)])
     with pytest.raises(ValueError, match=r"no range yet.*or train the model, before lq\.analyze\(model, batches\)"):
-        lq.analyze(lq.prepare(network(), images(2)), [images()])
+        lq.analyze(lq.prepare(network(), noise(2, 8)), [noise(8, 8)])
     model = calibrated()
     with pytest.raises(ValueError, match="num_samples=0 must be at least 1"):
-        lq.analyze(model, [images()], num_samples=0)
+        lq.analyze(model, [noise(8, 8)], num_samples=0)
     empty: Any
-    for empty in ([], [images(0)]):
+    for empty in ([], [noise(0, 8)]):
         with pytest.raises(ValueError, match=r"batches has no samples: give lq\.analyze at least one batch"):
             lq.analyze(model, empty, progress=False)
     with pytest.raises(ValueError, match=r"and a forward=\.\.\. that calls the model"):
-        lq.analyze(model, [images()], forward=lambda batch: None, progress=False)
-    bad = images()
+        lq.analyze(model, [noise(8, 8)], forward=lambda batch: None, progress=False)
+    bad = noise(8, 8)
     bad[3, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="float model's outputs on batches have a NaN or an infinity"):
         lq.analyze(model, [bad], progress=False)
     classes = nn.Sequential(nn.Flatten(), nn.Linear(192, 10), Largest())
-    lq.calibrate(lq.prepare(classes, images(2)), [images()])
+    lq.calibrate(lq.prepare(classes, noise(2, 8)), [noise(8, 8)])
     with pytest.raises(ValueError, match="returns no floating-point tensor"):
-        lq.analyze(classes, [images()], progress=False)
+        lq.analyze(classes, [noise(8, 8)], progress=False)
 
 
 class Largest(nn.Module):

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from callback.classifiers import TwoParts, Unquantizable, Wrapped, loader
-from callback.fits import TARGET, fit, quantization
 from jsonargparse import ArgumentParser
 from torch._inductor import config as inductor_config
 from torch.utils.data import DataLoader
 
 import lq
+from helpers.classifiers import TwoParts, Unquantizable, Wrapped, loader
+from helpers.fits import TARGET, fit, quantization
 from lq import QuantizationCallback
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from callback.classifiers import Wrapped, images, loader
-from callback.fits import fit, quantization
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch.utils.data import DataLoader, TensorDataset
 
 import lq
+from helpers.classifiers import Wrapped, images, loader
+from helpers.fits import fit, quantization
 from lq import QuantizationCallback
 from lq.numerics.calibrators import CALIBRATORS, get_calibrator
 

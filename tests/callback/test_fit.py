@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from callback.classifiers import Configured, DictBatches, Direct, TwoParts, Wrapped, dict_loader, images, loader
-from callback.fits import TARGET, fit, quantization
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lq
+from helpers.classifiers import Configured, DictBatches, Direct, TwoParts, Wrapped, dict_loader, images, loader
+from helpers.fits import TARGET, fit, quantization
 from lq import Int8Module, QuantizationCallback
 from lq.deployment import formats
 

@@ -8,18 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from callback.classifiers import Wrapped, images, loader, network
-from callback.fits import fit, quantization
 from torch.utils.data import DataLoader
 
 import lq
+from helpers.classifiers import Wrapped, images, loader, network
+from helpers.fits import fit, quantization
+from helpers.modules import NeverTrained
 from lq import Int8Module
 from lq.util.modes import evaluating
-
-
-class NeverTrained(Wrapped):
-    def on_train_start(self) -> None:
-        pytest.fail("training began")
 
 
 def batches_of(*tensors: torch.Tensor) -> Any:

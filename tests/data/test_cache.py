@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_files import encode, pixels, tree, write_folder, write_zip
 
 import lq.data.cache
+from helpers.image_files import encode, pixels, tree, write_folder, write_zip
 from lq.data import CIFAR10
 from lq.data.splits import ImageData
 

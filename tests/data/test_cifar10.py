@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from image_files import CLASSES, encode, pixels, tree, write_batches, write_folder, write_zip
 
+from helpers.image_files import CLASSES, encode, pixels, tree, write_batches, write_folder, write_zip
 from lq.data import CIFAR10, DatasetNotFoundError
 from lq.data.splits import ImageData
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from image_files import encode, write_folder
 from PIL import Image
-from small_trainer import small_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 import lq
+from helpers.image_files import encode, write_folder
+from helpers.small_trainer import labels_of, small_trainer
 from lq import QuantizationCallback
 from lq.data import DatasetNotFoundError, ImageNet
 from lq.models import Classifier, build_vgg
@@ -54,10 +54,6 @@ def root(tmp_path: Path) -> Path:
 
 def images_of(loader: DataLoader[Any]) -> Tensor:
     return torch.cat([images for images, _ in loader])
-
-
-def labels_of(loader: DataLoader[Any]) -> list[int]:
-    return [label for _, labels in loader for label in labels.tolist()]
 
 
 def test_what_is_known_at_once(root: Path) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from image_files import tree, write_zip
 from lightning.pytorch import LightningModule
-from small_trainer import small_trainer
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, Subset
 
+from helpers.image_files import tree, write_zip
+from helpers.small_trainer import labels_of, small_trainer
 from lq.data import CIFAR10, InMemoryDataset, Shapes10
 from lq.data.in_memory import InMemoryDataModule, ready_batch
 from lq.data.splits import ImageData, LabeledImages
@@ -22,10 +22,6 @@ def numbered(count: int, **options: Any) -> InMemoryDataset:
     images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 8, 8)
     unit = (1 / 255,) * 3
     return InMemoryDataset(LabeledImages(images, torch.arange(count)), (0.0,) * 3, unit, **options)
-
-
-def labels_of(loader: DataLoader[Any]) -> list[int]:
-    return [label for _, labels in loader for label in labels.tolist()]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

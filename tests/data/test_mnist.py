@@ -14,8 +14,8 @@ import pytest
 import torch
 import torchvision
 from lightning.pytorch import LightningModule
-from small_trainer import small_trainer
 
+from helpers.small_trainer import small_trainer
 from lq.data import MNIST, DatasetNotFoundError, FashionMNIST
 from lq.models import Classifier, build_vgg
 

@@ -26,7 +26,13 @@ KNOWN: dict[int, str] = {}
 SEEDS_OF_FILES = (0, 1, 5)
 
 
-@pytest.mark.parametrize("start", range(0, SEEDS, CHUNK))
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(start, marks=[pytest.mark.thorough] if start >= SEEDS // 2 else [])
+        for start in range(0, SEEDS, CHUNK)
+    ],
+)
 def test_programs(start: int) -> None:
     failures = []
     for seed in range(start, start + CHUNK):

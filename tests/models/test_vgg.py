@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
+from helpers.quantized import quantized
+from helpers.training_steps import sqnr
 from lq.models import VGG_CONFIGURATIONS, VGGS, build_vgg
 from lq.util.cpu import has_onednn_int8
 
@@ -130,18 +132,12 @@ def images() -> Tensor:
     return F.interpolate(torch.randn(32, 3, 4, 4), size=32, mode="bilinear") + 0.1 * torch.randn(32, 3, 32, 32)
 
 
-def quantized(network: nn.Module, x: Tensor) -> tuple[Tensor, lq.Int8Module]:
+def float_and_int8(network: nn.Module, x: Tensor) -> tuple[Tensor, lq.Int8Module]:
     """The float outputs and the INT8 network; ranges from ``x`` itself."""
     with torch.no_grad():
         network.train()(x)  # or the batch norms would be identities
         expected = network.eval()(x)
-    int8 = lq.convert(lq.calibrate(lq.prepare(network, x[:2], target="x86_avx2"), [x]))
-    return expected, int8
-
-
-def sqnr(expected: Tensor, actual: Tensor) -> float:
-    """Signal to quantization noise, in dB."""
-    return float(10 * torch.log10(expected.square().sum() / (expected - actual).square().sum()))
+    return expected, quantized(network, x, example=x[:2])
 
 
 def narrow(name: str) -> list[int | str]:
@@ -163,7 +159,7 @@ def narrow(name: str) -> list[int | str]:
 )
 def test_cifar_networks_are_int8_throughout(name: Any, batch_norm: bool | None, images: Tensor) -> None:
     network = build_vgg(name, 10, batch_norm=batch_norm, classifier="cifar")
-    expected, int8 = quantized(network, images)
+    expected, int8 = float_and_int8(network, images)
     rows = {layer.name: layer.kind for layer in int8.report.int8_layers}
     assert list(rows) == [path for path, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert rows.pop("classifier.0") == "linear + batch_norm + relu"
@@ -176,7 +172,7 @@ def test_cifar_networks_are_int8_throughout(name: Any, batch_norm: bool | None, 
     assert [layer.name for layer in int8.report.float_layers] == ["avgpool"] * averages
     actual = int8(images)
     assert actual.shape == (32, 10)
-    assert sqnr(expected, actual) > 20
+    assert sqnr(actual, expected) > 20
     if has_onednn_int8():
         assert int8.kernels().float_ops == []
 
@@ -185,11 +181,11 @@ def test_imagenet_network_is_int8_throughout(images: Tensor, monkeypatch: pytest
     monkeypatch.setattr("lq.models.vgg._IMAGENET_WIDTH", 64)
     network = build_vgg(narrow("vgg16_bn"), 10, dropout=0.0)
     # 224x224 reach the classifier as 7x7; here 64x64 are averaged to 7x7 from 2x2.
-    expected, int8 = quantized(network, F.interpolate(images[:8], size=64))
+    expected, int8 = float_and_int8(network, F.interpolate(images[:8], size=64))
     assert [layer.kind for layer in int8.report.int8_layers][-3:] == ["linear + relu", "linear + relu", "linear"]
     assert [layer.name for layer in int8.report.float_layers] == ["avgpool"]
     assert len(int8.report.int8_layers) == 13 + 3
-    assert sqnr(expected, int8(F.interpolate(images[:8], size=64))) > 20
+    assert sqnr(int8(F.interpolate(images[:8], size=64)), expected) > 20
 
 
 @pytest.mark.parametrize(

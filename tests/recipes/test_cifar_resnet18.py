@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TINY
 
 import lq
+from helpers.tiny_recipe import TINY
 from lq.models import Classifier, build_resnet
 from lq.recipes import cifar_resnet18 as recipe
 from lq.recipes.blocks.config import main
@@ -82,6 +82,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert key in printed
 
 
+@pytest.mark.usefixtures("no_rehearsal")
 def test_fine_tuning_of_a_checkpoint_with_a_teacher_overrides_and_engines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TINY
 
 import lq
+from helpers.tiny_recipe import TINY
 from lq.recipes import cifar_vgg16 as recipe
 from lq.recipes.blocks.config import main
 
@@ -21,6 +21,7 @@ def run(*argv: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.usefixtures("no_rehearsal")
 def test_linear_and_batch_norm_are_one_int8_layer_and_a_run_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

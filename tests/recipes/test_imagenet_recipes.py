@@ -69,6 +69,7 @@ def test_the_best_calibrator_goes_to_tensorrt(folder: Path, tmp_path: Path, caps
     assert (tmp_path / "run" / "statistics.npz").exists()
 
 
+@pytest.mark.usefixtures("no_rehearsal")
 def test_fine_tuning(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = run(imagenet_resnet50, folder, tmp_path / "run", "mode=qat", "quant.schedule=step", "quant.analyze=false")
     assert "float before QAT" in capsys.readouterr().out

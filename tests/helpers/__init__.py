@@ -1,0 +1,1 @@
+"""What the tests share: networks, modules, data, fits, references, and processes."""

@@ -1,0 +1,1 @@
+"""Run by tests as processes of their own."""

@@ -1,0 +1,198 @@
+"""A file is for the sizes that it was exported for, and says so for any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lq
+from helpers.quantized import calibrated, noise
+from lq.errors import GuardError
+from lq.interface.guards import check_guards, compile_guard
+
+X = noise(4, seed=1)
+RUNTIMES = {"torch": "int8.pt2", "onnxruntime": "int8.onnx", "openvino": "int8.onnx"}
+
+
+class Branch(nn.Module):
+    """Computes something else for wide images, and for large batches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > 20:
+            return x * 2
+        return x if x.shape[0] < 5 else x + 1
+
+
+class Branching(nn.Module):
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.branch, self.fc = nn.Conv2d(3, 8, 3), branch, nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.branch(F.relu(self.conv(x))).mean((2, 3)))
+
+
+class Flat(nn.Module):
+    """Fits images of one size: its linear layer wants 64 features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(n, m, 3, stride=2, padding=1) for n, m in ((3, 8), (8, 8), (8, 64)))
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.c(F.relu(self.b(F.relu(self.a(x))))))
+        return self.fc(F.avg_pool2d(x, 4).view(x.size(0), -1))
+
+
+class HardCodedBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.conv(x)).mean((2, 3)) + torch.arange(4.0)[:, None])
+
+
+def test_other_sizes_are_refused_in_a_program(tmp_path: Path) -> None:
+    int8 = lq.convert(calibrated(Branching(Branch()), X))
+    lq.export(int8, tmp_path / "int8.pt2")
+    loaded = lq.load(tmp_path / "int8.pt2")
+    assert isinstance(loaded, lq.Int8Module)
+    for shape in ((4, 3, 16, 16), (1, 3, 16, 16), (2, 3, 40, 22), (3, 3, 3, 3)):
+        x = torch.randn(shape)
+        assert torch.equal(loaded(x), int8(x))
+    for shape in ((5, 3, 16, 16), (1, 3, 16, 23)):
+        for execution in ("kernels", "simulation"):
+            loaded.execution = execution  # type: ignore[assignment]
+            with pytest.raises(ValueError, match=rf"not for the input 'x' of the shape \({shape[0]}, 3, 16"):
+                loaded(torch.randn(shape))
+    # What is made of the file is for no other sizes either.
+    lq.export(loaded, tmp_path / "again.pt2")
+    with pytest.raises(ValueError, match=r"made for inputs with size\('x', 0\) <"):
+        lq.load(tmp_path / "again.pt2")(torch.randn(5, 3, 16, 16))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_other_batches_are_refused_in_an_onnx_file(runtime: str, tmp_path: Path) -> None:
+    int8 = lq.convert(calibrated(Branching(Branch()), X))
+    lq.export(int8, tmp_path / "int8.onnx")
+    loaded = lq.load(tmp_path / "int8.onnx", runtime)
+    for size in (1, 4):
+        torch.testing.assert_close(loaded(X[:size]), int8(X[:size]), atol=0.02, rtol=0.02)
+    with pytest.raises(ValueError, match=r"not for the input 'x' of the shape \(5, 3, 16, 16\)"):
+        loaded(torch.randn(5, 3, 16, 16))
+
+
+class SingleImage(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 3 if x.shape[0] == 1 else x
+
+
+def test_a_batch_of_one_that_is_told_apart(tmp_path: Path) -> None:
+    int8 = lq.convert(calibrated(Branching(SingleImage()), X))
+    lq.export(int8, tmp_path / "int8.pt2")
+    loaded = lq.load(tmp_path / "int8.pt2")
+    assert torch.equal(loaded(X), int8(X))
+    with pytest.raises(ValueError, match=r"made for inputs with size\('x', 0\) != 1"):
+        loaded(X[:1])
+
+
+def test_a_network_for_one_image_size(tmp_path: Path) -> None:
+    x = torch.randn(4, 3, 32, 32)
+    model = calibrated(Flat(), x)
+    int8 = lq.convert(model)
+    for runtime, name in RUNTIMES.items():
+        lq.export(model, tmp_path / name)
+        loaded = lq.load(tmp_path / name, runtime)
+        torch.testing.assert_close(loaded(x[:1]), int8(x[:1]), atol=0.02, rtol=0.02)
+        with pytest.raises(ValueError, match="not for the input|must have the shape"):
+            loaded(torch.randn(1, 3, 64, 64))
+
+
+def test_sizes_are_fixed_where_they_cannot_be_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = torch.export.export
+
+    def fails_for_free_images(*args: Any, dynamic_shapes: Any, **kwargs: Any) -> Any:
+        if any(3 in axes for axes in dynamic_shapes):
+            raise RuntimeError("\nThe inequality, Eq(64*(((x/8)//4)) - 64, 0), cannot be solved")
+        return right(*args, dynamic_shapes=dynamic_shapes, **kwargs)
+
+    monkeypatch.setattr(torch.export, "export", fails_for_free_images)
+    int8 = lq.convert(calibrated(Branching(nn.Identity()), X))
+    lq.export(int8, tmp_path / "int8.pt2")
+    loaded = lq.load(tmp_path / "int8.pt2")
+    assert loaded.metadata is not None
+    assert loaded.metadata.tensors[0].shape == (None, 3, 16, 16)
+    (note,) = loaded.metadata.notes
+    start = "the image size is fixed, because the network cannot be exported with free ones: The inequality"
+    assert note.startswith(start)
+    assert torch.equal(loaded(X[:1]), int8(X[:1]))
+    with pytest.raises(ValueError, match=r"input 'x' must have the shape \(any, 3, 16, 16\), got \(1, 3, 20, 16\)"):
+        loaded(torch.randn(1, 3, 20, 16))
+
+
+def test_a_hard_coded_batch(tmp_path: Path) -> None:
+    int8 = lq.convert(calibrated(HardCodedBatch(), X))
+    lq.export(int8, tmp_path / "int8.pt2")
+    loaded = lq.load(tmp_path / "int8.pt2")
+    assert torch.equal(loaded(X), int8(X))
+    assert loaded.metadata is not None
+    (note,) = loaded.metadata.notes
+    expected = "the batch size of the input 'x' is fixed at 4, because the network cannot be computed with any other"
+    assert note == expected
+    with pytest.raises(ValueError, match=r"input 'x' must have the shape \(4, 3, any, any\), got \(2, 3, 16, 16\)"):
+        loaded(X[:2])
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.fc(F.relu(self.conv(batch["image"])).mean((2, 3)) + batch["extra"])
+
+
+def test_inputs_that_belong_together(tmp_path: Path) -> None:
+    def arguments(images: int, others: int) -> dict[str, Any]:
+        return {"batch": {"image": X[:images], "extra": torch.ones(others, 8)}}
+
+    model = TwoInputs().eval()
+    lq.calibrate(lq.prepare(model, arguments(4, 4), target="x86_avx2"), [arguments(4, 4)])
+    lq.export(lq.convert(model), tmp_path / "int8.pt2")
+    loaded = lq.load(tmp_path / "int8.pt2")
+    assert loaded(**arguments(3, 3)).shape == (3, 10)
+    assert loaded(**arguments(1, 1)).shape == (1, 10)
+    with pytest.raises(ValueError, match="not for the input 'batch_image' of the shape"):
+        loaded(**arguments(3, 2))
+
+
+def test_guards_run_nothing_but_arithmetic() -> None:
+    sizes = {"x": (4, 3, 16, 20)}
+    for text in (
+        "size('x', 0) == 4",
+        "1 < 3*size('x', 2) // 8 <= 6 and not size('x', 1) % 3 != 0",
+        "max(1, -2) == abs(-1)",
+    ):
+        assert compile_guard(text)(sizes)
+        check_guards([text], sizes)
+    with pytest.raises(ValueError, match=r"with size\('x', 3\) < 20, and computes something else"):
+        check_guards(["size('x', 3) < 20"], sizes)
+    for text in (
+        "__import__('os').getcwd()",
+        "size",
+        "size(x, 0)",
+        "(lambda: 1)()",
+        "x.y",
+        "1 +",
+        "2 ** 9 == 1",
+        "[1]",
+    ):
+        with pytest.raises(GuardError):
+            compile_guard(text)
