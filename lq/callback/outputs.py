@@ -8,7 +8,7 @@ from lq.deployment.formats import FORMATS, FormatName
 
 #: The format that is always written, and those that are written beside it, on request.
 NETWORK: FormatName = "pt2"
-OTHER_FORMATS: tuple[FormatName, ...] = ("onnx", "onnxruntime", "aoti")
+OTHER_FORMATS: tuple[FormatName, ...] = ("onnx", "onnxruntime", "aoti", "executorch")
 
 #: Those of them that are written where nothing is asked for, and what they need is installed.
 UNASKED: tuple[FormatName, ...] = tuple(name for name in OTHER_FORMATS if FORMATS[name].packages is not None)

@@ -100,7 +100,7 @@ XNNPACK = Target(
     weight=_INT8_PER_CHANNEL,
     residual="operands",
     # XNNPACK computes the others in float, within the network that it is given.
-    operators=("mul", "concat", "hard_sigmoid", "hard_swish"),
+    operators=("mul", "concat"),
     integer_outputs=True,
 )
 

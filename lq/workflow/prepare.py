@@ -112,7 +112,10 @@ class PreparedForward(QuantizedForward):
     def watches(self, target: Target) -> bool:
         """Whether the tensors that a target's operators round had quantizers from the start; in training, each is time
         at every step."""
-        return self.mode == "ptq" or set(target.operators) <= set(self.target.operators)
+        if self.mode == "ptq" or target == self.target:
+            return True
+        has_outputs = self.target.integer_outputs or not target.integer_outputs
+        return has_outputs and set(target.operators) <= set(self.target.operators)
 
     def change(self) -> str | None:
         """How the module differs from when it was last captured, or None.
@@ -149,10 +152,12 @@ class PreparedForward(QuantizedForward):
             or (name in channels and known[name].spec.per_channel and len(known[name].scale) != channels[name])
         ]
         if new and not self.watches(target):
+            remedy = "train with target='onnxruntime', or write format='onnx', which ONNX Runtime runs as well"
+            engine = "between the convolutions for ONNX Runtime"
+            if target.integer_outputs:
+                engine, remedy = "for XNNPACK", "train with target='xnnpack', whose ranges serve the others as well"
             raise ValueError(
-                f"{new[0]!r} is rounded between the convolutions for ONNX Runtime, which training for "
-                f"target={self.target.name!r} did not watch: train with target='onnxruntime', or write format='onnx', "
-                f"which ONNX Runtime runs as well"
+                f"{new[0]!r} is rounded {engine}, which training for target={self.target.name!r} did not watch: {remedy}"
             )
         if new:
             raise CaptureError(
