@@ -20,7 +20,8 @@ def load(path: str | Path, runtime: str = "auto", *, threads: int | None = None)
     is loaded, with all that this process may do: load one that you trust, and say so with ``runtime="aoti"``.
 
     Args:
-        path: written by :func:`lq.export`: a ``.pt2``, an ``.onnx`` (one from elsewhere will do as well) or a ``.pte`` file.
+        path: written by :func:`lq.export`: a ``.pt2``, an ``.onnx`` (one from elsewhere will do as well) or a ``.pte``
+            file.
         runtime: ``"torch"`` (a ``.pt2`` program, in process: an :class:`lq.Int8Module`), ``"aoti"`` (a ``.pt2``
             AOTInductor package), ``"openvino"`` or ``"onnxruntime"`` (an ``.onnx`` file), ``"executorch"`` (a ``.pte``
             file; its threads are those of all such networks in the process); ``"auto"`` takes the one

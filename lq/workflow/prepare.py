@@ -157,7 +157,8 @@ class PreparedForward(QuantizedForward):
             if target.integer_outputs:
                 engine, remedy = "for XNNPACK", "train with target='xnnpack', whose ranges serve the others as well"
             raise ValueError(
-                f"{new[0]!r} is rounded {engine}, which training for target={self.target.name!r} did not watch: {remedy}"
+                f"{new[0]!r} is rounded {engine}, which training for target={self.target.name!r} did not watch: "
+                f"{remedy}"
             )
         if new:
             raise CaptureError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 #: Names of the methods that return the metadata and the checksum of the rest of the file: ``.pte`` has no fields for
@@ -84,7 +85,7 @@ def _texts(content: bytes) -> dict[str, slice]:
     texts: dict[str, slice] = {}
     for plan in buffer.tables(buffer.follow(0), _PLANS):
         name = buffer.string(plan, _PLAN_NAME)
-        values = list(buffer.tables(plan, _PLAN_VALUES))
+        values = list(islice(buffer.tables(plan, _PLAN_VALUES), 2))
         if name is None or len(values) != 1:
             continue
         kind, value = buffer.field(values[0], _VALUE_TYPE), buffer.field(values[0], _VALUE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,12 @@ def import_exir() -> tuple[Any, Any]:
     return exir, XnnpackPartitioner
 
 
-def lower(program: ExportedProgram, metadata: Metadata) -> Any:
+def lower(program: ExportedProgram, texts: Mapping[str, str]) -> Any:
     """The program in the form of ExecuTorch's compiler, with XNNPACK's subgraphs.
 
     Args:
         program: of an INT8 network for the target ``"xnnpack"``; it is adjusted in place to what XNNPACK takes.
-        metadata: which become methods that return a text.
+        texts: what further methods of the program return, by their names.
 
     Returns:
         ExecuTorch's ``EdgeProgramManager``.
@@ -65,13 +65,12 @@ def lower(program: ExportedProgram, metadata: Metadata) -> Any:
         adjust(program)
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
-    texts = {KEY: metadata.to_json(), CHECKSUM: NO_CHECKSUM}
     try:
         with quiet(*_TALKATIVE):
             edge = exir.to_edge_transform_and_lower(
                 program,
                 partitioner=[partitioner()],
-                constant_methods=texts,
+                constant_methods=dict(texts),
                 # The checks take as long as the rest; what has no kernel is refused when the file is written.
                 compile_config=exir.EdgeCompileConfig(_check_ir_validity=False),
             )
@@ -94,7 +93,7 @@ def write_pte(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
         MissingRuntimeError: where ExecuTorch is not installed.
         ValueError: where the network cannot be expressed in the format; see :func:`lower`.
     """
-    edge = lower(program, metadata)
+    edge = lower(program, {KEY: metadata.to_json(), CHECKSUM: NO_CHECKSUM})
     exir, _ = import_exir()
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 
