@@ -9,9 +9,7 @@ from lq.deployment.formats import FORMATS, FormatName
 #: The format that is always written, and those that are written beside it, on request: what takes long comes last.
 NETWORK: FormatName = "pt2"
 OTHER_FORMATS: tuple[FormatName, ...] = tuple(
-    format.name
-    for format in sorted(FORMATS.values(), key=lambda format: format.takes_long)
-    if format.name != NETWORK
+    format.name for format in sorted(FORMATS.values(), key=lambda format: format.takes_long) if format.name != NETWORK
 )
 
 #: Those of them that are written where nothing is asked for, and what they need is installed.
