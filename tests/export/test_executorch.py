@@ -65,6 +65,11 @@ def test_it_computes_what_the_simulation_does(network: nn.Module, file: Path) ->
     # Channels last, as images come; a view into a larger batch.
     assert torch.equal(model(X.to(memory_format=torch.channels_last)), model(X))
     assert torch.equal(model(X[::2]), model(X)[::2])
+    # What was returned stays what it was when the model runs again.
+    kept = model(X)
+    expected_again = kept.clone()
+    model(X * 2)
+    assert torch.equal(kept, expected_again)
     many = X.repeat(MAX_BATCH // 4, 1, 1, 1)  # more than its memory is planned for
     assert torch.equal(model(many), model(X).repeat(MAX_BATCH // 4, 1))
 
@@ -131,6 +136,24 @@ def test_networks_of_other_targets_are_refused(tmp_path: Path) -> None:
     int8 = lq.convert(calibrated(target="x86"))
     with pytest.raises(ValueError, match="Export the prepared model, from before lq.convert"):
         lq.export(int8, tmp_path / "model.pte")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fewer_bits_and_float_layers(tmp_path: Path) -> None:
+    overrides = {"conv1": {"weight_bits": 4, "activation_bits": 5}, "stem": {"activation_bits": 6}, "conv2": None}
+    model = lq.calibrate(lq.prepare(WideResidual().eval(), X, target="xnnpack", overrides=overrides), [X])
+    lq.export(model, tmp_path / "model.pte")
+    expected = simulation(model)(X)
+    difference = lq.load(tmp_path / "model.pte")(X) - expected
+    assert difference.square().mean().sqrt() < 0.05 * expected.square().mean().sqrt()
+
+
+def test_layers_that_xnnpack_does_not_have(tmp_path: Path) -> None:
+    volume = torch.randn(4, 3, 4, 8, 8)
+    network = nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 5))
+    model = lq.calibrate(lq.prepare(network.eval(), volume, target="xnnpack"), [volume])
+    with pytest.raises(ValueError, match=r"XNNPACK does not take .* of the weights '0\.weight'.*can stay in float"):
+        lq.export(model, tmp_path / "model.pte")
     assert list(tmp_path.iterdir()) == []
 
 

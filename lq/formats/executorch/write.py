@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from lq.errors import MissingRuntimeError
 from lq.formats.executorch.read import CHECKSUM, NO_CHECKSUM, with_checksum
+from lq.graph.ops import MOVES, OpKind, clamp_bounds, classify
 from lq.graph.qdq import DEQUANTIZE, QUANTIZE
 from lq.interface.metadata import KEY, Metadata
 from lq.util.distribution import install
@@ -27,6 +29,9 @@ MAX_BATCH = 128
 #: These loggers warn of what their own packages do.
 _TALKATIVE = ("torch.utils._pytree", "torch.export", "root", "executorch")
 
+#: The bounds at which XNNPACK saturates.
+_INT8 = (-128, 127)
+
 _RESHAPES = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
 
 
@@ -36,6 +41,7 @@ def import_exir() -> tuple[Any, Any]:
     Raises:
         MissingRuntimeError: where the package is not installed.
     """
+    handlers = list(logging.root.handlers)
     try:
         with quiet(*_TALKATIVE):
             from executorch import exir
@@ -44,6 +50,8 @@ def import_exir() -> tuple[Any, Any]:
         raise MissingRuntimeError(
             f"writing .pte files needs executorch, which is not installed; install it with: {install('executorch')}"
         ) from error
+    finally:
+        logging.root.handlers[:] = handlers  # it configures the whole process's logging as it is imported
     return exir, XnnpackPartitioner
 
 
@@ -61,7 +69,13 @@ def lower(program: ExportedProgram, texts: Mapping[str, str]) -> Any:
         ValueError: where ExecuTorch does not take the network, or an INT8 operator stays outside of the subgraphs.
     """
     exir, partitioner = import_exir()
-    for adjust in (_infer_free_sizes, _spell_out_hard_sigmoids, _put_operands_on_one_grid, _limit_batch):
+    for adjust in (
+        _infer_free_sizes,
+        _spell_out_hard_sigmoids,
+        _put_operands_on_one_grid,
+        _clamp_to_narrow_grids,
+        _limit_batch,
+    ):
         adjust(program)
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
@@ -76,14 +90,24 @@ def lower(program: ExportedProgram, texts: Mapping[str, str]) -> Any:
             )
     except Exception as error:
         raise ValueError(f"ExecuTorch does not take the network: {error}") from error
-    outside = [node for node in edge.exported_program().graph.nodes if "quantized_decomposed" in str(node.target)]
-    if outside:
-        raise ValueError(
-            f"XNNPACK does not take {len(outside)} of the network's INT8 operators ({outside[0]} is the first): it "
-            f"computes convolutions and linear layers from int8 to int8. Export the prepared model, from before "
-            f"lq.convert, which gets the placement that it needs; or convert it with target='xnnpack'"
-        )
+    _check_delegated(edge.exported_program())
     return edge
+
+
+def _check_delegated(program: ExportedProgram) -> None:
+    """Refuse a network that has INT8 operators outside of XNNPACK's subgraphs."""
+    outside = [node for node in program.graph.nodes if "quantized_decomposed" in str(node.target)]
+    if not outside:
+        return
+    buffers = program.graph_signature.inputs_to_buffers
+    read = (source.name for node in outside for source in node.all_input_nodes)
+    names = dict.fromkeys(buffers[name] for name in read if buffers.get(name, "").endswith("weight"))
+    raise ValueError(
+        f"XNNPACK does not take {len(outside)} of the network's INT8 operators, of the weights "
+        f"{', '.join(map(repr, names)) or 'of none'}: it computes 1-d and 2-d convolutions and linear layers, from "
+        f"int8 to int8. Export the prepared model, from before lq.convert, placed for target='xnnpack'; a "
+        f"layer of another kind can stay in float: lq.prepare(model, inputs, overrides={{'layer': None}})"
+    )
 
 
 def write_pte(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
@@ -155,6 +179,27 @@ def _put_operands_on_one_grid(program: ExportedProgram) -> None:
             value = operand.meta["val"]
             integers.meta["val"], operands[index].meta["val"] = value.to(quantize.meta["val"].dtype), value
         node.args = (operands, *node.args[1:])
+
+
+def _clamp_to_narrow_grids(program: ExportedProgram) -> None:
+    """Clamp what is rounded to fewer than 8 bits, within the kernel: XNNPACK saturates at the bounds of int8."""
+    for node in _functions(program, QUANTIZE, DEQUANTIZE):
+        source: Any = node.args[0]
+        scale, zero_point, *bounds, dtype = node.args[1:]
+        if dtype is not torch.int8 or tuple(bounds) == _INT8:
+            continue
+        # What moves or selects integers stays within their bounds.
+        if node.target is QUANTIZE and classify(source) not in MOVES:
+            low, high = ((bound - zero_point) * scale for bound in bounds)
+            clamp = clamp_bounds(source) if classify(source) is OpKind.CLAMP and len(source.users) == 1 else None
+            if clamp is not None:
+                low, high = max(low, clamp[0]), high if clamp[1] is None else min(high, clamp[1])
+                source = source.args[0]
+            with program.graph.inserting_before(node):
+                clamped = program.graph.call_function(aten.hardtanh.default, (source, low, high))
+            clamped.meta["val"] = source.meta["val"]
+            source = clamped
+        node.args = (source, scale, zero_point, *_INT8, dtype)
 
 
 def _limit_batch(program: ExportedProgram) -> None:
