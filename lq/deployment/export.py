@@ -199,6 +199,8 @@ def _network(model: nn.Module, format: Format, target: str | Target | None) -> I
         resolved = prepared_forward(model).target
         if format.placed is not None:
             resolved = format.placed(resolved)
+    if format.float_outputs:
+        resolved = replace(resolved, integer_outputs=False)
     with evaluating(model):
         return convert(model, resolved)
 

@@ -101,6 +101,8 @@ class Format:
         takes_long: writing it takes a compiler tens of seconds: the rehearsal leaves it out.
         placed: the model's target, placing quantizers as this format's engines want them; None: as it is, so that the
             INT8 module itself is written.
+        float_outputs: whether its engines take numbers from INT8 kernels that are not rounded to integers again, so
+            that the network's results are left as they are, whatever the target.
     """
 
     name: FormatName
@@ -120,6 +122,7 @@ class Format:
     packages: tuple[str, ...] | None = None
     takes_long: bool = False
     placed: Callable[[Target], Target] | None = None
+    float_outputs: bool = False
 
     def installed_runtimes(self) -> tuple[str, ...]:
         """Names of the engines that can be used here, the preferred one first."""
@@ -205,9 +208,8 @@ _ONNX = Format(
     check_layers=_check_onnx_layers,
     packages=("onnx", "onnxscript", "onnxruntime"),
     # ONNX Runtime adds in a kernel of its own, which reads integers on both sides; OpenVINO runs that as fast.
-    placed=lambda target: (
-        target if target.activation.symmetric else replace(target, residual="operands", integer_outputs=False)
-    ),
+    placed=lambda target: target if target.activation.symmetric else replace(target, residual="operands"),
+    float_outputs=True,
 )
 
 FORMATS: dict[str, Format] = {
@@ -246,9 +248,7 @@ FORMATS: dict[str, Format] = {
             description="an ONNX model for ONNX Runtime",
             file="int8.onnxruntime.onnx",
             runtimes=_ONNX.runtimes[1:],
-            placed=lambda target: replace(
-                target, residual="operands", operators=ONNXRUNTIME.operators, integer_outputs=False
-            ),
+            placed=lambda target: replace(target, residual="operands", operators=ONNXRUNTIME.operators),
         ),
         Format(
             name="executorch",
