@@ -184,8 +184,8 @@ def _put_operands_on_one_grid(program: ExportedProgram) -> None:
 def _clamp_to_narrow_grids(program: ExportedProgram) -> None:
     """Clamp what is rounded to fewer than 8 bits, within the kernel: XNNPACK saturates at the bounds of int8."""
     for node in _functions(program, QUANTIZE, DEQUANTIZE):
-        source: Any = node.args[0]
-        scale, zero_point, *bounds, dtype = node.args[1:]
+        arguments: Any = node.args
+        source, scale, zero_point, *bounds, dtype = arguments
         if dtype is not torch.int8 or tuple(bounds) == _INT8:
             continue
         # What moves or selects integers stays within their bounds.
