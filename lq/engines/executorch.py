@@ -84,7 +84,8 @@ class ExecutorchModel(InferenceModel):
         if generation == self._generation:
             return
         try:
-            self._method = self._runtime.load_program(self._path).load_method("forward")
+            self._program = self._runtime.load_program(self._path)  # kept: the method reads from it
+            self._method = self._program.load_method("forward")
         except RuntimeError as error:
             raise ValueError(
                 f"path={str(self._path)!r} is not a program that this version of ExecuTorch can run: it is damaged, or "

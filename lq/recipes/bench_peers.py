@@ -222,8 +222,9 @@ def executorch_xnnpack(name: str, size: int, batch_size: int, threads: int, quan
         exported = torch.export.export(network, (x,), strict=True)
     program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
     pybindings._unsafe_reset_threadpool(threads)
-    method = Runtime.get().load_program(bytes(program.buffer)).load_method("forward")
-    return lambda x: method.execute([x])[0]
+    loaded = Runtime.get().load_program(bytes(program.buffer))
+    # The method reads the program's bytes, which only the program keeps.
+    return lambda x: loaded.load_method("forward").execute([x])[0]
 
 
 def _float_onnx(name: str, size: int, path: str) -> None:
