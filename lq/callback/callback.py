@@ -97,18 +97,20 @@ class QuantizationCallback(HasSettings, Callback):
             here: the layers with the noisiest weights and inputs come first, and the page says what was left out. What
             fails there is a warning.
         export: formats to write beside ``int8.pt2``, which is always written: ``"onnx"`` (``int8.onnx``, for
-            OpenVINO, TensorRT and ONNX Runtime), ``"onnxruntime"`` (``int8.onnxruntime.onnx``, for ONNX Runtime alone)
-            and ``"aoti"`` (``int8.aoti.pt2``, compiled for this machine's CPU); see :func:`lq.export`. By default,
-            where the extra ``onnx`` is installed, ``"onnx"``, and ``"onnxruntime"`` where that file is another one and
-            the mode is ``"ptq"``; a network of which no such file can be made is then a warning, and an error where the
-            format was asked for. Class names and mean and standard deviation of the images go into the files where the
-            datamodule has attributes ``classes``, ``mean`` and ``std``.
+            OpenVINO, TensorRT and ONNX Runtime), ``"onnxruntime"`` (``int8.onnxruntime.onnx``, for ONNX Runtime alone),
+            ``"aoti"`` (``int8.aoti.pt2``, compiled for this machine's CPU) and ``"executorch"`` (``int8.pte``, for
+            phones and ARM boards); see :func:`lq.export`. By default, where the extra ``onnx`` is installed,
+            ``"onnx"``, and ``"onnxruntime"`` where that file is another one and the mode is ``"ptq"``; a network of
+            which no such file can be made is then a warning, and an error where the format was asked for. Class names
+            and mean and standard deviation of the images go into the files where the datamodule has attributes
+            ``classes``, ``mean`` and ``std``.
         output_dir: folder for ``int8.pt2``, ``int8.json`` and ``int8.html``; by default ``int8`` in the Trainer's log
             directory. What an earlier run left there under the names of these and of the exports is replaced, all of it
             at once when everything has gone well; other files stay. ``Trainer(fast_dev_run=True)`` writes nothing.
         rehearse: whether to go the whole way to INT8 before training begins, on a copy and with two batches, so that
             what would fail when training has ended fails at once. Takes seconds; left out of it are the search for the
-            best calibrator, all that is measured or analysed, and ``"aoti"``, which takes a compiler a minute.
+            best calibrator, all that is measured or analysed, and ``"aoti"`` and ``"executorch"``, which take a
+            compiler a minute.
 
     Attributes:
         settings: what the arguments say; each can be read by its own name as well.

@@ -6,9 +6,11 @@ from importlib.util import find_spec
 
 from lq.deployment.formats import FORMATS, FormatName
 
-#: The format that is always written, and those that are written beside it, on request.
+#: The format that is always written, and those that are written beside it, on request: what takes long comes last.
 NETWORK: FormatName = "pt2"
-OTHER_FORMATS: tuple[FormatName, ...] = ("onnx", "onnxruntime", "aoti")
+OTHER_FORMATS: tuple[FormatName, ...] = tuple(
+    format.name for format in sorted(FORMATS.values(), key=lambda format: format.takes_long) if format.name != NETWORK
+)
 
 #: Those of them that are written where nothing is asked for, and what they need is installed.
 UNASKED: tuple[FormatName, ...] = tuple(name for name in OTHER_FORMATS if FORMATS[name].packages is not None)

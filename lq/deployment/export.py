@@ -52,7 +52,7 @@ class ExportResult:
 
     Args:
         path: the file.
-        format: ``"pt2"``, ``"aoti"``, ``"onnx"`` or ``"onnxruntime"``.
+        format: ``"pt2"``, ``"aoti"``, ``"onnx"``, ``"onnxruntime"`` or ``"executorch"``.
         target: the target whose placement the file has.
         size_bytes: the file's size.
         verifications: for each engine that ran the file, how far its outputs are from the simulation's.
@@ -98,6 +98,9 @@ def export(
       concatenations, pools) in INT8 kernels, too. OpenVINO, which has these in the convolutions' kernels, is slower
       with it; in a network of convolutions, ReLUs and residual adds it is the same as ``"onnx"``.
 
+    * ``"executorch"``: a ``.pte`` file for ExecuTorch on phones and ARM boards, its INT8 operators in subgraphs of the
+      XNNPACK backend. Always placed for target ``"xnnpack"``, whatever the model's own; batches of up to 128 images.
+
     A ``"pt2"`` file takes images of any size that the network takes. The others are for the size of the example
     inputs, and hold no weights that meet nothing but padding there: a ResNet-18 with the ImageNet stem for 32x32
     images has 4.2 million weights there rather than 11.2 million, and computes the same.
@@ -112,9 +115,9 @@ def export(
     Args:
         model: prepared by :func:`lq.prepare` and calibrated or trained; or from :func:`lq.convert`, which has the
             placement of its own target and no other.
-        path: the file, ending in ``.pt2`` or ``.onnx``.
-        format: ``"pt2"``, ``"aoti"``, ``"onnx"`` or ``"onnxruntime"``; by default what the path ends in, ``"pt2"`` for
-            ``.pt2`` and ``"onnx"`` for ``.onnx``.
+        path: the file, ending in ``.pt2``, ``.onnx`` or ``.pte``.
+        format: ``"pt2"``, ``"aoti"``, ``"onnx"``, ``"onnxruntime"`` or ``"executorch"``; by default what the path ends
+            in, ``"pt2"`` for ``.pt2``, ``"onnx"`` for ``.onnx`` and ``"executorch"`` for ``.pte``.
         target: whose placement and grids the file has; by default the model's own, but for the residual adds.
         labels: names of the classes, for the file's metadata.
         preprocessing: what has to be done to an image before the network sees it, for the file's metadata: a mapping
@@ -197,6 +200,8 @@ def _network(model: nn.Module, format: Format, target: str | Target | None) -> I
         resolved = prepared_forward(model).target
         if format.placed is not None:
             resolved = format.placed(resolved)
+    if format.float_outputs:
+        resolved = replace(resolved, integer_outputs=False)
     with evaluating(model):
         return convert(model, resolved)
 

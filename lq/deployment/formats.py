@@ -16,10 +16,14 @@ from torch.export import ExportedProgram
 from lq.deployment.verify import QuantizedTensor, check_onnx
 from lq.engines.aoti import AotiModel
 from lq.engines.base import InferenceModel
+from lq.engines.executorch import ExecutorchModel, import_executorch
 from lq.engines.onnxruntime import OnnxRuntimeModel, import_onnxruntime
 from lq.engines.openvino import OpenVinoModel
 from lq.engines.program import load_program
 from lq.formats.aoti.write import check_compiler, for_this_cpu, linear_for_single_positions, write_package
+from lq.formats.executorch.read import check_file as check_pte
+from lq.formats.executorch.read import read_texts
+from lq.formats.executorch.write import import_exir, write_pte
 from lq.formats.onnx.read import check_file, read_properties
 from lq.formats.onnx.write import import_onnx, to_onnx, write_onnx
 from lq.formats.pt2.read import read_program
@@ -27,10 +31,10 @@ from lq.formats.pt2.write import examples, write_program
 from lq.graph.cropping import crop_kernels
 from lq.int8.module import Int8Module
 from lq.interface.metadata import KEY, Metadata
-from lq.schemes.targets import ONNXRUNTIME, Target
+from lq.schemes.targets import ONNXRUNTIME, XNNPACK, Target
 from lq.util.archives import read_members
 
-FormatName = Literal["pt2", "aoti", "onnx", "onnxruntime"]
+FormatName = Literal["pt2", "aoti", "onnx", "onnxruntime", "executorch"]
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,14 @@ class Runtime:
         name: what :func:`lq.load` calls it.
         load: a file and a number of threads (None: the engine's own choice) to the network.
         package: the one it needs.
+        extra: of lq that installs it.
         runs_code: whether loading a file runs code that is in it, so that the user has to name the engine.
     """
 
     name: str
     load: Callable[[Path, int | None], InferenceModel | Int8Module]
     package: str = "torch"
+    extra: str = ""
     runs_code: bool = False
 
     @property
@@ -92,9 +98,11 @@ class Format:
             layer computes something else. None where the engine shows no layers.
         free_sizes: whether it takes images of any size that the network takes.
         packages: that have to be there for the callback to write it unasked; None where it never does.
-        takes_long: writing it takes a compiler: the rehearsal leaves it out.
+        takes_long: writing it takes a compiler tens of seconds: the rehearsal leaves it out.
         placed: the model's target, placing quantizers as this format's engines want them; None: as it is, so that the
             INT8 module itself is written.
+        float_outputs: whether its engines take numbers from INT8 kernels that are not rounded to integers again, so
+            that the network's results are left as they are, whatever the target.
     """
 
     name: FormatName
@@ -114,6 +122,7 @@ class Format:
     packages: tuple[str, ...] | None = None
     takes_long: bool = False
     placed: Callable[[Target], Target] | None = None
+    float_outputs: bool = False
 
     def installed_runtimes(self) -> tuple[str, ...]:
         """Names of the engines that can be used here, the preferred one first."""
@@ -173,6 +182,12 @@ def _check_onnx_layers(
     check_onnx(import_onnx().load(path), draft.tensors, quantized, outputs, inputs)
 
 
+def _check_executorch_dependencies(verify: bool) -> None:
+    import_exir()
+    if verify:
+        import_executorch()
+
+
 def _cropped(int8: Int8Module) -> Int8Module:
     return crop_kernels(int8, examples(int8))
 
@@ -183,8 +198,8 @@ _ONNX = Format(
     suffix=".onnx",
     file="int8.onnx",
     runtimes=(
-        Runtime("openvino", OpenVinoModel, package="openvino"),
-        Runtime("onnxruntime", OnnxRuntimeModel, package="onnxruntime"),
+        Runtime("openvino", OpenVinoModel, package="openvino", extra="openvino"),
+        Runtime("onnxruntime", OnnxRuntimeModel, package="onnxruntime", extra="onnx"),
     ),
     matches=lambda path: True,
     check=check_file,
@@ -196,6 +211,7 @@ _ONNX = Format(
     packages=("onnx", "onnxscript", "onnxruntime"),
     # ONNX Runtime adds in a kernel of its own, which reads integers on both sides; OpenVINO runs that as fast.
     placed=lambda target: target if target.activation.symmetric else replace(target, residual="operands"),
+    float_outputs=True,
 )
 
 FORMATS: dict[str, Format] = {
@@ -236,6 +252,22 @@ FORMATS: dict[str, Format] = {
             runtimes=_ONNX.runtimes[1:],
             placed=lambda target: replace(target, residual="operands", operators=ONNXRUNTIME.operators),
         ),
+        Format(
+            name="executorch",
+            description="an ExecuTorch program",
+            suffix=".pte",
+            file="int8.pte",
+            runtimes=(Runtime("executorch", ExecutorchModel, package="executorch", extra="executorch"),),
+            matches=lambda path: True,
+            check=check_pte,
+            read=lambda path: read_texts(path).get(KEY),
+            write=lambda draft, path: write_pte(draft.program, draft.metadata, path),
+            check_dependencies=_check_executorch_dependencies,
+            layout=_cropped,
+            takes_long=True,
+            # Whatever it was calibrated or trained for; the weights keep their bits.
+            placed=lambda target: replace(XNNPACK, weight=target.weight),
+        ),
     )
 }
 
@@ -269,7 +301,7 @@ def format_of(path: Path) -> Format:
     if not (known and path.suffix != ".pt2") and not zipfile.is_zipfile(path):
         raise ValueError(
             f"path={str(path)!r} is not an INT8 network written by lq, or is damaged: it is neither an .onnx "
-            f"file nor a zip archive, which a .pt2 file is"
+            f"or .pte file nor a zip archive, which a .pt2 file is"
         )
     try:
         # A zip archive is known by what is in it, whatever its name.

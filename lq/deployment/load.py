@@ -15,13 +15,16 @@ def load(path: str | Path, runtime: str = "auto", *, threads: int | None = None)
     """Load an exported network to run it.
 
     A ``.pt2`` program or an ``.onnx`` file may come from anyone: nothing in it is unpickled, evaluated, imported or
-    followed to another file, and its checksums are verified. An AOTInductor package is compiled code, which runs as it
+    followed to another file, and its checksums are verified; so it is with a ``.pte`` file, as far as ExecuTorch's own
+    checks of a program go. An AOTInductor package is compiled code, which runs as it
     is loaded, with all that this process may do: load one that you trust, and say so with ``runtime="aoti"``.
 
     Args:
-        path: written by :func:`lq.export`: a ``.pt2`` or an ``.onnx`` file (one from elsewhere will do as well).
+        path: written by :func:`lq.export`: a ``.pt2``, an ``.onnx`` (one from elsewhere will do as well) or a ``.pte``
+            file.
         runtime: ``"torch"`` (a ``.pt2`` program, in process: an :class:`lq.Int8Module`), ``"aoti"`` (a ``.pt2``
-            AOTInductor package), ``"openvino"`` or ``"onnxruntime"`` (an ``.onnx`` file); ``"auto"`` takes the one
+            AOTInductor package), ``"openvino"`` or ``"onnxruntime"`` (an ``.onnx`` file), ``"executorch"`` (a ``.pte``
+            file; its threads are those of all such networks in the process); ``"auto"`` takes the one
             that reads the file, for ``.onnx`` OpenVINO where it is installed, else ONNX Runtime, and never takes an
             AOTInductor package.
         threads: how many CPU threads run it, or None for the engine's own choice.
@@ -66,7 +69,7 @@ def _preferred(path: Path, format: Format) -> str:
     installed = format.installed_runtimes()
     if not installed:
         raise MissingRuntimeError(
-            f"path={str(path)!r}: no runtime for ONNX files is installed; install one with: "
-            f"{install('openvino')} or {install('onnx')}"
+            f"path={str(path)!r} is {format.description}, and no runtime for it is installed; install one with: "
+            f"{' or '.join(install(runtime.extra) for runtime in format.runtimes)}"
         )
     return installed[0]

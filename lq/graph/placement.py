@@ -170,6 +170,7 @@ class _Placer:
     def __init__(self, captured: CapturedGraph, values: Mapping[fx.Node, Any], scheme: Scheme) -> None:
         self.residual = scheme.residual
         self.kinds = {OpKind(name) for name in scheme.operators}
+        self.integer_outputs = scheme.integer_outputs
         self.in_float = scheme.overrides.in_float
         self.graph = captured.graph
         self.values = values
@@ -291,7 +292,7 @@ class _Placer:
     def _can_be_integers(self, operator: Operator) -> bool:
         node = operator.node
         values = [self.values[operand] for operand in (node, *operator.reads)]
-        if not all(_is_float_tensor(value) for value in values) or self.in_float(site(node)) or _is_result(node):
+        if not all(_is_float_tensor(value) for value in values) or self.in_float(site(node)) or is_result(node):
             return False
         if "position" not in node.meta:
             return False  # it runs inside a function of torch, where no quantizer can be put
@@ -313,7 +314,11 @@ class _Placer:
                 wanted.update(map(source_of, operator.reads))
         for chain in self.placement.chains:
             wanted.update(map(source_of, chain.reads))
-            if not self.kinds or chain.op.kind is not OpKind.CONV or _is_result(chain.end):
+            if self.integer_outputs:
+                if _next(chain.end) not in concats:
+                    wanted.add(chain.end)
+                continue
+            if not self.kinds or chain.op.kind is not OpKind.CONV or is_result(chain.end):
                 continue
             # An engine that fuses no operators into its convolutions has INT8 ones where their outputs are INT8. On
             # the grid of a concatenation that alone reads them a ReLU would be a step of its own.
@@ -328,9 +333,9 @@ class _Placer:
         self.placement.activations = sorted(wanted, key=self.order.__getitem__)
 
 
-def _is_result(node: fx.Node) -> bool:
+def is_result(node: fx.Node) -> bool:
     """Whether nothing reads ``node`` but the network's caller: results are not rounded."""
-    return all(user.op == "output" or (classify(user) in MOVES and _is_result(user)) for user in node.users)
+    return all(user.op == "output" or (classify(user) in MOVES and is_result(user)) for user in node.users)
 
 
 def _norm_name(norm: fx.Node) -> str:
@@ -346,7 +351,7 @@ def place(captured: CapturedGraph, values: Mapping[fx.Node, Any], scheme: Scheme
     only the operand that is *not* its own convolution is quantized; where the add is a kernel of its own (ONNX
     Runtime), both operands and the sum are, and so it is with the target's other operators. Operators that move or
     select values share the grid of their input; each distinct tensor has one quantizer at most; the classifier's
-    output, which no INT8 kernel reads, stays float.
+    output, which no INT8 kernel reads, stays float, unless the target's kernels give nothing but integers.
 
     Args:
         captured: the graph of evaluation mode.

@@ -1,4 +1,4 @@
-"""INT8 latency against the peers, engine by engine: torch.ao FX, torchao PT2E, ONNX Runtime's and OpenVINO's.
+"""INT8 latency against the peers, by engine: torch.ao FX, torchao PT2E, ONNX Runtime's, OpenVINO's, ExecuTorch's.
 
 python -m lq.recipes.bench_peers                                          every row: about an hour
 python -m lq.recipes.bench_peers rows=[resnet18_32_b1] peers=[ort_static,nncf]
@@ -60,6 +60,7 @@ DEFAULT_ROWS = [
 WAYS = {"back to back": 0.0, "after 20 ms": 0.02}
 
 FLOAT = "float eager"
+FLOAT_EXECUTORCH = "ExecuTorch, float"
 
 #: lq and its peer on each engine.
 ENGINES = {
@@ -67,6 +68,7 @@ ENGINES = {
     "AOTInductor": ("lq, aoti", "torchao PT2E, AOTInductor"),
     "ONNX Runtime": ("lq, onnxruntime", "ONNX Runtime, quantize_static"),
     "OpenVINO": ("lq, openvino", "OpenVINO, NNCF"),
+    "ExecuTorch": ("lq, executorch", "ExecuTorch, XNNPACKQuantizer"),
 }
 
 Model = Callable[[Tensor], Any]
@@ -197,6 +199,34 @@ def nncf(name: str, size: int, threads: int) -> Model:
     return infer
 
 
+def executorch_xnnpack(name: str, size: int, batch_size: int, threads: int, quantized: bool) -> Model:
+    """ExecuTorch with XNNPACK: the float network, or what its own ``XNNPACKQuantizer`` makes of it."""
+    import executorch.extension.pybindings.portable_lib as pybindings
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as xnnpack
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    x = images(size, batch_size)
+    with torch.no_grad():
+        network: nn.Module = torch.export.export(float_network(name), (x,), strict=True).module()
+        if quantized:
+            quantizer = xnnpack.XNNPACKQuantizer()
+            quantizer.set_global(xnnpack.get_symmetric_quantization_config(is_per_channel=True))
+            network = prepare_pt2e(network, quantizer)
+            network(images(size, 8)[:batch_size])
+            network = convert_pt2e(network)
+        exported = torch.export.export(network, (x,), strict=True)
+    program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
+    pybindings._unsafe_reset_threadpool(threads)
+    loaded = Runtime.get().load_program(bytes(program.buffer))
+    # The method reads the program's bytes, which only the program keeps.
+    return lambda x: loaded.load_method("forward").execute([x])[0]
+
+
 def _float_onnx(name: str, size: int, path: str) -> None:
     warnings.simplefilter("ignore")
     batch = torch.export.Dim("batch")
@@ -221,10 +251,12 @@ PEERS = (
     "pt2e_aoti",
     "ort_static",
     "nncf",
+    "executorch",
+    "executorch_float",
 )
 
 #: One for each engine of lq; the others are slower, or use the deprecated TorchScript.
-DEFAULT_PEERS = ("torch_ao_fx", "pt2e_aoti", "ort_static", "nncf")
+DEFAULT_PEERS = ("torch_ao_fx", "pt2e_aoti", "ort_static", "nncf", "executorch", "executorch_float")
 
 
 @dataclass
@@ -310,6 +342,12 @@ def _theirs(name: str, size: int, batch_size: int, config: Config) -> dict[str, 
         "pt2e_aoti": {"torchao PT2E, AOTInductor": partial(torchao_pt2e, name, size, batch_size, True)},
         "ort_static": {"ONNX Runtime, quantize_static": partial(ort_static, name, size, config.threads)},
         "nncf": {"OpenVINO, NNCF": partial(nncf, name, size, config.threads)},
+        "executorch": {
+            "ExecuTorch, XNNPACKQuantizer": partial(executorch_xnnpack, name, size, batch_size, config.threads, True)
+        },
+        "executorch_float": {
+            FLOAT_EXECUTORCH: partial(executorch_xnnpack, name, size, batch_size, config.threads, False)
+        },
     }
     if not hasattr(torchvision.models.quantization, name):  # eager mode needs networks that were written for it
         makers |= {"torch_ao_eager": {}, "torch_ao_eager_script": {}}
@@ -356,7 +394,11 @@ def _by_engine(measurements: Mapping[str, Mapping[str, Measurement]]) -> Table:
     cells = []
     for measured in measurements.values():
         mine = [result for label, result in measured.items() if label.startswith("lq,")]
-        others = [result for label, result in measured.items() if label != FLOAT and not label.startswith("lq,")]
+        others = [
+            result
+            for label, result in measured.items()
+            if label not in (FLOAT, FLOAT_EXECUTORCH) and not label.startswith("lq,")
+        ]
         cells.append(_against(*(min(each, key=_p50) if each else None for each in (mine, others))))
     table.add_row("the best", "the best", *cells, style="bold")
     return table

@@ -130,6 +130,10 @@ class Scheme:
     def operators(self) -> tuple[Operator, ...]:
         return self.target.operators
 
+    @property
+    def integer_outputs(self) -> bool:
+        return self.target.integer_outputs
+
     def weight(self, layer: str) -> QuantSpec:
         """The grid of a layer's weight."""
         spec = self.overrides.find(layer) or LayerSpec()

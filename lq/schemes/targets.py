@@ -32,6 +32,8 @@ class Target:
         residual: how residual adds are computed.
         operators: beside sums, what the engine computes from integers to integers in kernels of their own; its other
             engines compute them in float, or in the convolution's kernel.
+        integer_outputs: whether its kernels of convolutions and linear layers give integers and nothing else, so that
+            all their outputs are rounded, the network's results too.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Target:
     weight: QuantSpec
     residual: Residual = "fused"
     operators: tuple[Operator, ...] = ()
+    integer_outputs: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -96,6 +99,9 @@ XNNPACK = Target(
     activation=_INT8_AFFINE,
     weight=_INT8_PER_CHANNEL,
     residual="operands",
+    # XNNPACK computes the others in float, within the network that it is given.
+    operators=("mul", "concat"),
+    integer_outputs=True,
 )
 
 TARGETS: dict[str, Target] = {target.name: target for target in (X86, X86_AVX2, ONNXRUNTIME, TENSORRT, XNNPACK)}

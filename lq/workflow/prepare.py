@@ -20,7 +20,7 @@ from lq.graph.capture.calls import follow, unfollow
 from lq.graph.capture.capture import CapturedGraph
 from lq.graph.capture.signature import signature_of
 from lq.graph.forward import QUANTIZERS, QuantizedForward, QuantizerTree, without_quantizers
-from lq.graph.placement import place, site
+from lq.graph.placement import is_result, place, site
 from lq.numerics.quantizer import (
     ACTIVATION_OBSERVERS,
     Quantizer,
@@ -30,7 +30,7 @@ from lq.numerics.quantizer import (
     weight_quantizer,
 )
 from lq.schemes.overrides import Overrides, OverridesLike, Scheme
-from lq.schemes.targets import AUTO_TARGET, Operator, Residual, Target, get_target, native_target
+from lq.schemes.targets import AUTO_TARGET, XNNPACK, Operator, Residual, Target, get_target, native_target
 from lq.util.modes import evaluating
 
 _log = logging.getLogger("lq")
@@ -112,7 +112,10 @@ class PreparedForward(QuantizedForward):
     def watches(self, target: Target) -> bool:
         """Whether the tensors that a target's operators round had quantizers from the start; in training, each is time
         at every step."""
-        return self.mode == "ptq" or set(target.operators) <= set(self.target.operators)
+        if self.mode == "ptq" or target == self.target:
+            return True
+        has_outputs = self.target.integer_outputs or not target.integer_outputs
+        return has_outputs and set(target.operators) <= set(self.target.operators)
 
     def change(self) -> str | None:
         """How the module differs from when it was last captured, or None.
@@ -149,10 +152,13 @@ class PreparedForward(QuantizedForward):
             or (name in channels and known[name].spec.per_channel and len(known[name].scale) != channels[name])
         ]
         if new and not self.watches(target):
+            remedy = "train with target='onnxruntime', or write format='onnx', which ONNX Runtime runs as well"
+            engine = "between the convolutions for ONNX Runtime"
+            if target.integer_outputs:
+                engine, remedy = "for XNNPACK", "train with target='xnnpack', whose ranges serve the others as well"
             raise ValueError(
-                f"{new[0]!r} is rounded between the convolutions for ONNX Runtime, which training for "
-                f"target={self.target.name!r} did not watch: train with target='onnxruntime', or write format='onnx', "
-                f"which ONNX Runtime runs as well"
+                f"{new[0]!r} is rounded {engine}, which training for target={self.target.name!r} did not watch: "
+                f"{remedy}"
             )
         if new:
             raise CaptureError(
@@ -315,6 +321,7 @@ def _put_on_activations(forward: PreparedForward, tree: QuantizerTree, analysis:
         for variant in _variants(scheme, forward.mode)
         for node in place(analysis.captured, analysis.values, variant).activations
     }
+    everywhere |= {chain.end for chain in placement.chains if is_result(chain.end)}
     for node in analysis.graph.nodes:
         if node in everywhere:
             names = placement.names_of(node)
@@ -372,6 +379,7 @@ def _variants(scheme: Scheme, mode: Mode) -> Iterator[Scheme]:
     if mode == "ptq":  # in training, each tensor more that is watched is time at every step
         operators = get_args(Operator)
         yield replace(scheme, target=replace(scheme.target, residual="operands", operators=operators))
+        yield replace(scheme, target=replace(XNNPACK, activation=scheme.target.activation))
         # Where an override keeps a concatenation in float, what it joins is rounded on its own.
         separate = tuple(name for name in operators if name != "concat")
         yield replace(scheme, target=replace(scheme.target, residual="operands", operators=separate))

@@ -129,6 +129,26 @@ class Gate(nn.Module):
         return self.out(x).mean((2, 3))
 
 
+class Gated(nn.Module):
+    """Hard-swish, squeeze and excite, a concatenation: what lies between convolutions in mobile networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+        self.depthwise = nn.Conv2d(16, 16, 3, 1, 1, groups=16)
+        self.squeeze, self.excite = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
+        self.left, self.right = nn.Conv2d(16, 8, 1), nn.Conv2d(16, 8, 3, padding=1)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(self.bn(self.stem(x)))
+        y = F.relu(self.depthwise(x))
+        gate = self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1))))
+        x = y * F.hardsigmoid(gate)
+        x = torch.cat([F.relu(self.left(x)), self.right(x)], 1) + x
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
 class Dense(nn.Module):
     """Concatenation."""
 

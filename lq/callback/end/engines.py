@@ -25,6 +25,7 @@ _TITLES = {
     "aoti": "INT8, AOTInductor",
     "onnxruntime": "INT8, ONNX Runtime",
     "openvino": "INT8, OpenVINO",
+    "executorch": "INT8, ExecuTorch",
 }
 
 #: Metrics with a column in a table; `int8.json` has all.

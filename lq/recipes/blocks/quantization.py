@@ -28,7 +28,7 @@ class QuantConfig:
     )
     export: list[str] | None = field(
         None,
-        help="formats to write beside int8.pt2: onnx, onnxruntime, aoti; by default ONNX where it is installed",
+        help="formats to write beside int8.pt2: onnx, onnxruntime, aoti, executorch; by default ONNX, if installed",
     )
     overrides: dict[str, Any] = field(
         {}, help="layers quantized in another way, null for those left in float: {layer4: {weight_bits: 6}, fc: null}"
