@@ -48,7 +48,7 @@ def test_all_cases_ran(found: tuple[Found, list[Found]]) -> None:
     alone, together = found
     for results in (alone, *together):
         assert results.keys() >= set(NAMES)
-        assert all(len(results[name]) == 9 for name in NAMES)
+        assert all(len(results[name]) == 10 for name in NAMES)
         assert len({str(results[f"5 histogram {name}"]) for name in CALIBRATORS}) == len(CALIBRATORS)
 
 
@@ -64,7 +64,7 @@ def test_statistics_are_those_of_one_process(found: tuple[Found, list[Found]], n
     alone, together = found
     name = f"{number} histogram"
     assert together[0][name] == together[1][name] == alone[name]
-    assert len(alone[name]) == 9
+    assert len(alone[name]) == 10
 
 
 @pytest.mark.parametrize("number", NUMBERS_OF_BATCHES)
