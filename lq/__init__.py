@@ -22,9 +22,11 @@ from lq.numerics.quantizer import Quantizer, QuantizerState
 from lq.numerics.spec import QuantSpec
 from lq.results.analysis import Advice, Analysis, LayerAnalysis
 from lq.results.report import QuantizationReport
+from lq.results.tuning import Tuning, TuningStep
 from lq.schemes.overrides import LayerSpec
 from lq.schemes.targets import TARGETS, Target
 from lq.timing.benchmark import Benchmark, benchmark
+from lq.tuning.quantize import Quantized, quantize
 from lq.workflow.calibrate import calibrate
 from lq.workflow.comparison import CalibratorComparison, compare_calibrators
 from lq.workflow.convert import convert
@@ -62,10 +64,13 @@ __all__ = [
     "QuantizationCallback",
     "QuantizationReport",
     "QuantizationResult",
+    "Quantized",
     "Quantizer",
     "QuantizerState",
     "RangeTable",
     "Target",
+    "Tuning",
+    "TuningStep",
     "Verification",
     "analyze",
     "benchmark",
@@ -78,6 +83,7 @@ __all__ = [
     "load",
     "load_statistics",
     "prepare",
+    "quantize",
     "quantize_checkpoint",
     "quantizers",
     "ranges",
