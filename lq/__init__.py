@@ -26,6 +26,9 @@ from lq.results.tuning import Tuning, TuningStep
 from lq.schemes.overrides import LayerSpec
 from lq.schemes.targets import TARGETS, Target
 from lq.timing.benchmark import Benchmark, benchmark
+from lq.tuning.bias_correction import correct_bias
+from lq.tuning.equalization import equalize
+from lq.tuning.learned_rounding import learn_rounding
 from lq.tuning.quantize import Quantized, quantize
 from lq.workflow.calibrate import calibrate
 from lq.workflow.comparison import CalibratorComparison, compare_calibrators
@@ -77,9 +80,12 @@ __all__ = [
     "calibrate",
     "compare_calibrators",
     "convert",
+    "correct_bias",
+    "equalize",
     "export",
     "fold_batch_norm",
     "freeze",
+    "learn_rounding",
     "load",
     "load_statistics",
     "prepare",

@@ -20,7 +20,7 @@ from lq.int8.module import Int8Module
 from lq.results.tuning import Tuning, TuningStep
 from lq.schemes.overrides import OverridesLike
 from lq.schemes.targets import AUTO_TARGET, Target
-from lq.tuning.builder import Builder
+from lq.tuning.builder import METHODS, Builder
 from lq.tuning.search import Goal, Search
 from lq.util.modes import evaluating
 from lq.workflow.calibrate import AUTO, batch_size, calibrate_and_compare, default_forward
@@ -60,6 +60,10 @@ def quantize(
     target: str | Target = AUTO_TARGET,
     calibrator: str | None = None,
     overrides: OverridesLike | None = None,
+    bias_correction: bool | None = None,
+    equalization: bool | None = None,
+    learned_rounding: bool | None = False,
+    rounding_seconds: float = 120.0,
     num_samples: int | None = 512,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     max_evaluations: int = 40,
@@ -69,9 +73,10 @@ def quantize(
     """The INT8 network of a float ``model`` that loses at most ``max_drop`` points of the user's own metric.
 
     What costs nothing at run time comes first: the calibrator whose INT8 outputs are nearest to float, then the others
-    that come close. While the metric drops by more than it may, the layers that do the most harm stay in float, as few
-    of them as are enough: they are ordered by the noise that each alone makes in the outputs (see :func:`lq.analyze`),
-    and found by doubling and bisection, so that a network of 170 layers takes about 15 evaluations.
+    that come close, then the methods that change weights and biases, each kept where it makes the drop smaller by a
+    tenth. While the metric still drops by more than it may, the layers that do the most harm stay in float, as few of
+    them as are enough: they are ordered by the noise that each alone makes in the outputs (see :func:`lq.analyze`), and
+    found by doubling and bisection, so that a network of 170 layers takes about 20 evaluations.
 
     Args:
         model: a float module, which is left as it is.
@@ -86,6 +91,12 @@ def quantize(
         target: see :func:`lq.prepare`.
         calibrator: the only one to try; by default all.
         overrides: see :func:`lq.prepare`.
+        bias_correction: whether the mean error of each layer goes into its bias, see :func:`lq.correct_bias`: True for
+            every network, None for where it is needed and helps, False for none.
+        equalization: likewise, whether channels get similar ranges, see :func:`lq.equalize`.
+        learned_rounding: likewise, whether each weight is rounded the way its layer's outputs gain from, see
+            :func:`lq.learn_rounding`. By default not, for it takes minutes.
+        rounding_seconds: how long that may take.
         num_samples: how many samples of ``batches`` at most.
         forward: runs a model, its first argument, on one batch, its second; for batches of any other form.
         max_evaluations: how often ``evaluate`` is called at most, with the float model.
@@ -111,6 +122,8 @@ def quantize(
     """
     begun = time.monotonic()
     goal = Goal(max_drop, max_evaluations, seconds)
+    if not rounding_seconds > 0:
+        raise ValueError(f"rounding_seconds={rounding_seconds} must be above 0")
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be at least 1, or None for all of them")
     kept = _first_batches(batches, num_samples)
@@ -126,8 +139,11 @@ def quantize(
         with evaluating(network), torch.no_grad():
             return float(evaluate(network))
 
-    builder = Builder(prepared, kept, run)
-    search = Search(builder, judge, judge(model), goal, _tell, begun)
+    builder = Builder(prepared, kept, run, rounding_seconds=rounding_seconds)
+    wanted = dict(zip(METHODS, (bias_correction, equalization, learned_rounding), strict=True))
+    always = tuple(name for name, value in wanted.items() if value)
+    where_needed = tuple(name for name, value in wanted.items() if value is None)
+    search = Search(builder, judge, judge(model), goal, always, where_needed, _tell, begun)
     tuning, choice, int8 = search.run(scores)
     builder.settle(choice)
     _log.info("lq: %s", tuning.verdict)

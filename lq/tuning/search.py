@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,9 @@ CALIBRATOR_MARGIN_DB = 3.0
 
 #: How many calibrators are evaluated at most.
 MOST_CALIBRATORS = 3
+
+#: A method stays where the drop is smaller by this share of it: what gains less may do so by chance.
+WORTH = 0.1
 
 #: Share of the time left that measuring the layers' sensitivity may take.
 SENSITIVITY_SHARE = 0.3
@@ -77,6 +81,9 @@ class Search:
         evaluate: the metric of a network.
         float_metric: the metric of the float model.
         goal: what is to be reached.
+        always: methods that every network is made with.
+        where_needed: methods that are tried, in this order, where the calibrators alone do not meet the goal; what
+            does not make the drop smaller by a tenth is left out again.
         tell: called with each step.
         begun: when it began, by :func:`time.monotonic`; the goal's seconds count from there.
     """
@@ -85,6 +92,8 @@ class Search:
     evaluate: Callable[[Int8Module], float]
     float_metric: float
     goal: Goal
+    always: tuple[str, ...] = ()
+    where_needed: tuple[str, ...] = ()
     tell: Callable[[TuningStep], None] = lambda step: None
     begun: float = field(default_factory=time.monotonic)
 
@@ -120,12 +129,23 @@ class Search:
 
     def _try_all(self, scores: Mapping[str, float]) -> None:
         for name in _promising(scores):
-            if self._meets(Choice(name), f"calibrator {name}"):
+            if self._meets(Choice(name, self.always), _words((f"calibrator {name}", *self.always))):
                 return
-        choice = self._choice
+        assert self._best is not None
+        index, choice, _ = self._best
+        drop = self._steps[index].drop
+        for method in self.where_needed:
+            methods = (*choice.methods, method)
+            if not self.builder.applies(method):
+                continue
+            if self._meets(replace(choice, methods=methods), _words(methods)):
+                return
+            if self._steps[-1].drop <= (1 - WORTH) * drop:
+                choice, drop = replace(choice, methods=methods), self._steps[-1].drop
         left = self._seconds_left()
         ranking = self.builder.ranking(choice, None if left is None else max(1.0, SENSITIVITY_SHARE * left))
 
+        @functools.cache
         def meets(layers: tuple[str, ...]) -> bool:
             shown = ", ".join(layers) if len(layers) <= 2 else f"{len(layers)} layers ({layers[0]} ... {layers[-1]})"
             return self._meets(replace(choice, float_layers=layers), f"{shown} in float")
@@ -181,11 +201,6 @@ class Search:
     def _met(self) -> bool:
         return self._best is not None and self._steps[self._best[0]].drop <= self._allowed
 
-    @property
-    def _choice(self) -> Choice:
-        assert self._best is not None
-        return self._best[1]
-
 
 def _promising(scores: Mapping[str, float]) -> list[str]:
     """The calibrators to evaluate, the best first."""
@@ -194,3 +209,7 @@ def _promising(scores: Mapping[str, float]) -> list[str]:
     enough = scores[best_first[0]] - CALIBRATOR_MARGIN_DB
     others = [name for name in best_first[1:] if scores[name] >= enough]
     return [best_first[0], *others][:MOST_CALIBRATORS]
+
+
+def _words(parts: tuple[str, ...]) -> str:
+    return ", ".join(parts).replace("_", " ")

@@ -37,13 +37,13 @@ def break_layers(model: nn.Sequential, blocks: Iterable[str]) -> nn.Sequential:
 
 
 def explained(model: nn.Module) -> Callable[[nn.Module], float]:
-    """How much of the variance of a float model's outputs another one's have, percent; 100 for the model itself."""
+    """How much of the variance of a float model's outputs another one's have, percent, at least 0."""
     with torch.no_grad():
         reference: Tensor = model(TEST).double()
     variance = (reference - reference.mean(0)).square().sum()
 
     def evaluate(network: nn.Module) -> float:
         noise = (network(TEST).double() - reference).square().sum()
-        return float(100 * (1 - noise / variance))
+        return max(0.0, float(100 * (1 - noise / variance)))
 
     return evaluate

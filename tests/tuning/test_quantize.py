@@ -73,7 +73,8 @@ def test_nothing_more_is_tried_once_it_is_met() -> None:
 
 def test_the_best_is_taken_where_none_meets_it_and_says_by_how_much_it_falls_short() -> None:
     model = broken_network()
-    quantized = lq.quantize(model, BATCHES, explained(model), max_drop=0, max_evaluations=5)
+    methods = {"bias_correction": False, "equalization": False}
+    quantized = lq.quantize(model, BATCHES, explained(model), max_drop=0, max_evaluations=5, **methods)
     tuning = quantized.tuning
     assert tuning.evaluations == 5 and tuning.ended == "max_evaluations=5 is reached"
     assert not tuning.met and tuning.step.metric == max(step.metric for step in tuning.steps)
@@ -133,6 +134,58 @@ def test_overrides_of_the_users_own_stay() -> None:
 def test_the_tuning_as_json() -> None:
     tuning = lq.quantize(network(2), BATCHES, explained(network(2)), max_drop=0, max_evaluations=5).tuning
     assert lq.Tuning.from_dict(json.loads(json.dumps(tuning.to_dict()))) == tuning
+
+
+def scaled_network() -> nn.Sequential:
+    """Every third channel between the two convolutions of some blocks is a thousand times as large as it was."""
+    model = network()
+    with torch.no_grad():
+        for name in ("layer1", "layer4"):
+            block = model.get_submodule(name)
+            block.bn1.weight[::3] *= 1000.0  # type: ignore[index, operator, union-attr]
+            block.bn1.bias[::3] *= 1000.0  # type: ignore[index, operator, union-attr]
+            block.conv2.weight[:, ::3] /= 1000.0  # type: ignore[index, operator, union-attr]
+    return model
+
+
+def test_equalisation_takes_the_place_of_layers_in_float() -> None:
+    model = scaled_network()
+    metric = explained(model)
+    equalized = lq.quantize(model, BATCHES, metric, max_drop=8)
+    assert equalized.tuning.met and not equalized.tuning.float_layers
+    assert equalized.tuning.step.methods[-1] == "equalization"
+    assert metric(lq.convert(equalized.model)) == pytest.approx(equalized.tuning.step.metric, abs=1e-3)
+    without = lq.quantize(model, BATCHES, metric, max_drop=8, equalization=False, bias_correction=False)
+    assert sorted(without.tuning.float_layers) == ["layer1.conv2", "layer4.conv2"]
+    assert without.tuning.evaluations < len(lq.report(without.model).layers)
+
+
+def test_methods_that_are_always_on_are_in_every_step_and_in_the_model() -> None:
+    model = network(2)
+    few_bits = {"layer0": {"weight_bits": 3}, "layer1": {"weight_bits": 3}}
+    metric = explained(model)
+    quantized = lq.quantize(
+        model,
+        BATCHES,
+        metric,
+        max_drop=0,
+        bias_correction=True,
+        equalization=True,
+        learned_rounding=True,
+        rounding_seconds=2.0,
+        overrides=few_bits,
+        max_evaluations=8,
+    )
+    tuning = quantized.tuning
+    assert {step.methods for step in tuning.steps} == {("bias_correction", "equalization", "learned_rounding")}
+    assert tuning.float_layers
+    assert metric(quantized.int8) == pytest.approx(tuning.step.metric)
+    assert metric(lq.convert(quantized.model)) == pytest.approx(tuning.step.metric, abs=1e-3)
+    # A layer that stays in float has weights that were not rounded.
+    name = next(name for name in tuning.float_layers if name.startswith("layer"))
+    assert f"{name}.weight" not in lq.quantizers(quantized.model)
+    rows = quantized.model.get_submodule(name).weight.detach().flatten(1)  # type: ignore[operator, union-attr]
+    assert max(len(row.unique()) for row in rows) > 7  # 3 bits have 7 values
 
 
 def test_mistakes() -> None:
