@@ -60,6 +60,7 @@ class Builder:
         forward: runs the model on one batch, see :func:`lq.calibrate`.
         target: the engine family to convert for; by default the one the model was prepared for.
         rounding_seconds: how long learned rounding may take.
+        observed: runs the model on one batch to calibrate it, where that is another thing: a step that calls it twice.
     """
 
     def __init__(
@@ -69,11 +70,13 @@ class Builder:
         forward: Callable[[Any], Any],
         target: Target | None = None,
         rounding_seconds: float = 120.0,
+        observed: Callable[[Any], Any] | None = None,
     ) -> None:
         self.model = model
         self._batches = batches
         self._forward = forward
         self._target = target
+        self._observed = observed or forward
         self._rounding_seconds = rounding_seconds
         self._own = prepared_forward(model).overrides
         self._equalized: tuple[dict[str, Tensor], dict[str, Observer]] | None = None
@@ -150,7 +153,7 @@ class Builder:
             for quantizer in quantizers.values():
                 quantizer.observer = copy.deepcopy(quantizer.observer)
             equalize(self.model, self._batches, forward=self._forward)
-            calibrate(self.model, self._batches, forward=self._forward)
+            calibrate(self.model, self._batches, forward=self._observed)
             weights = {name: tensor.clone() for name, tensor in _weights(self.model).items()}
             self._equalized = weights, {name: quantizer.observer for name, quantizer in quantizers.items()}
         weights, observers = self._equalized

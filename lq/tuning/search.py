@@ -129,7 +129,8 @@ class Search:
 
     def _try_all(self, scores: Mapping[str, float]) -> None:
         for name in _promising(scores):
-            if self._meets(Choice(name, self.always), _words((f"calibrator {name}", *self.always))):
+            change = ", ".join([f"calibrator {name}", *map(_words, self.always)])
+            if self._meets(Choice(name, self.always), change):
                 return
         assert self._best is not None
         index, choice, _ = self._best
@@ -138,7 +139,7 @@ class Search:
             methods = (*choice.methods, method)
             if not self.builder.applies(method):
                 continue
-            if self._meets(replace(choice, methods=methods), _words(methods)):
+            if self._meets(replace(choice, methods=methods), ", ".join(map(_words, methods))):
                 return
             if self._steps[-1].drop <= (1 - WORTH) * drop:
                 choice, drop = replace(choice, methods=methods), self._steps[-1].drop
@@ -211,5 +212,5 @@ def _promising(scores: Mapping[str, float]) -> list[str]:
     return [best_first[0], *others][:MOST_CALIBRATORS]
 
 
-def _words(parts: tuple[str, ...]) -> str:
-    return ", ".join(parts).replace("_", " ")
+def _words(method: str) -> str:
+    return method.replace("_", " ")

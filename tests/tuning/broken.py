@@ -31,7 +31,8 @@ def break_layers(model: nn.Sequential, blocks: Iterable[str]) -> nn.Sequential:
     """
     for name in blocks:
         block = model.get_submodule(name)
-        block.bn1.bias[0] = -1000.0
+        block.bn1.weight[0] = 1000.0  # as large as those that read it: nothing is to be equalised
+        block.bn1.bias[0] = -1e6
         block.conv2.weight[:, 0] = 1000.0
     return model
 
