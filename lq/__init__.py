@@ -22,9 +22,14 @@ from lq.numerics.quantizer import Quantizer, QuantizerState
 from lq.numerics.spec import QuantSpec
 from lq.results.analysis import Advice, Analysis, LayerAnalysis
 from lq.results.report import QuantizationReport
+from lq.results.tuning import Tuning, TuningStep
 from lq.schemes.overrides import LayerSpec
 from lq.schemes.targets import TARGETS, Target
 from lq.timing.benchmark import Benchmark, benchmark
+from lq.tuning.bias_correction import correct_bias
+from lq.tuning.equalization import equalize
+from lq.tuning.learned_rounding import learn_rounding
+from lq.tuning.quantize import Quantized, quantize
 from lq.workflow.calibrate import calibrate
 from lq.workflow.comparison import CalibratorComparison, compare_calibrators
 from lq.workflow.convert import convert
@@ -62,22 +67,29 @@ __all__ = [
     "QuantizationCallback",
     "QuantizationReport",
     "QuantizationResult",
+    "Quantized",
     "Quantizer",
     "QuantizerState",
     "RangeTable",
     "Target",
+    "Tuning",
+    "TuningStep",
     "Verification",
     "analyze",
     "benchmark",
     "calibrate",
     "compare_calibrators",
     "convert",
+    "correct_bias",
+    "equalize",
     "export",
     "fold_batch_norm",
     "freeze",
+    "learn_rounding",
     "load",
     "load_statistics",
     "prepare",
+    "quantize",
     "quantize_checkpoint",
     "quantizers",
     "ranges",

@@ -30,13 +30,14 @@ ARROWS: dict[str, set[str]] = {
     "deployment": {"errors", "util", "schemes", "interface", "graph", "int8", "workflow", "formats", "engines"},
     "timing": {"errors", "util", "graph", "workflow", "deployment"},
     "analysis": {"errors", "util", "numerics", "schemes", "results", "graph", "int8", "workflow"},
+    "tuning": {"errors", "util", "numerics", "schemes", "results", "graph", "int8", "workflow", "analysis"},
     "charts": {"errors", "util", "numerics", "results"},
     "page": {"errors", "util", "results", "charts"},
     "data": {"errors", "util"},
     "models": {"errors", "util"},
     "callback": {
         *("errors", "util", "numerics", "schemes", "interface", "results", "graph", "int8", "workflow"),
-        *("deployment", "timing", "analysis", "charts", "page"),
+        *("deployment", "timing", "analysis", "tuning", "charts", "page"),
     },
     "recipes": {
         *("errors", "util", "numerics", "schemes", "results", "workflow", "deployment", "timing"),

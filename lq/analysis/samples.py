@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lq.graph.analysis import GraphAnalysis
+from lq.graph.parts import PartsForward
 from lq.util.modes import evaluating
 from lq.workflow.calibrate import batch_size, default_forward
 from lq.workflow.prepare import prepared_forward, unprepared
@@ -70,6 +71,8 @@ def model_inputs(
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal seen
+        if isinstance(prepared.own, PartsForward) and not prepared.own.is_of_parts(args, kwargs):
+            return  # the user's own call of a module whose parts are what is quantized
         inputs, settings = prepared.bind(args, kwargs)
         if tuple(inputs) != tuple(prepared.inputs) or settings != prepared.settings:
             raise ValueError(

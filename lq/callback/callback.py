@@ -17,6 +17,7 @@ from torch import nn
 
 from lq.callback.averages import averages_at_the_end, averages_buffers, check_averaging, refresh_averaged_ranges
 from lq.callback.checkpoints.hooks import attach_hooks
+from lq.callback.end.accuracy import check_accuracy
 from lq.callback.end.fit_end import quantize_at_fit_end
 from lq.callback.end.rescue import tell_how_to_finish
 from lq.callback.end.weights import Weights, known_checkpoints
@@ -96,6 +97,15 @@ class QuantizationCallback(HasSettings, Callback):
             the loggers. It may take a tenth of the fit or 30 s, whichever is longer, or as many seconds as are given
             here: the layers with the noisiest weights and inputs come first, and the page says what was left out. What
             fails there is a warning.
+        max_drop: by how much the metric may fall, in points: hundredths of one that the float model has between 0 and 1
+            and that should be large (0.5 allows an accuracy to fall from 0.876 to 0.871), else the metric's own units.
+            While INT8 in process loses more on the validation data, other calibrators are tried, bias correction,
+            equalisation, and then the fewest layers in float that are enough, see :func:`lq.quantize`; ``int8.json``
+            has each step. Weights and biases are then left as the network that was taken has them. PTQ in one process
+            only.
+        max_drop_metric: name of the metric; by default the one that the first ModelCheckpoint or EarlyStopping
+            monitors. Where such a callback has ``mode="min"`` for it, it may rise by so much.
+        max_drop_seconds: how long that may take; None for no limit but that of 40 evaluations.
         export: formats to write beside ``int8.pt2``, which is always written: ``"onnx"`` (``int8.onnx``, for
             OpenVINO, TensorRT and ONNX Runtime), ``"onnxruntime"`` (``int8.onnxruntime.onnx``, for ONNX Runtime alone),
             ``"aoti"`` (``int8.aoti.pt2``, compiled for this machine's CPU) and ``"executorch"`` (``int8.pte``, for
@@ -142,6 +152,9 @@ class QuantizationCallback(HasSettings, Callback):
         weights: Weights | None = None,
         evaluate: bool = True,
         analyze: bool | float = True,
+        max_drop: float | None = None,
+        max_drop_metric: str | None = None,
+        max_drop_seconds: float | None = None,
         export: Sequence[FormatName] | None = None,
         output_dir: str | None = None,
         rehearse: bool = True,
@@ -161,6 +174,9 @@ class QuantizationCallback(HasSettings, Callback):
             weights=weights,
             evaluate=evaluate,
             analyze=analyze,
+            max_drop=max_drop,
+            max_drop_metric=max_drop_metric,
+            max_drop_seconds=max_drop_seconds,
             export=export,
             output_dir=output_dir,
             rehearse=rehearse,
@@ -188,6 +204,8 @@ class QuantizationCallback(HasSettings, Callback):
         staged.fit_mode = self.mode
         staged.takes_any_target = self.settings.auto_target
         check_trainer(trainer)
+        if self.convert and self.max_drop is not None:
+            check_accuracy(self.settings, trainer)
         self._choose_target(trainer)
         if self.mode == "qat":
             check_averaging(trainer, self)

@@ -39,6 +39,8 @@ def quantize_checkpoint(
     overrides: dict[str, LayerSpec | dict[str, Any] | None] | None = None,
     evaluate: bool = True,
     analyze: bool | float = True,
+    max_drop: float | None = None,
+    max_drop_metric: str | None = None,
     export: Sequence[FormatName] | None = None,
     output_dir: str | Path | None = None,
     accelerator: str = "auto",
@@ -63,6 +65,8 @@ def quantize_checkpoint(
             quantization-aware run are in its checkpoint.
         evaluate: whether to validate (with a datamodule) and time the float and the INT8 model.
         analyze: whether to look for the layers that do harm, see :class:`~lq.QuantizationCallback`.
+        max_drop: by how much the metric may fall, see :class:`~lq.QuantizationCallback`; it takes a datamodule.
+        max_drop_metric: name of the metric, which is to be large; it has to be given with ``max_drop``.
         export: formats to write beside ``int8.pt2``, see :class:`~lq.QuantizationCallback`.
         output_dir: folder for what is written; by default ``int8`` beside the checkpoint.
         accelerator: where to calibrate, see the Trainer.
@@ -104,6 +108,8 @@ def quantize_checkpoint(
         overrides=overrides,
         evaluate=evaluate,
         analyze=analyze,
+        max_drop=max_drop,
+        max_drop_metric=max_drop_metric,
         export=export,
     ).settings
     output = path.parent / "int8" if output_dir is None else Path(output_dir)

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lq.callback.description import class_names, normalization
+from lq.callback.end.accuracy import check_measured
 from lq.callback.outputs import NETWORK
 from lq.callback.preparation import check_batch, prepare_for_batch
 from lq.callback.settings import QuantizationSettings
@@ -157,4 +158,6 @@ def _convert(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -
                 export(network, Path(folder) / format.file, format=name, **about)
     staged.put_int8(int8)
     if settings.evaluate:
-        evaluate(trainer, pl_module, limit_batches=1)
+        metrics = evaluate(trainer, pl_module, limit_batches=1)
+        if settings.max_drop is not None:
+            check_measured(settings, trainer, metrics)

@@ -15,6 +15,7 @@ from lq.callback.end.engines import table as engine_table
 from lq.charts.summary_chart import Comparison
 from lq.results.analysis import Analysis
 from lq.results.report import QuantizationReport, slower_text
+from lq.results.tuning import Tuning
 from lq.timing.measure import Timing
 from lq.util.display import as_text, file_size
 
@@ -56,6 +57,7 @@ class QuantizationResult:
         analysis: what quantization does layer by layer, or None where that was not asked for.
         engines: the float model and each engine that is installed here, as they were measured; empty where nothing was.
         stages: seconds that each stage of the end of fit took, by name.
+        tuning: what was tried to keep to ``max_drop``, step by step; None where that was not asked for.
     """
 
     mode: str
@@ -73,6 +75,7 @@ class QuantizationResult:
     analysis: Analysis | None = None
     engines: tuple[Engine, ...] = ()
     stages: dict[str, float] = field(default_factory=dict)
+    tuning: Tuning | None = None
 
     @property
     def recommended(self) -> Engine | None:
@@ -155,6 +158,8 @@ class QuantizationResult:
             values["engines"] = tuple(Engine.from_dict(row) for row in values.get("engines", ()))
             if values.get("analysis") is not None:
                 values["analysis"] = Analysis.from_dict(values["analysis"])
+            if values.get("tuning") is not None:
+                values["tuning"] = Tuning.from_dict(values["tuning"])
             return cls(**values)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"not what lq writes to int8.json: {error!r}") from error
@@ -180,7 +185,8 @@ class QuantizationResult:
     def __str__(self) -> str:
         text = as_text(self.table(), 120)
         slower = self.report.slower_layers
-        lines = [recommendation(self.engines), *notes(self.engines), slower_text(slower) if slower else ""]
+        kept = "" if self.tuning is None else self.tuning.verdict
+        lines = [kept, recommendation(self.engines), *notes(self.engines), slower_text(slower) if slower else ""]
         return text + "".join(f"{line}\n" for line in lines if line)
 
 

@@ -50,6 +50,9 @@ class QuantizationSettings:
     weights: Weights | None
     evaluate: bool
     analyze: bool | float
+    max_drop: float | None
+    max_drop_metric: str | None
+    max_drop_seconds: float | None
     export: tuple[FormatName, ...]
     optional_formats: tuple[FormatName, ...]
     output_dir: str | None
@@ -73,6 +76,9 @@ class QuantizationSettings:
         weights: Weights | None,
         evaluate: bool,
         analyze: bool | float,
+        max_drop: float | None,
+        max_drop_metric: str | None,
+        max_drop_seconds: float | None,
         export: Sequence[FormatName] | None,
         output_dir: str | None,
         rehearse: bool,
@@ -107,6 +113,8 @@ class QuantizationSettings:
             raise ValueError(
                 f"analyze={analyze!r} must be True, False, or how many seconds the analysis may take, a number above 0"
             )
+        if max_drop is not None:
+            _check_max_drop(max_drop, max_drop_seconds, mode, evaluate)
         if weights not in (None, *get_args(Weights)):
             raise ValueError(f"weights={weights!r} is unknown; choose 'best' or 'last', or None for the default")
         formats = default_formats() if export is None else tuple(export)
@@ -126,6 +134,9 @@ class QuantizationSettings:
             weights=weights,
             evaluate=evaluate,
             analyze=analyze,
+            max_drop=max_drop,
+            max_drop_metric=max_drop_metric,
+            max_drop_seconds=max_drop_seconds,
             export=formats,
             optional_formats=formats if export is None else (),
             output_dir=output_dir,
@@ -142,6 +153,17 @@ class QuantizationSettings:
             return float(self.analyze)
         fit = 0.0 if begun is None else time.monotonic() - begun
         return max(ANALYSIS_SECONDS, ANALYSIS_SHARE * fit)
+
+
+def _check_max_drop(max_drop: float, seconds: float | None, mode: Mode, evaluate: bool) -> None:
+    if not 0 <= max_drop < math.inf:
+        raise ValueError(f"max_drop={max_drop} must be a number of points, at least 0, or None for any drop")
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"max_drop_seconds={seconds} must be above 0, or None for no limit")
+    if mode != "ptq":
+        raise ValueError(f"max_drop={max_drop} is for mode='ptq'; mode={mode!r} has its own way to the accuracy")
+    if not evaluate:
+        raise ValueError(f"max_drop={max_drop} needs evaluate=True: the drop is that of the validation's metric")
 
 
 class HasSettings:
@@ -204,6 +226,18 @@ class HasSettings:
     @property
     def analyze(self) -> bool | float:
         return self.settings.analyze
+
+    @property
+    def max_drop(self) -> float | None:
+        return self.settings.max_drop
+
+    @property
+    def max_drop_metric(self) -> str | None:
+        return self.settings.max_drop_metric
+
+    @property
+    def max_drop_seconds(self) -> float | None:
+        return self.settings.max_drop_seconds
 
     @property
     def export(self) -> tuple[FormatName, ...]:

@@ -103,7 +103,7 @@ def compare_calibrators(
     with evaluating(model), torch.no_grad():
         with quantizers_off(model):
             float_metrics = _metrics(evaluate(model))
-        with _keeping_ranges(model):
+        with keeping_ranges(model):
             simulate(model)
             for calibrator in chosen:
                 recalibrate(model, calibrator)
@@ -130,7 +130,7 @@ def choose_calibrator(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> Ca
     with agreed("comparing calibrators"):
         with quantizers_off(model):
             references = [_float_leaves(run()) for run in runs]
-        with _keeping_ranges(model):
+        with keeping_ranges(model):
             for calibrator, energy in zip(calibrators, energies, strict=True):
                 recalibrate(model, calibrator)
                 for run, reference in zip(runs, references, strict=True):
@@ -146,6 +146,23 @@ def choose_calibrator(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> Ca
         # INT8 outputs can be infinite (-inf dB) or NaN (worse than any) where the float outputs are not.
         scores[str(calibrator)] = {SQNR: math.inf if noise == 0 else float(10 * torch.log10(signal / noise))}
     return CalibratorComparison(scores, {})
+
+
+@contextmanager
+def keeping_ranges(model: nn.Module) -> Iterator[None]:
+    """Restore ranges, calibrators and states of the quantizers on exit."""
+    activations = activation_quantizers(model)
+    kept = {q: (q.scale.clone(), q.zero_point.clone(), q.calibrator) for q in activations.values()}
+    states = {q: q.state for q in quantizers(model).values()}
+    try:
+        yield
+    finally:
+        for quantizer, (scale, zero_point, calibrator) in kept.items():
+            quantizer.scale.copy_(scale)
+            quantizer.zero_point.copy_(zero_point)
+            quantizer.calibrator = calibrator
+        for quantizer, state in states.items():
+            quantizer.state = state
 
 
 def _metrics(value: float | Mapping[str, float]) -> dict[str, float]:
@@ -165,20 +182,3 @@ def _sum_over_processes(values: Tensor, model: nn.Module) -> Tensor:
         values = values.float().to(device)
         dist.all_reduce(values)
     return values.cpu().double()
-
-
-@contextmanager
-def _keeping_ranges(model: nn.Module) -> Iterator[None]:
-    """Restore ranges, calibrators and states of the quantizers on exit."""
-    activations = activation_quantizers(model)
-    kept = {q: (q.scale.clone(), q.zero_point.clone(), q.calibrator) for q in activations.values()}
-    states = {q: q.state for q in quantizers(model).values()}
-    try:
-        yield
-    finally:
-        for quantizer, (scale, zero_point, calibrator) in kept.items():
-            quantizer.scale.copy_(scale)
-            quantizer.zero_point.copy_(zero_point)
-            quantizer.calibrator = calibrator
-        for quantizer, state in states.items():
-            quantizer.state = state

@@ -27,6 +27,7 @@ from lq.deployment.export import ExportResult, export, pays_off
 from lq.deployment.formats import FORMATS, FormatName
 from lq.int8.module import Int8Module
 from lq.results.report import slower_text
+from lq.results.tuning import Tuning
 from lq.schemes.targets import Target
 from lq.util.cpu import has_onednn_int8, has_vnni
 from lq.util.file_sets import replaced_as_a_whole
@@ -73,6 +74,7 @@ class Conversion:
         evaluate: metrics of the LightningModule as it is; None to measure nothing, not even latency.
         float_seconds: what that took with the float model.
         comparison: what ``calibrator="auto"`` compared.
+        tuning: what was tried to keep to ``max_drop``.
         inspect: looks at the prepared unit and its INT8 network, given the layers' times where there are some; None not
             to.
         settings: what to tell of the run.
@@ -90,6 +92,7 @@ class Conversion:
     evaluate: Callable[[], dict[str, float]] | None = None
     float_seconds: float = 0.0
     comparison: CalibratorComparison | None = None
+    tuning: Tuning | None = None
     inspect: Callable[[Int8Module, list[dict[str, float]] | None], Findings] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -174,6 +177,7 @@ class Conversion:
             weights=self.weights,
             settings=dict(self.settings),
             analysis=findings.analysis,
+            tuning=self.tuning,
             engines=rows if self.evaluate is not None else (),
         )
         with watch.stage("page"), warns_on_failure("writing the page"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lq.callback.averages import averages_buffers, refresh_averaged_ranges
 from lq.callback.description import class_names, normalization, run_settings
+from lq.callback.end.accuracy import keep_accuracy, keeping
 from lq.callback.end.conversion import Conversion, Outcome
 from lq.callback.end.inspection import Findings, inspect_unit
 from lq.callback.end.predictions import compare_predictions
@@ -126,13 +127,17 @@ def _quantize(
         pl_module.float()
     evaluates = settings.evaluate and trainer.is_global_zero
     float_metrics: dict[str, float] = {}
-    comparison = None
+    comparison, tuning = None, None
+    kept: list[Any] = []
     if settings.mode == "ptq":
         with agreed("evaluating the float model"), watch.stage("evaluation"):
             if evaluates:
                 float_metrics = evaluate(trainer, pl_module)
         with watch.stage("calibration"):
-            comparison = _calibrate(settings, trainer, staged)
+            comparison = _calibrate(settings, trainer, staged, kept)
+        if settings.max_drop is not None:
+            with watch.stage("accuracy"):
+                tuning = keep_accuracy(settings, trainer, staged, kept, float_metrics, comparison)
     else:
         if averages_buffers(trainer):
             refresh_averaged_ranges(staged)
@@ -152,6 +157,7 @@ def _quantize(
         evaluate=(lambda: evaluate(trainer, pl_module)) if evaluates else None,
         float_seconds=watch.seconds.get("evaluation", 0.0),
         comparison=comparison,
+        tuning=tuning,
         inspect=partial(inspect_unit, settings, trainer, staged, fit_begun=fit_begun) if settings.analyze else None,
         settings=run_settings(settings, trainer, staged.parts or (staged.path,)),
     )
@@ -164,8 +170,10 @@ def _quantize(
     return outcome
 
 
-def _calibrate(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -> CalibratorComparison | None:
-    """Observe batches on the device that trained."""
+def _calibrate(
+    settings: QuantizationSettings, trainer: Any, staged: StagedUnit, kept: list[Any]
+) -> CalibratorComparison | None:
+    """Observe batches on the device that trained; where ``max_drop`` needs some, they are put into ``kept``."""
     bar = trainer.progress_bar_callback
     pl_module = trainer.lightning_module
     home = pl_module.device
@@ -192,10 +200,13 @@ def _calibrate(settings: QuantizationSettings, trainer: Any, staged: StagedUnit)
                 overrides=settings.overrides,
                 is_given=is_given,
             )
+        observed: Iterable[Any] = itertools.chain([first], batches)
+        if settings.max_drop is not None:
+            observed = keeping(observed, kept)
         with evaluating(pl_module):
             comparison = calibrate_and_compare(
                 unit,
-                itertools.chain([first], batches),
+                observed,
                 calibrator=settings.calibrator,
                 num_batches=_share(settings.calibration_batches, trainer.world_size),
                 num_samples=_share(settings.calibration_samples, trainer.world_size),

@@ -1,0 +1,149 @@
+"""Where the metric may fall by no more than the user says: INT8 networks are tried until one keeps to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from lq.callback.settings import QuantizationSettings
+from lq.callback.steps.batches import count_samples
+from lq.callback.steps.evaluation import evaluate
+from lq.callback.steps.running import call_unit, run_unit
+from lq.callback.steps.stages import StagedUnit
+from lq.int8.module import Int8Module
+from lq.results.tuning import Tuning, TuningStep
+from lq.tuning.builder import BIAS_CORRECTION, EQUALIZATION, Builder
+from lq.tuning.search import Goal, Search
+from lq.util.modes import evaluating
+from lq.workflow.comparison import SQNR, CalibratorComparison
+
+#: Calibration samples that are kept for the methods and for the layers' sensitivity.
+KEPT_SAMPLES = 512
+
+#: How often the validation data are run through a network at most, with the float one.
+MAX_EVALUATIONS = 40
+
+
+def keeping(batches: Iterable[Any], kept: list[Any]) -> Iterator[Any]:
+    """``batches``, the first of which are put into ``kept``, on the CPU, until they have :data:`KEPT_SAMPLES`."""
+    samples = 0
+    for batch in batches:
+        if samples < KEPT_SAMPLES:
+            kept.append(tree_map(lambda value: value.cpu() if isinstance(value, Tensor) else value, batch))
+            samples += max(1, count_samples(batch))
+        yield batch
+
+
+def judged_by(settings: QuantizationSettings, trainer: Any) -> tuple[str, bool]:
+    """``(name, smallest)`` of the metric that may fall by ``max_drop``, and whether a smaller one is better.
+
+    Raises:
+        ValueError: where no metric is named, and none is monitored.
+    """
+    callbacks = [*trainer.checkpoint_callbacks, *trainer.early_stopping_callbacks]
+    modes = {c.monitor: c.mode for c in reversed(callbacks) if getattr(c, "monitor", None) is not None}
+    monitored = next((c.monitor for c in callbacks if getattr(c, "monitor", None) is not None), None)
+    name = settings.max_drop_metric or monitored
+    if name is None:
+        raise ValueError(
+            f"max_drop={settings.max_drop}: no callback monitors a metric that could drop: name one of those that "
+            f"validation_step logs, QuantizationCallback(max_drop=..., max_drop_metric='val_acc')"
+        )
+    return name, modes.get(name) == "min"
+
+
+def check_accuracy(settings: QuantizationSettings, trainer: Any) -> None:
+    """Refuse a ``max_drop`` that nothing can be judged by.
+
+    Raises:
+        ValueError: where no metric is known, or there are several processes.
+    """
+    judged_by(settings, trainer)
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"max_drop={settings.max_drop} works in one process, and there are {trainer.world_size}: train without it, "
+            f"and give the checkpoint to lq.quantize_checkpoint(path, MyModule, data, max_drop=...)"
+        )
+
+
+def check_measured(settings: QuantizationSettings, trainer: Any, metrics: Mapping[str, float]) -> None:
+    """Refuse a metric that validation does not give.
+
+    Raises:
+        ValueError: with the names of those that it does.
+    """
+    name, _ = judged_by(settings, trainer)
+    if name not in metrics:
+        logged = ", ".join(map(repr, metrics)) or "nothing"
+        raise ValueError(
+            f"max_drop={settings.max_drop}: the validation gives no {name!r}, by which INT8 is to be judged; it gives "
+            f"{logged}. Log it in validation_step, or name another one: QuantizationCallback(max_drop_metric=...)"
+        )
+
+
+def keep_accuracy(
+    settings: QuantizationSettings,
+    trainer: Any,
+    staged: StagedUnit,
+    batches: list[Any],
+    float_metrics: Mapping[str, float],
+    comparison: CalibratorComparison | None,
+) -> Tuning:
+    """Try INT8 networks by the user's own validation until one keeps to ``max_drop``; the unit is what it is made of.
+
+    Args:
+        settings: say what may drop, and by how much.
+        trainer: the Trainer, after training.
+        staged: the unit, prepared and calibrated.
+        batches: of calibration data, on the CPU.
+        float_metrics: of the float model.
+        comparison: of the calibrators, where they were compared.
+
+    Raises:
+        ValueError: where the validation does not give the metric.
+    """
+    pl_module: Any = staged.pl_module
+    check_measured(settings, trainer, float_metrics)
+    name, smallest = judged_by(settings, trainer)
+    assert settings.max_drop is not None
+    goal = Goal(settings.max_drop, MAX_EVALUATIONS, settings.max_drop_seconds, smallest, name)
+
+    def judge(int8: Int8Module) -> float:
+        staged.put_int8(int8)
+        try:
+            return evaluate(trainer, pl_module)[name]
+        finally:
+            staged.take_int8_off()
+            staged.unit.cpu()
+
+    def call(batch: Any) -> Any:
+        with evaluating(pl_module):
+            return call_unit(staged, batch, staged.calibrated_with)
+
+    def observe(batch: Any) -> Any:
+        with evaluating(pl_module):
+            return run_unit(staged, batch, staged.calibrated_with)
+
+    scores = {settings.calibrator: 0.0}  # the only one there is
+    if comparison is not None:
+        scores = {calibrator: values[SQNR] for calibrator, values in comparison.scores.items()}
+    home = pl_module.device
+    pl_module.cpu()
+    try:
+        builder = Builder(staged.unit, batches, call, settings.target, observed=observe)
+        methods = (BIAS_CORRECTION, EQUALIZATION)
+        search = Search(builder, judge, float_metrics[name], goal, where_needed=methods, tell=_tell)
+        tuning, choice, _ = search.run(scores)
+        builder.settle(choice)
+    finally:
+        pl_module.to(home)
+    (rank_zero_info if tuning.met else rank_zero_warn)(f"lq: max_drop={settings.max_drop}: {tuning.verdict}")
+    return tuning
+
+
+def _tell(step: TuningStep) -> None:
+    rank_zero_info(f"lq: {step.change}: {step.metric:.4f} (drop {step.drop:+.4f}), {step.seconds:.1f} s")

@@ -1,0 +1,121 @@
+"""What was tried to reach an accuracy, step by step, as plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from lq.util.display import as_text
+
+
+@dataclass(frozen=True)
+class TuningStep:
+    """One INT8 network that was evaluated.
+
+    Args:
+        change: what is new in it, in words.
+        metric: of the INT8 network.
+        drop: by how much that is worse than the float model's, in the metric's own units.
+        seconds: to make and to evaluate it; of the first step that needs a method, with what the method takes.
+        calibrator: of the ranges.
+        methods: what the weights and biases went through, in order.
+        float_layers: names of the layers that stayed in float for the accuracy's sake.
+    """
+
+    change: str
+    metric: float
+    drop: float
+    seconds: float
+    calibrator: str
+    methods: tuple[str, ...] = ()
+    float_layers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The way to an accuracy; ``str(tuning)`` is a table of the steps.
+
+    Args:
+        metric_name: what to call the metric.
+        float_metric: of the float model.
+        allowed_drop: by how much INT8 may be worse, in the metric's own units.
+        steps: in the order they were tried.
+        chosen: index of the step that was taken.
+        ended: why no more was tried.
+    """
+
+    metric_name: str
+    float_metric: float
+    allowed_drop: float
+    steps: tuple[TuningStep, ...]
+    chosen: int
+    ended: str
+
+    @property
+    def step(self) -> TuningStep:
+        """The one that was taken."""
+        return self.steps[self.chosen]
+
+    @property
+    def met(self) -> bool:
+        """Whether the drop is within what was allowed."""
+        return self.step.drop <= self.allowed_drop
+
+    @property
+    def shortfall(self) -> float:
+        """By how much the drop is larger than allowed, in the metric's own units; 0 where it is not."""
+        return max(0.0, self.step.drop - self.allowed_drop)
+
+    @property
+    def float_layers(self) -> tuple[str, ...]:
+        """The layers that stayed in float for the accuracy's sake, the most harmful first."""
+        return self.step.float_layers
+
+    @property
+    def evaluations(self) -> int:
+        """How often the metric was measured, with the float model."""
+        return len(self.steps) + 1
+
+    @property
+    def verdict(self) -> str:
+        """How it ended, in a sentence or two."""
+        step = self.step
+        how = "meets" if self.met else f"falls short by {self.shortfall:.4g} of"
+        text = (
+            f"{self.metric_name} {step.metric:.4g} {how} the allowed drop of {self.allowed_drop:.4g} from "
+            f"{self.float_metric:.4g} in float; {self.ended}"
+        )
+        if step.float_layers:
+            text += f". In float: {', '.join(step.float_layers)}"
+        return text
+
+    def table(self) -> Table:
+        table = Table(title=f"float {self.float_metric:.4f}, allowed drop {self.allowed_drop:.4g}")
+        table.add_column("", justify="center")
+        table.add_column("change", overflow="fold")
+        for header in (self.metric_name, "drop", "layers in float", "seconds"):
+            table.add_column(header, justify="right")
+        for index, step in enumerate(self.steps):
+            numbers = (f"{step.metric:.4f}", f"{step.drop:+.4f}", str(len(step.float_layers)), f"{step.seconds:.1f}")
+            table.add_row("*" if index == self.chosen else "", step.change, *numbers)
+        table.caption = self.verdict
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self.table(), 120)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain dicts, lists, strings and numbers, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Tuning:
+        """The tuning that :meth:`to_dict` gave, also after a round trip through JSON."""
+
+        def step(row: Mapping[str, Any]) -> TuningStep:
+            return TuningStep(**{**row, "methods": tuple(row["methods"]), "float_layers": tuple(row["float_layers"])})
+
+        return cls(**{**values, "steps": tuple(step(row) for row in values["steps"])})

@@ -1,0 +1,209 @@
+"""INT8 networks of one model, each made another way."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lq.analysis.analyze import analyze
+from lq.graph.forward import QUANTIZERS
+from lq.int8.module import Int8Module
+from lq.numerics.observers import Observer
+from lq.results.analysis import Analysis
+from lq.schemes.overrides import Overrides
+from lq.schemes.targets import Target
+from lq.tuning.bias_correction import correct_bias
+from lq.tuning.equalization import can_equalize, equalize
+from lq.tuning.learned_rounding import learn_rounding
+from lq.workflow.calibrate import calibrate
+from lq.workflow.comparison import keeping_ranges
+from lq.workflow.convert import convert
+from lq.workflow.prepare import activation_quantizers, prepare, prepared_forward, simulate, unprepare
+from lq.workflow.recalibrate import recalibrate
+
+BIAS_CORRECTION, EQUALIZATION, LEARNED_ROUNDING = "bias_correction", "equalization", "learned_rounding"
+
+#: In the order they are tried, the quickest first.
+METHODS = (BIAS_CORRECTION, EQUALIZATION, LEARNED_ROUNDING)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How an INT8 network is made.
+
+    Args:
+        calibrator: of the ranges.
+        methods: what the weights and biases go through, of :data:`METHODS`; the order does not matter.
+        float_layers: names of layers that stay in float, beside those that the model's own overrides keep there.
+    """
+
+    calibrator: str
+    methods: tuple[str, ...] = ()
+    float_layers: tuple[str, ...] = ()
+
+
+class Builder:
+    """Makes INT8 networks of a calibrated model, which is afterwards as it was.
+
+    Nothing is prepared or calibrated again for another calibrator or for layers in float: the statistics of all tensors
+    that any of these networks rounds are there from the first pass over the data.
+
+    Args:
+        model: prepared for PTQ, with histograms, and calibrated.
+        batches: of calibration data.
+        forward: runs the model on one batch, see :func:`lq.calibrate`.
+        target: the engine family to convert for; by default the one the model was prepared for.
+        rounding_seconds: how long learned rounding may take.
+        observed: runs the model on one batch to calibrate it, where that is another thing: a step that calls it twice.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Any],
+        forward: Callable[[Any], Any],
+        target: Target | None = None,
+        rounding_seconds: float = 120.0,
+        observed: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.model = model
+        self._batches = batches
+        self._forward = forward
+        self._target = target
+        self._observed = observed or forward
+        self._rounding_seconds = rounding_seconds
+        self._own = prepared_forward(model).overrides
+        self._equalized: tuple[dict[str, Tensor], dict[str, Observer]] | None = None
+        self._rounded: dict[tuple[str, bool], dict[str, Tensor]] = {}
+
+    def applies(self, method: str) -> bool:
+        """Whether there is anything in the model that ``method`` changes."""
+        return method != EQUALIZATION or can_equalize(self.model)
+
+    def int8(self, choice: Choice) -> Int8Module:
+        """The INT8 network made as ``choice`` says.
+
+        Raises:
+            Whatever :func:`lq.convert` does.
+        """
+        with self._made(choice):
+            return convert(self.model, self._target)
+
+    def ranking(self, choice: Choice, seconds: float | None) -> list[str]:
+        """The layers that run in INT8 by the noise that each makes alone in the outputs, the largest first.
+
+        Args:
+            choice: how the network is made.
+            seconds: about how long measuring may take.
+        """
+        with self._made(choice):
+            analysis = analyze(
+                self.model, self._batches, timing=False, seconds=seconds, forward=self._forward, progress=False
+            )
+        return _by_harm(analysis)
+
+    def settle(self, choice: Choice) -> None:
+        """Leave the model as ``choice`` wants it: prepared for the layers it keeps in float, and calibrated."""
+        before = activation_quantizers(self.model)
+        if choice.float_layers:
+            forward, overrides = prepared_forward(self.model), self._overrides(choice)
+            arguments = {**forward.inputs, **forward.settings}
+            observer, target = forward.observer, forward.target
+            prepare(unprepare(self.model), arguments, target=target, observer=observer, overrides=overrides)
+        for name, quantizer in activation_quantizers(self.model).items():
+            quantizer.observer = before[name].observer
+        self._apply(choice)
+
+    def _overrides(self, choice: Choice) -> Overrides:
+        kept = [(name, spec) for name, spec in self._own.specs if name not in choice.float_layers]
+        return Overrides((*kept, *((name, None) for name in choice.float_layers)))
+
+    @contextmanager
+    def _made(self, choice: Choice) -> Iterator[None]:
+        """The model as ``choice`` wants it converted."""
+        forward = prepared_forward(self.model)
+        with keeping_ranges(self.model), _keeping_weights_and_statistics(self.model):
+            forward.overrides = self._overrides(choice)
+            try:
+                self._apply(choice)
+                yield
+            finally:
+                forward.overrides = self._own
+
+    def _apply(self, choice: Choice) -> None:
+        if EQUALIZATION in choice.methods:
+            self._equalize()
+        recalibrate(self.model, choice.calibrator)
+        simulate(self.model)
+        if LEARNED_ROUNDING in choice.methods:
+            self._round(choice)
+        if BIAS_CORRECTION in choice.methods:
+            correct_bias(self.model, self._batches, forward=self._forward)
+
+    def _equalize(self) -> None:
+        """With the statistics of the equalised network."""
+        quantizers = activation_quantizers(self.model)
+        if self._equalized is None:
+            for quantizer in quantizers.values():
+                quantizer.observer = copy.deepcopy(quantizer.observer)
+            equalize(self.model, self._batches, forward=self._forward)
+            calibrate(self.model, self._batches, forward=self._observed)
+            weights = {name: tensor.clone() for name, tensor in _weights(self.model).items()}
+            self._equalized = weights, {name: quantizer.observer for name, quantizer in quantizers.items()}
+        weights, observers = self._equalized
+        _load(self.model, weights)
+        for name, quantizer in quantizers.items():
+            quantizer.observer = observers[name]
+
+    def _round(self, choice: Choice) -> None:
+        """Learned once, and left out again of the layers that stay in float."""
+        key = (choice.calibrator, EQUALIZATION in choice.methods)
+        if key not in self._rounded:
+            before = {name: tensor.clone() for name, tensor in _weights(self.model).items()}
+            learn_rounding(
+                self.model, self._batches, seconds=self._rounding_seconds, forward=self._forward, progress=False
+            )
+            after = _weights(self.model).items()
+            self._rounded[key] = {name: new.clone() for name, new in after if not torch.equal(new, before[name])}
+            _load(self.model, before)
+        overrides = self._overrides(choice)
+        rounded = self._rounded[key].items()
+        _load(self.model, {name: new for name, new in rounded if not overrides.in_float(name.rpartition(".")[0])})
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, without those of the quantizers."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {name: tensor.detach() for name, tensor in tensors if not name.startswith(f"{QUANTIZERS}.")}
+
+
+def _load(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    weights = _weights(model)
+    for name, value in values.items():
+        weights[name].copy_(value)
+
+
+@contextmanager
+def _keeping_weights_and_statistics(model: nn.Module) -> Iterator[None]:
+    weights = {name: tensor.clone() for name, tensor in _weights(model).items()}
+    observers = {quantizer: quantizer.observer for quantizer in activation_quantizers(model).values()}
+    try:
+        yield
+    finally:
+        _load(model, weights)
+        for quantizer, observer in observers.items():
+            quantizer.observer = observer
+
+
+def _by_harm(analysis: Analysis) -> list[str]:
+    """Names of the layers that can be left in float alone; a name that is called several times stands once."""
+    rows = [layer for layer in analysis.by_harm() if layer.in_int8]
+    measured = [row.name for row in rows if row.only_sqnr_db is not None and row.all_but_sqnr_db is not None]
+    # Those that there was no time for are the least suspicious ones.
+    return list(dict.fromkeys([*measured, *(row.name for row in rows if row.name in analysis.left_out)]))

@@ -1,0 +1,146 @@
+"""``QuantizationCallback(max_drop=...)``: INT8 networks that keep to an accuracy, by the user's own validation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from callback.classifiers import Wrapped, loader
+from callback.fits import TARGET, fit, quantization
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+import lq
+from lq import QuantizationResult
+from lq.int8.module import Int8Module
+
+
+class Broken(Wrapped):
+    """Weights for a channel that is always zero are so large that all others in their layer round to zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model[1].requires_grad_(False)
+        self.model[3].requires_grad_(False)
+        with torch.no_grad():
+            self.model[1].weight[0] = 1000.0  # as large as those that read it: nothing is to be equalised
+            self.model[1].bias[0] = -1e6
+            self.model[3].weight[:, 0] = 1000.0
+
+
+def test_the_broken_layer_stays_in_float(tmp_path: Path) -> None:
+    model = Broken()
+    callback = quantization(tmp_path, max_drop=0.5, max_drop_metric="val_acc", rehearse=True)
+    trainer = fit(model, tmp_path, callback)
+    result = callback.result
+    assert result is not None and result.tuning is not None
+    tuning = result.tuning
+    assert tuning.met and tuning.float_layers == ("3",)
+    assert tuning.metric_name == "val_acc" and tuning.allowed_drop == pytest.approx(0.005)
+    # By the user's own validation, of float and of what stands in the module now.
+    assert tuning.float_metric == result.float_side.metrics["val_acc"]
+    assert tuning.step.metric == result.int8_side.metrics["val_acc"]
+    assert tuning.steps[0].drop > 0.005
+    (again,) = trainer.validate(model, loader(seed=1), verbose=False)
+    assert again["val_acc"] == pytest.approx(tuning.step.metric)
+    assert isinstance(model.model, Int8Module)
+    precisions = {layer.name: layer.precision for layer in result.report.layers}
+    assert (precisions["0"], precisions["3"], precisions["8"]) == ("int8", "float", "int8")
+    # In the file, and in what is printed.
+    written = (tmp_path / "int8" / "int8.json").read_text()
+    assert QuantizationResult.from_json(written) == result
+    assert [step["change"] for step in json.loads(written)["tuning"]["steps"]] == [s.change for s in tuning.steps]
+    assert tuning.verdict in str(result)
+    file = lq.load(tmp_path / "int8" / "int8.pt2")
+    x = next(iter(loader(seed=1)))[0]
+    assert torch.allclose(file(x), model(x), atol=1e-5)
+
+
+class Flat(Broken):
+    """Broken, with the layers in the LightningModule itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.model:
+            x = layer(x)
+        return x
+
+
+def test_a_monitored_loss_may_rise_by_so_much(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", monitor="val_loss", mode="min")
+    callback = quantization(tmp_path, max_drop=0.05, calibrator="mse")
+    fit(Flat(), tmp_path, callback, callbacks=[checkpoint], enable_checkpointing=True)
+    assert callback.result is not None and callback.result.tuning is not None
+    tuning = callback.result.tuning
+    assert (tuning.metric_name, tuning.allowed_drop) == ("val_loss", 0.05)
+    assert tuning.steps[0].drop == tuning.steps[0].metric - tuning.float_metric > 0.05
+    assert tuning.met and tuning.step.drop <= 0.05
+    assert {step.calibrator for step in tuning.steps} == {"mse"}
+
+
+def test_a_checkpoint_of_the_run_is_restored_as_it_was_quantized(tmp_path: Path) -> None:
+    model = Broken()
+    callback = quantization(tmp_path, max_drop=0.5, max_drop_metric="val_acc")
+    trainer = fit(model, tmp_path, callback)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    x = next(iter(loader(seed=1)))[0]
+    expected = model(x)
+    other = Broken()
+    fresh = Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[quantization(tmp_path)],
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+    )
+    fresh.validate(other, loader(seed=1), ckpt_path=tmp_path / "after.ckpt", verbose=False)
+    assert isinstance(other.model, Int8Module)
+    assert torch.equal(other(x), expected)
+
+
+class Data(LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return loader()
+
+    def val_dataloader(self) -> Any:
+        return loader(seed=1)
+
+
+def test_a_checkpoint_that_was_trained_without(tmp_path: Path) -> None:
+    trainer = fit(Broken(), tmp_path, None)
+    trainer.save_checkpoint(tmp_path / "float.ckpt")
+    settings: dict[str, Any] = {"max_drop": 0.5, "analyze": False, "target": TARGET, "accelerator": "cpu"}
+    with pytest.raises(ValueError, match="max_drop=0.5: no callback monitors a metric"):
+        lq.quantize_checkpoint(tmp_path / "float.ckpt", Broken, Data(), **settings)
+    result = lq.quantize_checkpoint(tmp_path / "float.ckpt", Broken, Data(), max_drop_metric="val_acc", **settings)
+    assert result.tuning is not None and result.tuning.met
+    assert result.tuning.float_layers == ("3",)
+
+
+def test_what_cannot_be_kept_is_said_with_how_much_is_missing(tmp_path: Path) -> None:
+    callback = quantization(tmp_path, max_drop=0.0, max_drop_metric="val_acc", max_drop_seconds=1e-6)
+    with pytest.warns(UserWarning, match=r"max_drop=0.0: val_acc .* falls short by .* leave no time for another"):
+        fit(Broken(), tmp_path, callback)
+    assert callback.result is not None and callback.result.tuning is not None
+    assert not callback.result.tuning.met and callback.result.tuning.evaluations == 2
+
+
+def test_mistakes_are_told_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_drop=-1 must be a number of points"):
+        quantization(tmp_path, max_drop=-1)
+    with pytest.raises(ValueError, match="max_drop_seconds=0 must be above 0"):
+        quantization(tmp_path, max_drop=1, max_drop_seconds=0)
+    with pytest.raises(ValueError, match="max_drop=1 is for mode='ptq'"):
+        quantization(tmp_path, max_drop=1, mode="qat")
+    with pytest.raises(ValueError, match="max_drop=1 needs evaluate=True"):
+        quantization(tmp_path, max_drop=1, evaluate=False)
+    model = Wrapped()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="max_drop=1: no callback monitors a metric that could drop"):
+        fit(model, tmp_path, quantization(tmp_path, max_drop=1))
+    with pytest.raises(ValueError, match="gives no 'val_f1', by which .* it gives 'val_loss', 'val_acc'"):
+        fit(model, tmp_path, quantization(tmp_path, max_drop=1, max_drop_metric="val_f1", rehearse=True))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
