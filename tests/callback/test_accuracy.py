@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from callback.classifiers import Wrapped, loader
-from callback.fits import TARGET, fit, quantization
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 import lq
+from helpers.classifiers import Wrapped, loader
+from helpers.fits import fit, quantization
+from helpers.quantized import TARGET
 from lq import QuantizationResult
 from lq.int8.module import Int8Module
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from core.networks import randomize_batch_norm
 from torch import Tensor, nn
-from tuning.broken import BATCHES, TEST, explained, network
 
 import lq
+from helpers.broken_layers import BATCHES, TEST, explained, network
+from helpers.networks import randomize_batch_norm
 
 ALL = torch.cat(BATCHES)
 

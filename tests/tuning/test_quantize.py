@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from tuning.broken import BATCHES, TEST, break_layers, explained, network
 
 import lq
+from helpers.broken_layers import BATCHES, TEST, break_layers, explained, network
 from lq.tuning.fewest import fewest
 
 BROKEN = ("layer2.conv2", "layer5.conv2", "layer6.conv2")

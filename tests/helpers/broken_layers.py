@@ -6,9 +6,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 import torch
-from calibration.networks import Block, images
-from core.networks import randomize_batch_norm
 from torch import Tensor, nn
+
+from helpers.calibration import Block, images
+from helpers.networks import randomize_batch_norm
 
 BATCHES = images(4, samples=8)
 TEST = images(1, samples=32, seed=1)[0]
