@@ -77,6 +77,16 @@ def a_calibrated_model() -> Names:
     return names | {"model": calibrated(SmallResNet(), *IMAGES.split(2), target="auto")}
 
 
+def a_float_model_and_its_metric() -> Names:
+    return a_calibrated_model() | {"model": SmallResNet().eval()}
+
+
+def a_checkpoint_and_a_calibrated_model() -> Names:
+    fit(Wrapped(), Path(), quantization(Path(), convert=False), epochs=1).save_checkpoint("best.ckpt")
+    names = {"MyModule": Wrapped, "MyDataModule": Data, "mean": [0.5] * 3, "std": [0.25] * 3}
+    return a_calibrated_model() | {"lq": lq, **names}
+
+
 def a_float_model() -> Names:
     names: Names = {"model": SmallResNet().eval(), "inputs": IMAGES[:2]}
     return names | {"Trainer": pytorch.Trainer, "QuantizationCallback": QuantizationCallback}
@@ -91,7 +101,15 @@ PAGES: dict[str, list[Callable[[], Names]]] = {
     "README.md": [a_fit, batches, nothing],
     "docs/index.md": [nothing],
     "docs/callback.md": [a_checkpoint, a_calibrated_model],
-    "docs/library.md": [batches, a_float_model, a_layer, a_calibrated_model, a_calibrated_model],
+    "docs/library.md": [
+        batches,
+        a_float_model,
+        a_layer,
+        a_calibrated_model,
+        a_float_model_and_its_metric,
+        a_calibrated_model,
+    ],
+    "docs/phone.md": [a_fit, a_checkpoint_and_a_calibrated_model, nothing, nothing],
 }
 
 
@@ -106,7 +124,7 @@ def test_every_page_with_examples_is_here() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in ("onnx", "onnxscript", "onnxruntime"):
+    for package in ("onnx", "onnxscript", "onnxruntime", *(("executorch",) if page == "docs/phone.md" else ())):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     small = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
@@ -116,6 +134,7 @@ def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
     for given, example in zip(PAGES[page], examples(ROOT / page), strict=True):
         names |= given()
-        # Compiling takes as long as all of the others; formats/test_aoti.py does it.
-        code = "".join(line for line in example.splitlines(keepends=True) if 'format="aoti"' not in line)
+        # Compiling takes as long as all of the others; tests/formats does it.
+        left_out = ('format="aoti"', *(() if page == "docs/phone.md" else ('"int8.pte"',)))
+        code = "".join(line for line in example.splitlines(keepends=True) if not any(each in line for each in left_out))
         exec(compile(code, f"{page}: {code.splitlines()[0]}", "exec"), names)
