@@ -16,8 +16,12 @@ from .generate import generate, is_valid
 from .program import Program, Step, all_steps, build, random_inputs, source
 from .shrink import shrink
 
-#: Programs of the default test run, of so many steps at most; ``python -m tests.fuzz`` runs any number of any length.
+#: Programs that go all the way to INT8, of so many steps at most; ``python -m tests.fuzz`` runs any number of any
+#: length.
 SEEDS, LONGEST, CHUNK = 40, 15, 10
+
+#: More of them, short ones, which are only captured: what most differences showed in.
+CAPTURED, SHORT, CAPTURED_CHUNK = range(10_000, 10_200), 8, 25
 
 #: Programs that are known to fail: what was not mended yet is told here, and taken off when it is.
 KNOWN: dict[int, str] = {}
@@ -45,6 +49,17 @@ def test_programs(start: int) -> None:
     assert not failures, (
         "\n\n".join(failures) + f"\n\npython -m tests.fuzz {CHUNK} --start {start} --longest {LONGEST} shrinks them"
     )
+
+
+@pytest.mark.parametrize("start", CAPTURED[::CAPTURED_CHUNK])
+def test_captured_programs(start: int) -> None:
+    failures = []
+    for seed in range(start, start + CAPTURED_CHUNK):
+        program = generate(seed, SHORT)
+        failure = check_program(program, ("prepare", "train")).failure
+        if failure is not None:
+            failures.append(f"seed {seed}: {failure}\n{source(program)}")
+    assert not failures, "\n\n".join(failures)
 
 
 @pytest.mark.parametrize("seed", SEEDS_OF_FILES)
