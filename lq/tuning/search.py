@@ -143,8 +143,9 @@ class Search:
                 return
             if self._steps[-1].drop <= (1 - WORTH) * drop:
                 choice, drop = replace(choice, methods=methods), self._steps[-1].drop
+        self._check_limits()
         left = self._seconds_left()
-        ranking = self.builder.ranking(choice, None if left is None else max(1.0, SENSITIVITY_SHARE * left))
+        ranking = self.builder.ranking(choice, None if left is None else SENSITIVITY_SHARE * left)
 
         @functools.cache
         def meets(layers: tuple[str, ...]) -> bool:
