@@ -30,6 +30,7 @@ class Study:
         layers: the rows; they collect what the runs show.
         sensitivity: whether to run the layers' variants.
         weight_sqnr: of the layers' weights by name, dB: where time is short, the noisiest layers come first.
+        all_but: whether to run, of each layer's two variants, also that with all others in INT8.
 
     Attributes:
         chunks: how many were run.
@@ -44,6 +45,7 @@ class Study:
         layers: list[Layer],
         sensitivity: bool,
         weight_sqnr: Mapping[str, float],
+        all_but: bool = True,
     ) -> None:
         self.layers = layers
         self.weight_sqnr = weight_sqnr
@@ -55,7 +57,7 @@ class Study:
         self.int8_plan = simulator.plan(roundings.whole, Rounding())
         names = dict.fromkeys(layer.row.name for layer in layers if layer.kernel is not None) if sensitivity else {}
         self.only = {name: simulator.plan(roundings.only(name), Rounding()) for name in names}
-        variants = {name: roundings.all_but(name) for name in names}
+        variants = {name: roundings.all_but(name) for name in names} if all_but else {}
         self.all_but = {name: simulator.plan(v, roundings.whole) for name, v in variants.items() if v is not None}
         # What the float and the INT8 run have to keep for the runs that start from them.
         starting = [self.int8_plan, *self.only.values()]
@@ -92,7 +94,7 @@ class Study:
             yield from self._run(inputs, None if seconds is None or self.chunks else begun + seconds)
             self.chunks += 1
 
-    def _suspicion(self) -> dict[str, float]:
+    def suspicion(self) -> dict[str, float]:
         """The SQNR of the worse of weight and input, dB, by layer: the lower, the sooner it is looked at."""
         suspicion: dict[str, float] = {}
         for layer in self.layers:
@@ -138,8 +140,8 @@ class Study:
         self.noise += whole
         yield
         now = time.perf_counter()
-        half = None if until is None else now + (until - now) / 2
-        for name in self._in_time(self.only, self._suspicion(), half):
+        share = None if until is None else now + (until - now) / (2 if self.all_but else 1)
+        for name in self._in_time(self.only, self.suspicion(), share):
             self.only_noise[name] += noise(self.only[name], floats, 0.0)
             yield
         floats = Values()  # the runs that follow start from the INT8 model's

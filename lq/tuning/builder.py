@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.analysis.analyze import analyze
+from lq.analysis.analyze import noisiest_layers
 from lq.graph.forward import QUANTIZERS
 from lq.int8.module import Int8Module
 from lq.numerics.observers import Observer
-from lq.results.analysis import Analysis
 from lq.schemes.overrides import Overrides
 from lq.schemes.targets import Target
 from lq.tuning.bias_correction import correct_bias
@@ -31,6 +30,9 @@ BIAS_CORRECTION, EQUALIZATION, LEARNED_ROUNDING = "bias_correction", "equalizati
 
 #: In the order they are tried, the quickest first.
 METHODS = (BIAS_CORRECTION, EQUALIZATION, LEARNED_ROUNDING)
+
+#: The order of the layers follows from sums over all positions and outputs: few samples are enough.
+_SENSITIVITY_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,9 @@ class Builder:
             seconds: about how long measuring may take.
         """
         with self._made(choice):
-            analysis = analyze(
-                self.model, self._batches, timing=False, seconds=seconds, forward=self._forward, progress=False
+            return noisiest_layers(
+                self.model, self._batches, num_samples=_SENSITIVITY_SAMPLES, seconds=seconds, forward=self._forward
             )
-        return _by_harm(analysis)
 
     def settle(self, choice: Choice) -> None:
         """Leave the model as ``choice`` wants it: prepared for the layers it keeps in float, and calibrated."""
@@ -199,11 +200,3 @@ def _keeping_weights_and_statistics(model: nn.Module) -> Iterator[None]:
         _load(model, weights)
         for quantizer, observer in observers.items():
             quantizer.observer = observer
-
-
-def _by_harm(analysis: Analysis) -> list[str]:
-    """Names of the layers that can be left in float alone; a name that is called several times stands once."""
-    rows = [layer for layer in analysis.by_harm() if layer.in_int8]
-    measured = [row.name for row in rows if row.only_sqnr_db is not None and row.all_but_sqnr_db is not None]
-    # Those that there was no time for are the least suspicious ones.
-    return list(dict.fromkeys([*measured, *(row.name for row in rows if row.name in analysis.left_out)]))

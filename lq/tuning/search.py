@@ -134,17 +134,27 @@ class Search:
                 return
         assert self._best is not None
         index, choice, _ = self._best
-        drop = self._steps[index].drop
+        chosen = self._try_methods(choice, self._steps[index].drop)
+        if chosen is not None:
+            self._try_layers(chosen)
+
+    def _try_methods(self, choice: Choice, drop: float) -> Choice | None:
+        """``choice`` with the methods that help; None where one of them is enough."""
         for method in self.where_needed:
             methods = (*choice.methods, method)
             if not self.builder.applies(method):
                 continue
             if self._meets(replace(choice, methods=methods), ", ".join(map(_words, methods))):
-                return
-            if self._steps[-1].drop <= (1 - WORTH) * drop:
+                return None
+            gained = drop - self._steps[-1].drop
+            if gained >= WORTH * drop:
                 choice, drop = replace(choice, methods=methods), self._steps[-1].drop
+        return choice
+
+    def _try_layers(self, choice: Choice) -> None:
+        self._check_limits()
         left = self._seconds_left()
-        ranking = self.builder.ranking(choice, None if left is None else max(1.0, SENSITIVITY_SHARE * left))
+        ranking = self.builder.ranking(choice, None if left is None else SENSITIVITY_SHARE * left)
 
         @functools.cache
         def meets(layers: tuple[str, ...]) -> bool:

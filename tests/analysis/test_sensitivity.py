@@ -15,6 +15,7 @@ import lq
 from helpers.analysis_references import sqnr
 from helpers.networks import networks, randomize_batch_norm
 from helpers.quantized import noise
+from lq.analysis.analyze import noisiest_layers
 from lq.numerics.quantizer import QuantizerState
 
 
@@ -188,6 +189,14 @@ def ready_resnet18(target: str = "x86") -> nn.Module:
 
 def analyzed(model: nn.Module, **kwargs: Any) -> lq.Analysis:
     return lq.analyze(model, [noise(2, 32)], progress=False, **{"timing": False, **kwargs})
+
+
+def test_the_noisiest_layers_alone() -> None:
+    model = ready_resnet18()
+    by_harm = [row.name for row in analyzed(model).by_harm() if row.in_int8]
+    assert noisiest_layers(model, [noise(2, 32)], num_samples=2) == by_harm
+    hurried = noisiest_layers(model, [noise(2, 32)], num_samples=2, seconds=1e-9)
+    assert sorted(hurried) == sorted(by_harm)
 
 
 @pytest.mark.parametrize("layer", ["layer1.0.conv2", "layer4.1.conv2"])
