@@ -25,7 +25,8 @@ def run(*argv: str) -> None:
 
 
 def test_trains_quantizes_and_ends_with_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(*TINY, "quant.analyze=true", f"data.dir={tmp_path / 'nowhere'}", "data.name=cifar10", f"output_dir={tmp_path}")
+    folders = [f"data.dir={tmp_path / 'nowhere'}", f"output_dir={tmp_path}"]
+    run(*TINY, "quant.analyze=true", "quant.max_drop=100", "data.name=cifar10", *folders)
     printed = capsys.readouterr()
     assert "CIFAR-10 IS NOT AT" in printed.err
     assert "Data: Shapes10" in printed.out
@@ -35,6 +36,8 @@ def test_trains_quantizes_and_ends_with_a_table(tmp_path: Path, capsys: pytest.C
     assert int8(torch.zeros(3, 3, 32, 32)).shape == (3, 10)
     assert len(int8.report.int8_layers) == 21  # 20 convolutions and the classifier
     assert list(tmp_path.glob("tensorboard/version_*/events*"))
+    tuning = json.loads((tmp_path / "results.json").read_text())["result"]["tuning"]
+    assert (tuning["metric_name"], len(tuning["steps"])) == ("val_acc", 1)
     assert "What each layer does to the model" in (tmp_path / "int8" / "int8.html").read_text()
 
 
@@ -57,6 +60,7 @@ def test_float_weights_of_a_trainer_or_of_the_network_alone(prefix: str, tmp_pat
         (["quant.target=arm"], r"quant\.target.*x86"),
         (["quant.export=[tflite]", "data.name=shapes10"], r"quant: export=\['tflite'\]"),
         (["quant.overrides={fc: {bits: 3}}", "data.name=shapes10"], r"quant: overrides: 'fc' .*'bits'"),
+        (["mode=qat", "quant.max_drop=1", *TINY], r"quant: max_drop=1\.0 is for mode='ptq'"),
         (["mode=qat", "quant.distillation=2", *TINY], r"quant\.distillation=2\.0 must be in"),
         (["ckpt=nowhere.ckpt", "data.name=shapes10"], r"ckpt='nowhere\.ckpt': no such file"),
     ],

@@ -33,6 +33,9 @@ class QuantConfig:
     overrides: dict[str, Any] = field(
         {}, help="layers quantized in another way, null for those left in float: {layer4: {weight_bits: 6}, fc: null}"
     )
+    max_drop: float | None = field(
+        None, help="PTQ: points of validation accuracy that INT8 may lose; layers that lose more stay in float"
+    )
     epochs: int = field(1, help="QAT: passes over the data with fake-quantizers")
     lr: float = field(0.002, help="QAT: peak learning rate")
     schedule: ScheduleName = field("onecycle", help="QAT: the learning rate's curve")
@@ -66,6 +69,8 @@ def callback(config: QuantConfig, mode: Literal["ptq", "qat"], output_dir: str) 
             observer_freeze=config.observer_freeze,
             batch_norm_freeze=config.batch_norm_freeze,
             analyze=config.analyze and (config.analyze_seconds or True),
+            max_drop=config.max_drop,
+            max_drop_metric="val_acc",
             export=config.export,  # type: ignore[arg-type]
             output_dir=output_dir,
         )
