@@ -14,6 +14,7 @@ from lq.formats.pt2.read import read_program
 from lq.int8.module import Int8Module
 from lq.interface.metadata import Metadata
 from lq.results.report import QuantizationReport
+from lq.util.quiet import quiet
 
 
 def load_program(path: Path) -> Int8Module:
@@ -25,7 +26,8 @@ def load_program(path: Path) -> Int8Module:
     try:
         archive, text = read_program(path)
         metadata = Metadata.from_json(text)
-        program = torch.export.load(archive)
+        with quiet():  # torch 2.10 warns of its own buffers
+            program = torch.export.load(archive)
         inputs = dict(zip(metadata.inputs, program.example_inputs[0], strict=True))
     except Exception as error:
         raise ValueError(f"path={str(path)!r} is not an INT8 network written by lq, or is damaged: {error}") from error
