@@ -124,8 +124,10 @@ def test_compiled_network_has_the_same_ranges(tmp_path: Path) -> None:
         trainer(tmp_path, quantization(tmp_path, mode="qat", convert=False)).fit(model, train_data())
     inside = lq.quantizers(compiled.model._orig_mod)
     for name, quantizer in lq.quantizers(plain.model).items():
-        assert quantizer.calibrated
+        assert quantizer.calibrated or not quantizer.rounds
         torch.testing.assert_close(inside[name].scale, quantizer.scale)
+        # What is only watched for other targets has its scale when it is converted for one of these.
+        torch.testing.assert_close(inside[name].observer.range(), quantizer.observer.range())
 
 
 @both_modes
@@ -224,6 +226,8 @@ def test_an_averaged_checkpoint_has_the_ranges_of_its_average(tmp_path: Path) ->
     run = trainer(tmp_path, quantization(tmp_path))
     run.validate(fresh, val_data(), ckpt_path=checkpoint.last_model_path, verbose=False)
     for name, quantizer in lq.quantizers(fresh.model).items():
+        if not quantizer.rounds:
+            continue  # watched for other targets, and given a scale when it is converted for one of these
         low, high = quantizer.observer.range()
         scale, zero_point = choose_qparams(low, high, quantizer.spec)
         assert torch.equal(quantizer.scale, scale), name
