@@ -186,7 +186,7 @@ class QuantizationCallback(HasSettings, Callback):
         self._int8_dir: Path | None = None
         self._frozen_norms: set[nn.Module] = set()
         self._range_log = RangeLog()
-        self._validated = ValidatedWeights()
+        self._validated = ValidatedWeights({})
         self._phase: Phase = "setup"
         self._checked_epoch = 0
         self._begun: float | None = None
@@ -225,7 +225,7 @@ class QuantizationCallback(HasSettings, Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.known_before = known_checkpoints(trainer)
-        self._validated.reset(trainer)
+        self._validated = ValidatedWeights(self.known_before)
         staged = staged_unit(pl_module)
         if not staged.is_built:
             raise _nothing_to_quantize(pl_module)
@@ -290,13 +290,15 @@ class QuantizationCallback(HasSettings, Callback):
         self._phase = "conversion"
         if self.convert:
             staged = staged_unit(pl_module)
+            # Its copies of the weights are not kept with the callback.
+            validated, self._validated = self._validated, ValidatedWeights({})
             self.result, failure, findings = quantize_at_fit_end(
                 self.settings,
                 trainer,
                 staged,
                 self._int8_dir,
                 known_before=self.known_before,
-                validated=self._validated,
+                validated=validated,
                 fit_begun=self._begun,
             )
             if self.result is not None:

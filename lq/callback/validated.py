@@ -6,6 +6,7 @@ afterwards. Nothing but the weights themselves tells that they do.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lq.callback.averages import averages_buffers
-from lq.callback.end.weights import known_checkpoints
+from lq.callback.end.weights import copied_weights, known_checkpoints
 
 
 class ValidatedWeights:
@@ -22,29 +23,23 @@ class ValidatedWeights:
 
     They lie in memory, on the CPU, from a validation to the next training step, which tells whether they were replaced;
     until the end of the fit where they were.
+
+    Args:
+        checkpoints: what :func:`~lq.callback.end.weights.known_checkpoints` says as the fit begins.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, checkpoints: Mapping[str, Any]) -> None:
+        self._checkpoints = checkpoints
         self._pending: dict[str, Tensor] | None = None
         self._last: dict[str, Tensor] | None = None
         self._best: dict[str, Tensor] | None = None
-        self._checkpoints: dict[str, Any] = {}
         self._told = False
-
-    def reset(self, trainer: Any) -> None:
-        """Forget everything; a fit begins."""
-        self.__init__()  # type: ignore[misc]
-        self._checkpoints = known_checkpoints(trainer)
 
     def take(self, trainer: Any, pl_module: Any) -> None:
         """Copy the weights; a validation begins, and whatever replaces them has done so."""
         # An average that Lightning makes is in its checkpoints, and in the model when training has ended.
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not averages_buffers(trainer):
-            self._pending = {
-                key: value.detach().cpu().clone()
-                for key, value in pl_module.state_dict().items()
-                if isinstance(value, Tensor)
-            }
+            self._pending = copied_weights(pl_module)
 
     def compare(self, trainer: Any, pl_module: Any) -> None:
         """Look whether the weights of the last validation are those that training goes on with."""

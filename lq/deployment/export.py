@@ -97,7 +97,6 @@ def export(
     * ``"onnxruntime"``: one for ONNX Runtime alone, with what lies between the convolutions (products, gates, SiLU,
       concatenations, pools) in INT8 kernels, too. OpenVINO, which has these in the convolutions' kernels, is slower
       with it; in a network of convolutions, ReLUs and residual adds it is the same as ``"onnx"``.
-
     * ``"executorch"``: a ``.pte`` file for ExecuTorch on phones and ARM boards, its INT8 operators in subgraphs of the
       XNNPACK backend. Always placed for target ``"xnnpack"``, whatever the model's own; batches of up to 128 images.
 

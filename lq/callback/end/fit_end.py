@@ -20,7 +20,7 @@ from lq.callback.end.conversion import Conversion, Outcome
 from lq.callback.end.inspection import Findings, inspect_unit
 from lq.callback.end.predictions import compare_predictions
 from lq.callback.end.stopwatch import Stopwatch
-from lq.callback.end.weights import choose_weights, load_weights
+from lq.callback.end.weights import choose_weights, copied_weights, load_weights
 from lq.callback.preparation import prepare_for_batch
 from lq.callback.settings import QuantizationSettings
 from lq.callback.steps.batches import calibration_batches
@@ -70,7 +70,7 @@ def quantize_at_fit_end(
         As :meth:`Conversion.run` does.
     """
     pl_module: Any = trainer.lightning_module
-    trained = {key: value.detach().cpu().clone() for key, value in _tensors(pl_module).items()}
+    trained = copied_weights(pl_module)
     dtype = pl_module.dtype
     watch = Stopwatch()
     try:
@@ -223,7 +223,3 @@ def _calibrate(
 
 def _share(count: int | None, world_size: int) -> int | None:
     return None if count is None else math.ceil(count / world_size)
-
-
-def _tensors(pl_module: Any) -> dict[str, torch.Tensor]:
-    return {key: value for key, value in pl_module.state_dict().items() if isinstance(value, torch.Tensor)}

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pickle import UnpicklingError
 from typing import Any, Literal
 
+from torch import Tensor
+
 from lq.callback.averages import averages_at_the_end
 from lq.util.distributed import world_size
 
@@ -72,6 +74,12 @@ def known_checkpoints(trainer: Any) -> dict[str, Any]:
     """The best checkpoint that the Trainer knows, with what tells whether it is written anew."""
     best = best_checkpoint(trainer)
     return {} if best is None else {best: _stamp(best)}
+
+
+def copied_weights(pl_module: Any) -> dict[str, Tensor]:
+    """A copy of the tensors in the module's state dict, on the CPU."""
+    state = pl_module.state_dict().items()
+    return {key: value.detach().cpu().clone() for key, value in state if isinstance(value, Tensor)}
 
 
 def load_weights(trainer: Any, pl_module: Any, path: str, known_before: Mapping[str, Any] | None = None) -> None:

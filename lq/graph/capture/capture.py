@@ -202,8 +202,7 @@ class _Exporter(CallTracker):
         if isinstance(result, Tensor):
             for size in result.shape:
                 _check_size(size)
-        if isinstance(result, Tensor) and position != UNKNOWN:
-            node = _node_of(result)
+            node = None if position == UNKNOWN else _node_of(result)
             if node is not None:
                 node.meta.setdefault("custom", {})["lq_position"] = position
         return result
