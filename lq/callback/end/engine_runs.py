@@ -11,12 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
 
 from lq.callback.end.engines import EAGER, FOLDED, Engine
 from lq.callback.steps.batches import repeat_samples
 from lq.callback.steps.stages import StagedUnit
+from lq.deployment.engine_module import EngineModule
 from lq.deployment.export import ExportResult
 from lq.deployment.formats import FORMATS, best_format
 from lq.deployment.load import load
@@ -159,28 +159,6 @@ def validate_engines(
             contender.engine = replace(contender.engine, note=contender.engine.note or note)
 
 
-class EngineModule(nn.Module):
-    """An engine as a module that takes the float forward's arguments, wherever they are.
-
-    Args:
-        int8: knows the form of a call.
-        run: the engine.
-    """
-
-    def __init__(self, int8: Int8Module, run: Callable[..., Any]) -> None:
-        super().__init__()
-        # In a dict, where no module looks for children: it stays on the CPU.
-        self._called: dict[str, Any] = {"bind": int8.bind, "names": tuple(int8.example_inputs), "run": run}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        device = leaves[0].device if leaves else torch.device("cpu")
-        args, kwargs = _to((args, kwargs), torch.device("cpu"))
-        inputs = dict(zip(self._called["names"], self._called["bind"](args, kwargs), strict=True))
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return _to(self._called["run"](**inputs), device)
-
-
 @contextmanager
 def _in_place(staged: StagedUnit, int8: Int8Module, run: Callable[..., Any]) -> Iterator[None]:
     staged.put_int8(EngineModule(int8, run))
@@ -188,10 +166,6 @@ def _in_place(staged: StagedUnit, int8: Int8Module, run: Callable[..., Any]) -> 
         yield
     finally:
         staged.take_int8_off()
-
-
-def _to(values: Any, device: torch.device) -> Any:
-    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, values)
 
 
 def _state_bytes(module: nn.Module) -> int:

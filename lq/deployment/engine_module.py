@@ -1,0 +1,38 @@
+"""An engine in a module's place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lq.int8.module import Int8Module
+
+
+class EngineModule(nn.Module):
+    """An engine as a module that takes the float forward's arguments, wherever they are.
+
+    Args:
+        int8: knows the form of a call.
+        run: the engine: takes the forward's inputs, by name.
+    """
+
+    def __init__(self, int8: Int8Module, run: Callable[..., Any]) -> None:
+        super().__init__()
+        # In a dict, where no module looks for children: it stays on the CPU.
+        self._called: dict[str, Any] = {"bind": int8.bind, "names": tuple(int8.example_inputs), "run": run}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        device = leaves[0].device if leaves else torch.device("cpu")
+        args, kwargs = _to((args, kwargs), torch.device("cpu"))
+        inputs = dict(zip(self._called["names"], self._called["bind"](args, kwargs), strict=True))
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return _to(self._called["run"](**inputs), device)
+
+
+def _to(values: Any, device: torch.device) -> Any:
+    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, values)
