@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+import operator
+from collections.abc import Callable, Container, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -30,7 +32,7 @@ Execution = Literal["auto", "kernels", "simulation"]
 _ATTRIBUTES = ("graph", "guards", "report", "example_inputs", "settings", "metadata", "threads")
 
 #: How many sizes of inputs are remembered as checked.
-_MOST_FITTING = 64
+_MOST_BOUND = 64
 
 
 def _as_tensor(value: Any) -> Any:
@@ -99,7 +101,7 @@ class Int8Module(nn.Module):
         #: The conditions on the sizes of the inputs, see :mod:`lq.interface.guards`.
         self.guards: tuple[str, ...] = ()
         self._compiled: dict[str, Callable[..., Any]] = {}
-        self._fitting: set[tuple[Any, ...]] = set()
+        self._bound: set[tuple[Any, ...]] = set()  # sizes of positional tensors that are inputs as they are
         self.execution = execution
         self.eval()
 
@@ -122,22 +124,35 @@ class Int8Module(nn.Module):
         self._execution: Execution = value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if "forward" not in self._compiled:
-            self._compiled["forward"] = never_compiled(self._forward)
-        return self._compiled["forward"](*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return never_compiled(self._forward)(*args, **kwargs)
+        return self._forward(*args, **kwargs)  # without the guard against compilers, which takes 0.1 ms
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = self.bind(args, kwargs)
+        inputs = self._inputs(args, kwargs)
         # Autocast would take float convolutions of the simulation to 16 bits, below the steps of the INT8 grids.
         device = next((leaf.device.type for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), "cpu")
-        with torch.no_grad(), torch.autocast(device, enabled=False), torch_threads(self.threads):
+        has_autocast = torch.is_autocast_enabled(device)
+        float32 = torch.autocast(device, enabled=False) if has_autocast else nullcontext()
+        with torch.no_grad(), float32, torch_threads(self.threads):
             try:
                 return self._function(inputs)(*inputs)
             except (RuntimeError, IndexError):
                 self._check_shapes(inputs)  # gives the better error, if the inputs are at fault
                 raise
 
-    def _check_shapes(self, inputs: list[Any]) -> None:
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+        """:meth:`bind`, which takes as long as a small kernel, once for tensors of the same sizes."""
+        key = None if kwargs or not all(isinstance(value, Tensor) for value in args) else sizes(args)
+        if key in self._bound:
+            return args
+        inputs = self.bind(args, kwargs)
+        unchanged = len(inputs) == len(args) and all(map(operator.is_, inputs, args))
+        if key is not None and unchanged and len(self._bound) < _MOST_BOUND:
+            self._bound.add(key)
+        return inputs
+
+    def _check_shapes(self, inputs: Sequence[Any]) -> None:
         for name, value, example in zip(self._input_names, inputs, self.example_inputs.values(), strict=False):
             if isinstance(value, Tensor) and isinstance(example, Tensor):
                 shape = tuple(size if axis == 1 else None for axis, size in enumerate(example.shape))
@@ -191,18 +206,13 @@ class Int8Module(nn.Module):
 
     def _check_sizes(self, inputs: list[Any]) -> None:
         """The graph holds only for some input sizes."""
-        key = sizes(tuple(inputs))
-        if key in self._fitting:
-            return
         paths, _ = tree_flatten_with_path(dict(zip(self._input_names, inputs, strict=True)))
         tensors = {input_name(path): leaf for path, leaf in paths if isinstance(leaf, Tensor)}
         check_guards(self.guards, {name: tensor.shape for name, tensor in tensors.items()})
         if self.metadata is not None and len(tensors) == len(self.metadata.tensors):
             self.metadata.check(list(tensors.values()))
-        if len(self._fitting) < _MOST_FITTING:
-            self._fitting.add(key)
 
-    def _function(self, inputs: list[Any]) -> Callable[..., Any]:
+    def _function(self, inputs: Sequence[Any]) -> Callable[..., Any]:
         on_cpu = all(leaf.device.type == "cpu" for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
         kernels = self.execution == "kernels" or (self.execution == "auto" and on_cpu and has_onednn_int8())
         key = "kernels" if kernels else "simulation"

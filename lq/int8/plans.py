@@ -20,7 +20,9 @@ Made = tuple[Callable[..., Any], Any]
 
 def sizes(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """What distinguishes inputs: the tensors' shapes and dtypes, and the values of everything else."""
-    return tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves(inputs))
+    flat = all(isinstance(value, Tensor) for value in inputs)  # pytree takes longer than a small kernel
+    leaves = inputs if flat else tree_leaves(inputs)
+    return tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
 
 
 class Plans:
