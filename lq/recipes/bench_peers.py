@@ -3,8 +3,11 @@
 python -m lq.recipes.bench_peers                                          every row: about an hour
 python -m lq.recipes.bench_peers rows=[resnet18_32_b1] peers=[ort_static,nncf]
 
-Each row is called in two ways: back to back, and after a sleep of 20 ms, as a server that waits for requests is: then
-an engine has to wake its threads up. Below the table of a row stands lq against the peer on the same engine.
+Each row is called in three ways: back to back, and after a sleep of 20 ms, as a server that waits for requests is (then
+an engine has to wake its threads up), without and with OMP_WAIT_POLICY=passive. Without it, an OpenMP thread that
+waits for a woken one spins, often on the very core that the woken one was given: on two cores half of the calls that
+follow a sleep take 10 ms longer, in every engine that is built on torch, so that a median is a toss of a coin. Below
+the table of a row stands lq against the peer on the same engine.
 
 Two threads on two cores of an AMD EPYC (Zen 3: AVX2, no VNNI), PyTorch 2.15, OpenVINO 2026.4, ONNX Runtime 1.31, two
 runs, back to back; best runtime of lq against the best peer, ms: resnet18 32x32 batch 1 0.59 / 0.76; and, before lq
@@ -56,8 +59,12 @@ DEFAULT_ROWS = [
     "shufflenet_v2_x1_0_224_b1",
 ]
 
-#: Ways of calling: seconds of sleep before each call.
-WAYS = {"back to back": 0.0, "after 20 ms": 0.02}
+#: Ways of calling: seconds of sleep before each call, and variables of its environment.
+WAYS: dict[str, tuple[float, dict[str, str]]] = {
+    "back to back": (0.0, {}),
+    "after 20 ms": (0.02, {}),
+    "after 20 ms, passive": (0.02, {"OMP_WAIT_POLICY": "passive"}),
+}
 
 FLOAT = "float eager"
 FLOAT_EXECUTORCH = "ExecuTorch, float"
@@ -293,9 +300,14 @@ def _run_row(row: str, config: Config, folder: Path) -> None:
     contenders |= _theirs(name, size, batch_size, config)
     measurements: dict[str, dict[str, Measurement]] = {}
     failed: dict[str, ContenderError] = {}
-    for way, sleep in WAYS.items():
+    for way, (sleep, environment) in WAYS.items():
         results = race(
-            contenders, [images(size, batch_size)], threads=config.threads, seconds=config.seconds, sleep=sleep
+            contenders,
+            [images(size, batch_size)],
+            threads=config.threads,
+            seconds=config.seconds,
+            sleep=sleep,
+            environment=environment,
         )
         measurements[way] = {label: result for label, result in results.items() if isinstance(result, Measurement)}
         failed |= {label: result for label, result in results.items() if isinstance(result, ContenderError)}
@@ -362,19 +374,19 @@ def _table(row: str, measurements: Mapping[str, Mapping[str, Measurement]], thre
     table = Table(title=f"{name}, {size}x{size}, batch {batch_size}, {threads} threads, {cpu_name()}")
     table.add_column("contender")
     for way in measurements:
-        for header in (f"p50 ms, {way}", "p95 ms", "against float"):
-            table.add_column(header, justify="right")
+        table.add_column(f"p50 (p95) ms, {way}", justify="right")
+        table.add_column("against float", justify="right")
     table.add_column("memory MB", justify="right")
     first = next(iter(measurements.values()))
     for label, result in sorted(first.items(), key=lambda item: item[1].timing.p50_ms):
         cells: list[str] = []
         for measured in measurements.values():
             if label not in measured:
-                cells += ["", "", ""]
+                cells += ["", ""]
                 continue
             timing = measured[label].timing
             ratio = f"{measured[FLOAT].timing.p50_ms / timing.p50_ms:.2f}×" if FLOAT in measured else ""
-            cells += [f"{timing.p50_ms:.3g}", f"{timing.p95_ms:.3g}", ratio]
+            cells += [f"{timing.p50_ms:.3g} ({timing.p95_ms:.3g})", ratio]
         style = "bold" if label.startswith("lq,") else ""
         table.add_row(label, *cells, f"{result.memory_bytes / 1e6:.0f}", style=style)
     return table

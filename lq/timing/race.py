@@ -8,11 +8,12 @@ ratios hold where milliseconds do not.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -51,6 +52,7 @@ def race(
     seconds: float = 2.0,
     sleep: float = 0.0,
     samples: Sequence[Any] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> dict[str, Measurement | ContenderError]:
     """Time contenders on the same inputs, taking turns.
 
@@ -63,6 +65,7 @@ def race(
         sleep: seconds to sleep before each call that is timed, as in a server that waits for requests: threads that
             have gone to sleep have to wake up, which costs some engines more than the call itself.
         samples: arguments of further calls, from which only the classes are kept.
+        environment: variables that the processes start with besides this one's, such as those that OpenMP reads once.
 
     Returns:
         A measurement for each contender, or what went wrong in its process.
@@ -72,7 +75,8 @@ def race(
     with ExitStack() as stack:
         runners: dict[str, _Runner] = {}
         for name, make in contenders.items():
-            runners[name] = stack.enter_context(_Runner(context, name, make, threads))
+            with _environment(environment or {}):
+                runners[name] = stack.enter_context(_Runner(context, name, make, threads))
         # One after another: compiling and loading on all cores at once can exhaust the memory.
         for name, runner in list(runners.items()):
             try:
@@ -103,6 +107,21 @@ def race(
             except ContenderError as error:
                 results[name] = error
     return {name: results[name] for name in contenders}
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Variables that a process started now inherits."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class _Runner:
