@@ -30,7 +30,10 @@ ARROWS: dict[str, set[str]] = {
     "deployment": {"errors", "util", "schemes", "interface", "graph", "int8", "workflow", "formats", "engines"},
     "timing": {"errors", "util", "graph", "workflow", "deployment"},
     "analysis": {"errors", "util", "numerics", "schemes", "results", "graph", "int8", "workflow"},
-    "tuning": {"errors", "util", "numerics", "schemes", "results", "graph", "int8", "workflow", "analysis"},
+    "tuning": {
+        *("errors", "util", "numerics", "schemes", "results", "graph", "int8", "workflow"),
+        *("deployment", "timing", "analysis"),
+    },
     "charts": {"errors", "util", "numerics", "results"},
     "page": {"errors", "util", "results", "charts"},
     "data": {"errors", "util"},

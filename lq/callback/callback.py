@@ -99,12 +99,14 @@ class QuantizationCallback(HasSettings, Callback):
             fails there is a warning.
         max_drop: by how much the metric may fall, in points: hundredths of one that the float model has between 0 and 1
             and that should be large (0.5 allows an accuracy to fall from 0.876 to 0.871), else the metric's own units.
-            While INT8 in process loses more on the validation data, other calibrators are tried, bias correction,
-            equalisation, and then the fewest layers in float that are enough, see :func:`lq.quantize`; ``int8.json``
-            has each step. Weights and biases are then left as the network that was taken has them. PTQ in one process
-            only.
+            While INT8 loses more on the validation data, other calibrators are tried, bias correction, equalisation,
+            and then the fewest layers in float that are enough, see :func:`lq.quantize`; ``int8.json`` has each step.
+            Weights and biases are then left as the network that was taken has them. PTQ in one process only.
         max_drop_metric: name of the metric; by default the one that the first ModelCheckpoint or EarlyStopping
             monitors. Where such a callback has ``mode="min"`` for it, it may rise by so much.
+        max_drop_runtime: the engine that INT8 is judged on, as :func:`lq.load` calls it; by default the one that takes
+            the least time for one sample, of those that are installed and run one of the files that are written
+            (packages of AOTInductor and ExecuTorch, which take long to compile, left out).
         max_drop_seconds: how long that may take; None for no limit but that of 40 evaluations.
         export: formats to write beside ``int8.pt2``, which is always written: ``"onnx"`` (``int8.onnx``, for
             OpenVINO, TensorRT and ONNX Runtime), ``"onnxruntime"`` (``int8.onnxruntime.onnx``, for ONNX Runtime alone),
@@ -154,6 +156,7 @@ class QuantizationCallback(HasSettings, Callback):
         analyze: bool | float = True,
         max_drop: float | None = None,
         max_drop_metric: str | None = None,
+        max_drop_runtime: str = "auto",
         max_drop_seconds: float | None = None,
         export: Sequence[FormatName] | None = None,
         output_dir: str | None = None,
@@ -176,6 +179,7 @@ class QuantizationCallback(HasSettings, Callback):
             analyze=analyze,
             max_drop=max_drop,
             max_drop_metric=max_drop_metric,
+            max_drop_runtime=max_drop_runtime,
             max_drop_seconds=max_drop_seconds,
             export=export,
             output_dir=output_dir,

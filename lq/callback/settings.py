@@ -14,6 +14,7 @@ from lq.deployment.formats import FORMATS, FormatName
 from lq.numerics.calibrators import get_calibrator
 from lq.schemes.overrides import LayerSpec, Overrides
 from lq.schemes.targets import AUTO_TARGET, Target, get_target
+from lq.tuning.judged import check_runtime
 from lq.workflow.calibrate import AUTO
 from lq.workflow.prepare import Mode
 
@@ -52,6 +53,7 @@ class QuantizationSettings:
     analyze: bool | float
     max_drop: float | None
     max_drop_metric: str | None
+    max_drop_runtime: str
     max_drop_seconds: float | None
     export: tuple[FormatName, ...]
     optional_formats: tuple[FormatName, ...]
@@ -78,6 +80,7 @@ class QuantizationSettings:
         analyze: bool | float,
         max_drop: float | None,
         max_drop_metric: str | None,
+        max_drop_runtime: str,
         max_drop_seconds: float | None,
         export: Sequence[FormatName] | None,
         output_dir: str | None,
@@ -115,6 +118,7 @@ class QuantizationSettings:
             )
         if max_drop is not None:
             _check_max_drop(max_drop, max_drop_seconds, mode, evaluate)
+            check_runtime(max_drop_runtime, "max_drop_runtime")
         if weights not in (None, *get_args(Weights)):
             raise ValueError(f"weights={weights!r} is unknown; choose 'best' or 'last', or None for the default")
         formats = default_formats() if export is None else tuple(export)
@@ -136,6 +140,7 @@ class QuantizationSettings:
             analyze=analyze,
             max_drop=max_drop,
             max_drop_metric=max_drop_metric,
+            max_drop_runtime=max_drop_runtime,
             max_drop_seconds=max_drop_seconds,
             export=formats,
             optional_formats=formats if export is None else (),

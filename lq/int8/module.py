@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, get_args
@@ -169,6 +169,15 @@ class Int8Module(nn.Module):
         """Take calls in the form of the float model's forward, whose ``settings`` were fixed at conversion."""
         self._signature = signature
         self.settings = dict(settings)
+
+    def arguments(self, inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``(args, kwargs)`` of a call of the float model's forward with these inputs, by name, and the fixed settings.
+
+        By position where the forward allows it, for which the hooks of a user may have been written.
+        """
+        if self._signature is None:
+            return (), dict(inputs)
+        return self._signature.arguments({**self.settings, **inputs})
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The inputs of a call of the float model's forward, in order, checked.

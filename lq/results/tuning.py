@@ -23,6 +23,8 @@ class TuningStep:
         calibrator: of the ranges.
         methods: what the weights and biases went through, in order.
         float_layers: names of the layers that stayed in float for the accuracy's sake.
+        latency_ms: median wall time of a forward with one sample on the engine that judged; None where it was not
+            measured. The steps were timed one after another: other work on the machine shows.
     """
 
     change: str
@@ -32,6 +34,7 @@ class TuningStep:
     calibrator: str
     methods: tuple[str, ...] = ()
     float_layers: tuple[str, ...] = ()
+    latency_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Tuning:
         steps: in the order they were tried.
         chosen: index of the step that was taken.
         ended: why no more was tried.
+        runtime: the engine that judged, as :func:`lq.load` calls it.
     """
 
     metric_name: str
@@ -53,6 +57,7 @@ class Tuning:
     steps: tuple[TuningStep, ...]
     chosen: int
     ended: str
+    runtime: str = "torch"
 
     @property
     def step(self) -> TuningStep:
@@ -86,21 +91,30 @@ class Tuning:
         how = "meets" if self.met else f"falls short by {self.shortfall:.4g} of"
         text = (
             f"{self.metric_name} {step.metric:.4g} {how} the allowed drop of {self.allowed_drop:.4g} from "
-            f"{self.float_metric:.4g} in float; {self.ended}"
+            f"{self.float_metric:.4g} in float, as {self.runtime!r} runs it; {self.ended}"
         )
         if step.float_layers:
-            text += f". In float: {', '.join(step.float_layers)}"
+            text += f". In float: {', '.join(step.float_layers)}{self._cost}"
         return text
+
+    @property
+    def _cost(self) -> str:
+        """What the layers in float cost, in words."""
+        whole = self.steps[0].latency_ms  # no layer is in float for the accuracy's sake
+        if self.step.latency_ms is None or whole is None:
+            return ""
+        return f", which takes {self.step.latency_ms:.3g} ms for one sample, without them {whole:.3g}"
 
     def table(self) -> Table:
         table = Table(title=f"float {self.float_metric:.4f}, allowed drop {self.allowed_drop:.4g}")
         table.add_column("", justify="center")
         table.add_column("change", overflow="fold")
-        for header in (self.metric_name, "drop", "layers in float", "seconds"):
+        for header in (self.metric_name, "drop", "layers in float", "p50, ms", "seconds"):
             table.add_column(header, justify="right")
         for index, step in enumerate(self.steps):
-            numbers = (f"{step.metric:.4f}", f"{step.drop:+.4f}", str(len(step.float_layers)), f"{step.seconds:.1f}")
-            table.add_row("*" if index == self.chosen else "", step.change, *numbers)
+            latency = "" if step.latency_ms is None else f"{step.latency_ms:.3g}"
+            numbers = (f"{step.metric:.4f}", f"{step.drop:+.4f}", str(len(step.float_layers)), latency)
+            table.add_row("*" if index == self.chosen else "", step.change, *numbers, f"{step.seconds:.1f}")
         table.caption = self.verdict
         return table
 

@@ -19,6 +19,7 @@ from lq.schemes.overrides import Overrides
 from lq.schemes.targets import Target
 from lq.tuning.bias_correction import correct_bias
 from lq.tuning.equalization import can_equalize, equalize
+from lq.tuning.judged import IN_PROCESS, Judge
 from lq.tuning.learned_rounding import learn_rounding
 from lq.workflow.calibrate import calibrate
 from lq.workflow.comparison import keeping_ranges
@@ -63,6 +64,7 @@ class Builder:
         target: the engine family to convert for; by default the one the model was prepared for.
         rounding_seconds: how long learned rounding may take.
         observed: runs the model on one batch to calibrate it, where that is another thing: a step that calls it twice.
+        judge: gives a network as the engine runs that is to judge it; by default in process.
     """
 
     def __init__(
@@ -73,8 +75,10 @@ class Builder:
         target: Target | None = None,
         rounding_seconds: float = 120.0,
         observed: Callable[[Any], Any] | None = None,
+        judge: Judge | None = None,
     ) -> None:
         self.model = model
+        self.judge = judge or Judge(IN_PROCESS)
         self._batches = batches
         self._forward = forward
         self._target = target
@@ -88,14 +92,15 @@ class Builder:
         """Whether there is anything in the model that ``method`` changes."""
         return method != EQUALIZATION or can_equalize(self.model)
 
-    def int8(self, choice: Choice) -> Int8Module:
-        """The INT8 network made as ``choice`` says.
+    def int8(self, choice: Choice) -> tuple[Int8Module, nn.Module]:
+        """The INT8 network made as ``choice`` says, and as the engine runs it that judges.
 
         Raises:
-            Whatever :func:`lq.convert` does.
+            Whatever :func:`lq.convert` and, where the engine takes a file, :func:`lq.export` do.
         """
         with self._made(choice):
-            return convert(self.model, self._target)
+            int8 = convert(self.model, self._target)
+            return int8, self.judge.network(self.model, int8)
 
     def ranking(self, choice: Choice, seconds: float | None) -> list[str]:
         """The layers that run in INT8 by the noise that each makes alone in the outputs, the largest first.

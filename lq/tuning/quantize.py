@@ -21,6 +21,7 @@ from lq.results.tuning import Tuning, TuningStep
 from lq.schemes.overrides import OverridesLike
 from lq.schemes.targets import AUTO_TARGET, Target
 from lq.tuning.builder import METHODS, Builder
+from lq.tuning.judged import IN_PROCESS, Judge, check_runtime
 from lq.tuning.search import Goal, Search
 from lq.util.modes import evaluating
 from lq.workflow.calibrate import AUTO, batch_size, calibrate_and_compare, default_forward
@@ -58,6 +59,7 @@ def quantize(
     max_drop: float,
     example_inputs: Any = None,
     target: str | Target = AUTO_TARGET,
+    runtime: str = IN_PROCESS,
     calibrator: str | None = None,
     overrides: OverridesLike | None = None,
     bias_correction: bool | None = None,
@@ -81,14 +83,18 @@ def quantize(
     Args:
         model: a float module, which is left as it is.
         batches: calibration data, of the forms that :func:`lq.calibrate` takes; kept in memory.
-        evaluate: called with ``model`` and then with INT8 networks, in evaluation mode and without gradients; gives a
-            number of which larger is better, such as the accuracy on data that ``batches`` has not.
+        evaluate: called with ``model`` and then with INT8 networks, all of them modules, in evaluation mode and without
+            gradients; gives a number of which larger is better, such as the accuracy on data that ``batches`` has not.
         max_drop: by how much the metric may fall, in points: hundredths of a metric that the float model has between 0
             and 1 (0.5 allows an accuracy to fall from 0.876 to 0.871), the metric's own units otherwise (from 87.6 to
             87.1).
         example_inputs: see :func:`lq.prepare`; by default two samples of the first batch: the tensor itself, the first
             item of a tuple, or what the forward takes of a dict.
         target: see :func:`lq.prepare`.
+        runtime: the engine that judges, as :func:`lq.load` calls it: engines fuse and round differently, and the
+            accuracy to keep is that of the one that will run. By default in process, which takes no file; with another
+            one each network is exported, loaded and evaluated there; ``"auto"`` is the one of those installed that
+            takes the least time for one sample.
         calibrator: the only one to try; by default all.
         overrides: see :func:`lq.prepare`.
         bias_correction: whether the mean error of each layer goes into its bias, see :func:`lq.correct_bias`: True for
@@ -109,7 +115,8 @@ def quantize(
 
     Raises:
         ValueError: where an argument is not one of its choices, or the metric of the float model is not finite.
-        Whatever :func:`lq.prepare`, :func:`lq.calibrate` and :func:`lq.convert` raise.
+        MissingRuntimeError: where the package of ``runtime`` is not installed.
+        Whatever :func:`lq.prepare`, :func:`lq.calibrate`, :func:`lq.convert` and :func:`lq.export` raise.
 
     Example:
         >>> import lq, torch, torchvision
@@ -122,6 +129,7 @@ def quantize(
     """
     begun = time.monotonic()
     goal = Goal(max_drop, max_evaluations, seconds)
+    check_runtime(runtime)
     if not rounding_seconds > 0:
         raise ValueError(f"rounding_seconds={rounding_seconds} must be above 0")
     if num_samples is not None and num_samples < 1:
@@ -139,7 +147,7 @@ def quantize(
         with evaluating(network), torch.no_grad():
             return float(evaluate(network))
 
-    builder = Builder(prepared, kept, run, rounding_seconds=rounding_seconds)
+    builder = Builder(prepared, kept, run, rounding_seconds=rounding_seconds, judge=Judge(runtime))
     wanted = dict(zip(METHODS, (bias_correction, equalization, learned_rounding), strict=True))
     always = tuple(name for name, value in wanted.items() if value)
     where_needed = tuple(name for name, value in wanted.items() if value is None)

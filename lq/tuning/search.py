@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from torch import nn
+
 from lq.int8.module import Int8Module
 from lq.results.tuning import Tuning, TuningStep
 from lq.tuning.builder import Builder, Choice
@@ -78,7 +80,7 @@ class Search:
 
     Args:
         builder: makes the networks.
-        evaluate: the metric of a network.
+        evaluate: the metric of a network, as the builder's engine runs it.
         float_metric: the metric of the float model.
         goal: what is to be reached.
         always: methods that every network is made with.
@@ -89,7 +91,7 @@ class Search:
     """
 
     builder: Builder
-    evaluate: Callable[[Int8Module], float]
+    evaluate: Callable[[nn.Module], float]
     float_metric: float
     goal: Goal
     always: tuple[str, ...] = ()
@@ -124,6 +126,7 @@ class Search:
             steps=tuple(self._steps),
             chosen=index,
             ended=ended,
+            runtime=self.builder.judge.runtime,
         )
         return tuning, choice, int8
 
@@ -169,12 +172,19 @@ class Search:
         """Evaluate a network; whether it meets the goal."""
         self._check_limits()
         begun = time.monotonic()
-        int8 = self.builder.int8(choice)
-        metric = float(self.evaluate(int8))
+        int8, network = self.builder.int8(choice)
+        metric = float(self.evaluate(network))
         drop = metric - self.float_metric if self.goal.smallest else self.float_metric - metric
         drop = math.inf if math.isnan(drop) else drop
         step = TuningStep(
-            change, metric, drop, time.monotonic() - begun, choice.calibrator, choice.methods, choice.float_layers
+            change,
+            metric,
+            drop,
+            time.monotonic() - begun,
+            choice.calibrator,
+            choice.methods,
+            choice.float_layers,
+            self.builder.judge.latency(int8, network),
         )
         self._steps.append(step)
         if self._best is None or self._is_better(step, self._steps[self._best[0]]):

@@ -61,6 +61,20 @@ def test_the_broken_layer_stays_in_float(tmp_path: Path) -> None:
     assert torch.allclose(file(x), model(x), atol=1e-5)
 
 
+def test_the_engine_that_is_named_judges(tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    named = {"max_drop_metric": "val_acc", "max_drop_runtime": "onnxruntime"}
+    callback = quantization(tmp_path, max_drop=0.5, **named, export=["onnx"])
+    fit(Broken(), tmp_path, callback)
+    result = callback.result
+    assert result is not None and result.tuning is not None
+    assert result.tuning.runtime == "onnxruntime" and result.tuning.float_layers == ("3",)
+    engines = {engine.runtime: engine for engine in result.engines}
+    assert engines["onnxruntime"].metrics["val_acc"] == pytest.approx(result.tuning.step.metric)
+    assert all(step.latency_ms is not None for step in result.tuning.steps)
+
+
 class Flat(Broken):
     """Broken, with the layers in the LightningModule itself."""
 
@@ -132,6 +146,8 @@ def test_what_cannot_be_kept_is_said_with_how_much_is_missing(tmp_path: Path) ->
 def test_mistakes_are_told_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_drop=-1 must be a number of points"):
         quantization(tmp_path, max_drop=-1)
+    with pytest.raises(ValueError, match="max_drop_runtime='tpu' is unknown; choose one of 'auto', 'torch'"):
+        quantization(tmp_path, max_drop=1, max_drop_runtime="tpu")
     with pytest.raises(ValueError, match="max_drop_seconds=0 must be above 0"):
         quantization(tmp_path, max_drop=1, max_drop_seconds=0)
     with pytest.raises(ValueError, match="max_drop=1 is for mode='ptq'"):

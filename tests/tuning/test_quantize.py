@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import lq
 from helpers.broken_layers import BATCHES, TEST, break_layers, explained, network
+from lq.tuning import judged
 from lq.tuning.fewest import fewest
 
 BROKEN = ("layer2.conv2", "layer5.conv2", "layer6.conv2")
@@ -188,6 +190,79 @@ def test_methods_that_are_always_on_are_in_every_step_and_in_the_model() -> None
     assert max(len(row.unique()) for row in rows) > 7  # 3 bits have 7 values
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_the_engine_that_will_run_judges(runtime: str, tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript", runtime):
+        pytest.importorskip(package)
+    model = broken_network()
+    metric = explained(model)
+    networks: list[nn.Module] = []
+
+    def evaluate(network: nn.Module) -> float:
+        networks.append(network)
+        assert not network.training
+        return metric(network)
+
+    quantized = lq.quantize(model, BATCHES, evaluate, max_drop=8, runtime=runtime)
+    tuning = quantized.tuning
+    assert tuning.met and tuning.runtime == runtime and set(BROKEN) <= set(tuning.float_layers)
+    assert not any(isinstance(network, lq.Int8Module) for network in networks)
+    # The file that the user exports computes what was judged.
+    format: Any = "onnxruntime" if runtime == "onnxruntime" else "onnx"
+    lq.export(quantized.model, tmp_path / "int8.onnx", format=format)
+    engine: Any = lq.load(tmp_path / "int8.onnx", runtime)
+    assert metric(engine) == pytest.approx(tuning.step.metric, abs=1e-3)
+    assert all(step.latency_ms is not None and step.latency_ms > 0 for step in tuning.steps)
+    assert f"as {runtime!r} runs it" in tuning.verdict
+    assert f"takes {tuning.step.latency_ms:.3g} ms for one sample, without them" in tuning.verdict
+
+
+def test_the_fastest_engine_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network(1)
+    quantized = lq.quantize(model, BATCHES, explained(model), max_drop=20, runtime="auto")
+    assert quantized.tuning.runtime in ("torch", "onnxruntime", "openvino")
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no such file")
+
+    monkeypatch.setattr(judged, "export", failing)
+    assert lq.quantize(model, BATCHES, explained(model), max_drop=20, runtime="auto").tuning.runtime == "torch"
+
+
+class Scaled(nn.Module):
+    """A forward with a setting that has a default, and a batch whose size is fixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.head(self.conv(x).relu().mean((2, 3)) * scale)
+
+
+@pytest.mark.parametrize("runtime", ["torch", "auto"])
+def test_a_forward_with_settings_is_judged(runtime: str) -> None:
+    torch.manual_seed(0)
+    model = Scaled().eval()
+    example = {"x": BATCHES[0][:2], "scale": 2.0}
+    reference = model(TEST, scale=2.0)
+
+    def evaluate(network: nn.Module) -> float:
+        return -float((network(TEST, scale=2.0) - reference).square().mean())
+
+    quantized = lq.quantize(
+        model,
+        BATCHES,
+        evaluate,
+        max_drop=1,
+        example_inputs=example,
+        runtime=runtime,
+        forward=lambda model, x: model(x, scale=2.0),
+    )
+    assert quantized.tuning.met and quantized.tuning.step.latency_ms is not None
+
+
 def test_mistakes() -> None:
     model = network(1)
     metric = explained(model)
@@ -195,6 +270,8 @@ def test_mistakes() -> None:
         lq.quantize(model, BATCHES, metric, max_drop=-1)
     with pytest.raises(ValueError, match="max_evaluations=1 must be at least 2"):
         lq.quantize(model, BATCHES, metric, max_drop=1, max_evaluations=1)
+    with pytest.raises(ValueError, match="runtime='tensorrt' is unknown; choose one of 'auto', 'torch'"):
+        lq.quantize(model, BATCHES, metric, max_drop=1, runtime="tensorrt")
     with pytest.raises(ValueError, match="seconds=0 must be above 0"):
         lq.quantize(model, BATCHES, metric, max_drop=1, seconds=0)
     with pytest.raises(lq.CalibrationError, match="batches is empty"):

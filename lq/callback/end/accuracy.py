@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lq.callback.settings import QuantizationSettings
@@ -14,9 +14,10 @@ from lq.callback.steps.batches import count_samples
 from lq.callback.steps.evaluation import evaluate
 from lq.callback.steps.running import call_unit, run_unit
 from lq.callback.steps.stages import StagedUnit
-from lq.int8.module import Int8Module
+from lq.deployment.formats import FORMATS
 from lq.results.tuning import Tuning, TuningStep
 from lq.tuning.builder import BIAS_CORRECTION, EQUALIZATION, Builder
+from lq.tuning.judged import FASTEST, IN_PROCESS, Judge
 from lq.tuning.search import Goal, Search
 from lq.util.modes import evaluating
 from lq.workflow.comparison import SQNR, CalibratorComparison
@@ -112,8 +113,8 @@ def keep_accuracy(
     assert settings.max_drop is not None
     goal = Goal(settings.max_drop, MAX_EVALUATIONS, settings.max_drop_seconds, smallest, name)
 
-    def judge(int8: Int8Module) -> float:
-        staged.put_int8(int8)
+    def evaluated(network: nn.Module) -> float:
+        staged.put_int8(network)
         try:
             return evaluate(trainer, pl_module)[name]
         finally:
@@ -134,15 +135,27 @@ def keep_accuracy(
     home = pl_module.device
     pl_module.cpu()
     try:
-        builder = Builder(staged.unit, batches, call, settings.target, observed=observe)
+        builder = Builder(staged.unit, batches, call, settings.target, observed=observe, judge=_judge(settings, staged))
         methods = (BIAS_CORRECTION, EQUALIZATION)
-        search = Search(builder, judge, float_metrics[name], goal, where_needed=methods, tell=_tell)
+        search = Search(builder, evaluated, float_metrics[name], goal, where_needed=methods, tell=_tell)
         tuning, choice, _ = search.run(scores)
         builder.settle(choice)
     finally:
         pl_module.to(home)
     (rank_zero_info if tuning.met else rank_zero_warn)(f"lq: max_drop={settings.max_drop}: {tuning.verdict}")
     return tuning
+
+
+def _judge(settings: QuantizationSettings, staged: StagedUnit) -> Judge:
+    runtime = settings.max_drop_runtime
+    if staged.parts and runtime != IN_PROCESS:
+        if runtime != FASTEST:
+            rank_zero_warn(
+                f"lq: max_drop_runtime={runtime!r}: the steps call the network part by part, and a file runs it as a "
+                f"whole: INT8 is judged in process"
+            )
+        runtime = IN_PROCESS
+    return Judge(runtime, ("pt2", *settings.export) if runtime == FASTEST else tuple(FORMATS), settings.target)
 
 
 def _tell(step: TuningStep) -> None:

@@ -20,13 +20,12 @@ from lq.deployment.engine_module import EngineModule
 from lq.deployment.export import ExportResult
 from lq.deployment.formats import FORMATS, best_format
 from lq.deployment.load import load
-from lq.graph.capture.signature import CallSignature
 from lq.graph.cropping import crop_kernels
 from lq.int8.module import Int8Module
 from lq.timing.measure import Timing, measure
 from lq.util.modes import evaluating
 from lq.workflow.fold import folded_float
-from lq.workflow.prepare import prepared_forward, unprepared
+from lq.workflow.prepare import unprepared
 
 #: The user's validation runs on one engine after another for so long, seconds; those that come later, and would take
 #: longer, are judged by their classes for a few samples alone.
@@ -59,9 +58,7 @@ def contenders(unit: nn.Module, int8: Int8Module, exports: Sequence[ExportResult
     """
     with unprepared(unit):
         eager = Engine(EAGER, size_bytes=_state_bytes(unit))
-    # As they are called: by position where the forward allows it, for which the hooks of a user may have been written.
-    called = partial(_called, prepared_forward(unit).signature, int8.settings)
-    engines = [Contender(eager, partial(called, unit))]
+    engines = [Contender(eager, partial(_called, int8, unit))]
     try:
         folded: nn.Module = crop_kernels(folded_float(unit), int8.example_inputs)
         engine = Engine(FOLDED, size_bytes=_state_bytes(folded))
@@ -74,7 +71,7 @@ def contenders(unit: nn.Module, int8: Int8Module, exports: Sequence[ExportResult
                 continue
             engine = Engine(runtime, file=written.path.name, size_bytes=written.size_bytes)
             if runtime == IN_PROCESS:
-                engines.append(Contender(engine, partial(called, int8)))
+                engines.append(Contender(engine, partial(_called, int8, int8)))
                 continue
             try:
                 # As many threads as the float model has.
@@ -84,8 +81,8 @@ def contenders(unit: nn.Module, int8: Int8Module, exports: Sequence[ExportResult
     return engines
 
 
-def _called(signature: CallSignature, settings: Mapping[str, Any], model: nn.Module, **inputs: Any) -> Any:
-    args, kwargs = signature.arguments({**settings, **inputs})
+def _called(int8: Int8Module, model: nn.Module, **inputs: Any) -> Any:
+    args, kwargs = int8.arguments(inputs)
     return model(*args, **kwargs)
 
 
