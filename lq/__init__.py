@@ -19,6 +19,7 @@ from lq.errors import (
 from lq.graph.capture.registry import register_layer
 from lq.int8.module import Int8Module
 from lq.numerics.quantizer import Quantizer, QuantizerState
+from lq.numerics.rounding import register_rounding
 from lq.numerics.spec import QuantSpec
 from lq.results.analysis import Advice, Analysis, LayerAnalysis
 from lq.results.report import QuantizationReport
@@ -95,6 +96,7 @@ __all__ = [
     "ranges",
     "recalibrate",
     "register_layer",
+    "register_rounding",
     "report",
     "save_statistics",
     "unprepare",

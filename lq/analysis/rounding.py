@@ -123,7 +123,7 @@ class Roundings:
 def _up_to_date(quantizer: Quantizer, weight: Tensor) -> Quantizer:
     """With the range that the next forward would give it; the quantizer itself is left as it is."""
     assert isinstance(quantizer, WeightQuantizer)
-    fresh = weight_quantizer(quantizer.spec, weight)
+    fresh = weight_quantizer(quantizer.spec, weight, quantizer.range)
     fresh.calibrator = quantizer.calibrator
     fresh.state = quantizer.state
     fresh.scale, fresh.zero_point = quantizer.scale.clone(), quantizer.zero_point.clone()

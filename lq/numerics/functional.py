@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lq.numerics.rounding import NEAREST, to_whole
 from lq.numerics.spec import QuantSpec
 
 #: Smallest scale: a tensor that is all zeros still needs one that can be divided by.
@@ -52,12 +53,13 @@ def _per_axis(qparam: Tensor, x: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """``clamp(round(x / scale) + zero_point)`` as integers of ``spec.dtype``; ties go to the even neighbour.
+    """``clamp(round(x / scale) + zero_point)`` as integers of ``spec.dtype``; ties go to the even neighbour, where
+    ``spec`` has no rounding of its own.
 
     ``x / scale`` is taken as ``x * (1 / scale)``, as torch's and oneDNN's own kernels do: the bits must be theirs.
     """
     inverse = 1.0 / _per_axis(scale, x, spec)
-    q = torch.round(x * inverse) + _per_axis(zero_point, x, spec)
+    q = to_whole(x * inverse, spec.rounding) + _per_axis(zero_point, x, spec)
     return q.clamp(spec.quant_min, spec.quant_max).to(spec.dtype)
 
 
@@ -72,10 +74,21 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec)
     The rounding itself is done in float32, also under autocast: a bfloat16 has fewer steps than an INT8 range.
     """
     values = x.float()
-    if spec.ch_axis is None:
+    if spec.rounding != NEAREST:
+        out = _straight_through(values, scale, zero_point, spec)
+    elif spec.ch_axis is None:
         out = torch.fake_quantize_per_tensor_affine(values, scale, zero_point, spec.quant_min, spec.quant_max)
     else:
         out = torch.fake_quantize_per_channel_affine(
             values, scale, zero_point, spec.ch_axis, spec.quant_min, spec.quant_max
         )
     return out.to(x.dtype)
+
+
+def _straight_through(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    with torch.no_grad():
+        q = to_whole(x * (1.0 / _per_axis(scale, x, spec)), spec.rounding) + _per_axis(zero_point, x, spec)
+        inside = (q >= spec.quant_min) & (q <= spec.quant_max)
+        rounded = dequantize(q.clamp(spec.quant_min, spec.quant_max), scale, zero_point, spec)
+    # In this order, for the values are to be those of ``rounded`` to the last bit.
+    return torch.where(inside, rounded + (x - x.detach()), rounded)

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from lq.numerics.functional import choose_qparams, fake_quantize
+from lq.numerics.spec import QuantSpec
+
 
 class Observer(nn.Module):
     """Base of the observers: running ``min_val`` and ``max_val`` as float32 buffers, ``+inf`` / ``-inf`` before data.
@@ -100,6 +103,42 @@ class MinMaxObserver(Observer):
         # minimum/maximum propagate a NaN, so one in calibration still shows when the range is computed.
         torch.minimum(self.min_val, low, out=self.min_val)
         torch.maximum(self.max_val, high, out=self.max_val)
+
+
+class SmallestErrorObserver(Observer):
+    """The range of a weight that loses least where it is rounded to ``spec``: of the last tensor seen.
+
+    For each channel the ``a`` that makes ``sum((w - fake_quantize(w, [-a, a]))**2)`` smallest, among
+    :data:`SHRINKS` of the largest absolute value; what lies outside is clamped. With few bits it pays to clamp: the
+    optimal ``a`` for a Gaussian and 4 bits is 2.6 standard deviations (Banner et al. 2019, "Post training 4-bit
+    quantization of convolutional networks for rapid-deployment").
+
+    Args:
+        spec: a symmetric grid.
+        num_channels: length of its channel axis.
+    """
+
+    #: From all of it to a third.
+    SHRINKS = tuple(1.0 - step / 48 for step in range(33))
+
+    def __init__(self, spec: QuantSpec, num_channels: int = 1) -> None:
+        super().__init__(spec.ch_axis, num_channels)
+        self.spec = spec
+
+    def _update(self, x: Tensor) -> None:
+        low, high = self._min_max(x)
+        largest = torch.maximum(-low, high)
+        least = torch.full_like(largest, torch.inf)
+        best = largest.clone()  # also where a NaN makes every comparison false
+        for shrink in self.SHRINKS:
+            bound = largest * shrink
+            scale, zero_point = choose_qparams(-bound, bound, self.spec)
+            error = (fake_quantize(x, scale, zero_point, self.spec) - x).float().square()
+            total = error.sum() if self.ch_axis is None else error.movedim(self.ch_axis, 0).flatten(1).sum(1)
+            best = torch.where(total < least, bound, best)
+            least = torch.minimum(total, least)
+        self.min_val.copy_(-best)
+        self.max_val.copy_(best)
 
 
 class MovingAverageObserver(Observer):

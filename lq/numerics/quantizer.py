@@ -5,14 +5,24 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lq.numerics.calibrators import Calibrator, default_calibrator, get_calibrator
+from lq.numerics.calibrators import Calibrator, MinMax, default_calibrator, get_calibrator
 from lq.numerics.functional import choose_qparams, fake_quantize
-from lq.numerics.observers import HistogramObserver, MinMaxObserver, MovingAverageObserver, Observer
+from lq.numerics.observers import (
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageObserver,
+    Observer,
+    SmallestErrorObserver,
+)
 from lq.numerics.spec import QuantSpec
+
+#: How the range of a weight is found, see :func:`weight_quantizer`.
+WeightRange = Literal["minmax", "mse"]
 
 
 class QuantizerState(enum.IntFlag):
@@ -150,6 +160,11 @@ class WeightQuantizer(Quantizer):
             self.observer.reset()
         return super().forward(x)
 
+    @property
+    def range(self) -> WeightRange:
+        """See :func:`weight_quantizer`."""
+        return "mse" if isinstance(self.observer, SmallestErrorObserver) else "minmax"
+
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
         """Bring scale and zero point up to date with ``weight``, unless they are frozen."""
@@ -166,10 +181,18 @@ def activation_quantizer(
     return Quantizer(spec, ACTIVATION_OBSERVERS[observer](), rounds=rounds, own_calibrator=own_calibrator)
 
 
-def weight_quantizer(spec: QuantSpec, weight: Tensor) -> WeightQuantizer:
-    """A min/max quantizer for ``weight``, on the weight's device."""
+def weight_quantizer(spec: QuantSpec, weight: Tensor, range: WeightRange = "minmax") -> WeightQuantizer:
+    """A quantizer for ``weight``, on the weight's device.
+
+    Args:
+        spec: the grid.
+        weight: the tensor.
+        range: what the grid covers: ``"minmax"``, all values; ``"mse"``, those with which the rounded weight is
+            nearest.
+    """
     channels = 1 if spec.ch_axis is None else weight.shape[spec.ch_axis]
-    return WeightQuantizer(spec, MinMaxObserver(spec.ch_axis, channels)).to(weight.device)
+    observer = MinMaxObserver(spec.ch_axis, channels) if range == "minmax" else SmallestErrorObserver(spec, channels)
+    return WeightQuantizer(spec, observer, MinMax()).to(weight.device)
 
 
 ACTIVATION_OBSERVERS: dict[str, Callable[[], Observer]] = {

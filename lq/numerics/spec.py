@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lq.numerics.rounding import NEAREST
+
 
 @dataclass(frozen=True)
 class QuantSpec:
@@ -26,6 +28,7 @@ class QuantSpec:
         quant_max: largest integer that is used.
         symmetric: the zero point is 0 and the real range is ``[-a, a]``; otherwise the range is affine.
         ch_axis: the axis with a separate scale for each index, or None for one scale per tensor.
+        rounding: name of what makes numbers of steps whole, see :func:`lq.register_rounding`.
 
     Raises:
         ValueError: where the dtype, the bounds or the symmetry do not fit each other.
@@ -36,6 +39,7 @@ class QuantSpec:
     quant_max: int
     symmetric: bool
     ch_axis: int | None = None
+    rounding: str = NEAREST
 
     def __post_init__(self) -> None:
         if self.dtype not in (torch.uint8, torch.int8):
@@ -60,4 +64,5 @@ class QuantSpec:
         scheme = "symmetric" if self.symmetric else "affine"
         granularity = f"per channel (axis {self.ch_axis})" if self.per_channel else "per tensor"
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{dtype} [{self.quant_min}, {self.quant_max}] {scheme} {granularity}"
+        rounding = "" if self.rounding == NEAREST else f", {self.rounding}"
+        return f"{dtype} [{self.quant_min}, {self.quant_max}] {scheme} {granularity}{rounding}"

@@ -6,9 +6,11 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, get_args
 
 from lq.numerics.calibrators import Calibrator, get_calibrator
+from lq.numerics.quantizer import WeightRange
+from lq.numerics.rounding import get_rounding
 from lq.numerics.spec import QuantSpec
 from lq.schemes.targets import Operator, Residual, Target
 
@@ -21,6 +23,11 @@ class LayerSpec:
         weight_bits: bits of the weights, 2 to 8; stored as int8 in any case, so every engine runs them.
         activation_bits: bits of the tensors that the module makes, 2 to 8.
         calibrator: of the tensors that the module makes, see :func:`lq.calibrate`; independent of the others'.
+        weight_range: what the weights' integers cover: ``"minmax"`` (the default), all values of a channel; ``"mse"``,
+            so much that the rounded weights are nearest and the largest ones are clamped, which pays off with few bits
+            (searched whenever the weights change: each step of QAT takes longer).
+        weight_rounding: how weights are rounded: ``"nearest"`` (the default), or a name that was given to a function of
+            your own, see :func:`lq.register_rounding`.
 
     Raises:
         ValueError: where an argument is not one of its choices.
@@ -29,6 +36,8 @@ class LayerSpec:
     weight_bits: int | None = None
     activation_bits: int | None = None
     calibrator: str | None = None
+    weight_range: WeightRange | None = None
+    weight_rounding: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits"):
@@ -37,6 +46,10 @@ class LayerSpec:
                 raise ValueError(f"{name}={bits!r} must be a whole number from 2 to 8, or None for the target's own")
         if self.calibrator is not None:
             get_calibrator(self.calibrator)
+        if self.weight_range not in (None, *get_args(WeightRange)):
+            raise ValueError(f"weight_range={self.weight_range!r} is unknown; choose 'minmax' or 'mse', or None")
+        if self.weight_rounding is not None:
+            get_rounding(self.weight_rounding)
 
     def as_dict(self) -> dict[str, Any]:
         """What is set, as plain values."""
@@ -137,7 +150,13 @@ class Scheme:
     def weight(self, layer: str) -> QuantSpec:
         """The grid of a layer's weight."""
         spec = self.overrides.find(layer) or LayerSpec()
-        return _with_bits(self.target.weight, spec.weight_bits)
+        grid = _with_bits(self.target.weight, spec.weight_bits)
+        return replace(grid, rounding=spec.weight_rounding or grid.rounding)
+
+    def weight_range(self, layer: str) -> WeightRange:
+        """How the range of a layer's weight is found."""
+        spec = self.overrides.find(layer) or LayerSpec()
+        return spec.weight_range or "minmax"
 
     def activation(self, *names: str) -> QuantSpec:
         """The grid of a tensor, by its quantizer's name and that of the layer which makes it."""

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from lq.graph.interpret import run_node
 from lq.graph.placement import Chain
 from lq.numerics.learned_rounding import round_learned
+from lq.numerics.rounding import NEAREST
 from lq.tuning.paired import Chunks, PairedRun, called_once, parameter_of
 from lq.util.progress import progress_bar
 
@@ -38,7 +39,8 @@ def learn_rounding(
     :func:`lq.numerics.learned_rounding.round_learned`): layer by layer in order, the error of the output after batch
     norm and activation, ``|f(W x) - f(W~ x_int8)|^2``, is minimised over the two neighbours of each weight on its grid,
     with ``x_int8`` as the layers before it, rounded already, make it. A layer whose error on all samples is no smaller
-    than with the nearest values keeps these. It pays off with few bits; with 8, mostly in depthwise networks.
+    than with the nearest values keeps these. It pays off with few bits; with 8, mostly in depthwise networks. A layer
+    with a rounding of the user's own (see :func:`lq.register_rounding`) keeps that.
 
     Args:
         model: prepared and calibrated; the weights are replaced in place by the values on their grids, from which
@@ -72,7 +74,9 @@ def learn_rounding(
         raise ValueError(f"seconds={seconds} must be above 0")
     paired = PairedRun(model, batches, num_samples, forward, "lq.learn_rounding(model, batches)")
     learnt: list[tuple[Tensor, Tensor]] = []
-    chains = [c for c in called_once(paired.analysis) if _weight(model, c) is not None]
+    quantizers = paired.roundings.weight_quantizers
+    once = called_once(paired.analysis)
+    chains = [c for c in once if _weight(model, c) is not None and quantizers[c.weight_key].spec.rounding == NEAREST]
     left = sum(_multiplications(paired, chain) for chain in chains)
     until = time.perf_counter() + seconds
     bar = progress_bar(chains, len(chains), enabled=progress, label="Learning to round")

@@ -90,7 +90,7 @@ def _quantizers_for(scheme: Scheme, model: nn.Module, analysis: GraphAnalysis) -
         weight: Tensor = analysis.values[chain.op.weight]
         grid = scheme.weight(chain.name)
         if quantizer.spec != grid:
-            quantizer = weight_quantizer(grid, weight)
+            quantizer = weight_quantizer(grid, weight, scheme.weight_range(chain.name))
         quantizer.refresh(weight)
         chosen[chain.weight_key] = quantizer
     return chosen

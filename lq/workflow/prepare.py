@@ -340,7 +340,8 @@ def _put_on_weights(forward: PreparedForward, tree: QuantizerTree, analysis: Gra
     for chain in analysis.placement.chains:
         weight = chain.op.weight
         if chain.weight_key not in list(tree):
-            tree[chain.weight_key] = weight_quantizer(scheme.weight(chain.name), analysis.values[weight])
+            spec, range = scheme.weight(chain.name), scheme.weight_range(chain.name)
+            tree[chain.weight_key] = weight_quantizer(spec, analysis.values[weight], range)
             if weight.op == "get_attr":
                 forward.weights[chain.weight_key] = str(weight.target)
         quantizer = tree[chain.weight_key]
