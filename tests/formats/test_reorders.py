@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
 from helpers.quantized import noise
+from lq.formats.aoti.write import linear_for_pointwise
+from lq.graph.qdq import lookup
 from lq.util.cpu import has_onednn_int8
 
 pytestmark = pytest.mark.skipif(not has_onednn_int8(), reason="no oneDNN INT8 kernels on this machine")
@@ -48,14 +51,55 @@ class Wide(nn.Module):
         return self.fc(self.c(x).flatten(1))
 
 
+class Bottlenecks(nn.Module):
+    """1x1 convolutions over many positions, whose layout depends on the batch; a residual add in the kernel of each
+    size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 128, 3, stride=2, padding=1)
+        self.down, self.reduce = nn.Conv2d(128, 512, 1), nn.Conv2d(128, 64, 1)
+        self.spatial, self.expand = nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 512, 1)
+        self.skip, self.strided = nn.Conv2d(512, 256, 1, stride=2), nn.Conv2d(512, 256, 3, stride=2, padding=1)
+        self.fc = nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(self.expand(F.relu6(self.spatial(self.reduce(x)))) + self.down(x))
+        x = F.relu(self.strided(x) + self.skip(x))
+        return self.fc(x.mean((2, 3)))
+
+
 @pytest.mark.parametrize("format", ["pt2", "aoti"])
-def test_the_second_call_re_orders_no_weights(format: lq.Format, tmp_path: Path) -> None:
-    model = lq.calibrate(lq.prepare(Wide().eval(), X, target="x86_avx2"), [X])
+@pytest.mark.parametrize("network", [Wide, Bottlenecks])
+def test_the_second_call_re_orders_no_weights(network: type[nn.Module], format: lq.Format, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = lq.calibrate(lq.prepare(network().eval(), X, target="x86_avx2"), [X])
     lq.export(model, tmp_path / "int8.pt2", format=format)
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "int8.pt2"), "aoti" if format == "aoti" else "torch"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     executed = [line.split(",") for line in done.stdout.splitlines() if ",exec," in line]
-    kinds = [line[5] for line in executed]
-    assert len([kind for kind in kinds if kind in ("convolution", "matmul", "inner_product")]) == 8 * 6
+    kernels = [line for line in executed if line[5] in ("convolution", "matmul", "inner_product")]
+    layers = sum(isinstance(layer, (nn.Conv2d, nn.Linear)) for layer in model.modules())
+    assert len(kernels) == 8 * layers and all("src:u8" in line[8] for line in kernels)
     assert [line for line in executed if line[5] == "reorder" and "src:s8" in line[8]] == []
+
+
+@pytest.mark.parametrize("network", [Wide, Bottlenecks])
+@pytest.mark.parametrize("target", ["x86", "tensorrt"])
+def test_pointwise_convolutions_are_linear_layers(network: type[nn.Module], target: str) -> None:
+    torch.manual_seed(0)
+    int8 = lq.convert(lq.calibrate(lq.prepare(network().eval(), X, target=target), [X]))
+    linear = linear_for_pointwise(int8)
+    assert linear is not int8
+    convolutions = [node for node in linear.graph.nodes if node.target is torch.ops.aten.conv2d.default]
+    weights = [lookup(linear, str(node.args[1].args[0].target)) for node in convolutions]
+    assert weights and all(weight.shape[2:] != (1, 1) for weight in weights)
+    int8.execution = linear.execution = "simulation"
+    for x in (X, X[:1]):
+        expected = int8(x)
+        # The float sums of a simulation depend on their order, and with them some roundings.
+        assert (linear(x) - expected).norm() < 0.01 * expected.norm()
+    plain = lq.convert(lq.calibrate(lq.prepare(nn.Sequential(nn.Conv2d(3, 8, 3)), X), [X]))
+    assert linear_for_pointwise(plain) is plain

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,9 @@ def powers_of_two(steps: Tensor) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "_ROUNDINGS", dict(rounding._ROUNDINGS))
     lq.register_rounding("powers_of_two", powers_of_two)
-    yield
 
 
 def own_rounding(names: list[str]) -> dict[str, Any]:
@@ -49,7 +47,7 @@ def test_a_rounding_of_ones_own_through_a_fit(mode: Any, tmp_path: Path) -> None
     result = callback.result
     assert result is not None
     rows = {layer.name: layer for layer in result.report.layers}
-    assert rows["3"].precision == "int8" and rows["3"].weight.endswith(", powers_of_two")
+    assert rows["3"].precision == "int8" and ", powers_of_two" in rows["3"].weight
     assert "powers_of_two" not in rows["0"].weight
     weights = model.model.state_dict()
     whole = {name: set(weights[f"{name}.weight"].unique().tolist()) for name in ("0", "3")}
@@ -131,11 +129,16 @@ def test_four_bits_clamp_a_gaussian_where_the_source_says() -> None:
 def test_ranges_that_clamp_through_conversion() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)).eval()
+    for layer in (model[0], model[3]):
+        nn.init.normal_(layer.weight)  # type: ignore[arg-type]
     x = torch.randn(16, 3, 8, 8)
-    expected = model(x)
+    expected = model(x).detach()
     noise = {}
     for range in ("minmax", "mse"):
-        overrides: Any = {"0": {"weight_bits": 3, "weight_range": range}, "3": {"weight_bits": 3, "weight_range": range}}
+        overrides: Any = {
+            "0": {"weight_bits": 3, "weight_range": range},
+            "3": {"weight_bits": 3, "weight_range": range},
+        }
         prepared = lq.prepare(nn.Sequential(*model), x[:2], overrides=overrides)
         int8 = lq.convert(lq.calibrate(prepared, [x]))
         noise[range] = float((int8(x) - expected).square().mean())
