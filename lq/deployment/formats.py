@@ -20,7 +20,13 @@ from lq.engines.executorch import ExecutorchModel, import_executorch
 from lq.engines.onnxruntime import OnnxRuntimeModel, import_onnxruntime
 from lq.engines.openvino import OpenVinoModel
 from lq.engines.program import load_program
-from lq.formats.aoti.write import check_compiler, for_this_cpu, linear_for_pointwise, write_package
+from lq.formats.aoti.write import (
+    check_compiler,
+    for_this_cpu,
+    linear_for_pointwise,
+    without_idle_clamps,
+    write_package,
+)
 from lq.formats.executorch.read import check_file as check_pte
 from lq.formats.executorch.read import read_texts
 from lq.formats.executorch.write import import_exir, write_pte
@@ -240,7 +246,7 @@ FORMATS: dict[str, Format] = {
             write=lambda draft, path: write_package(draft.program, draft.metadata, path),
             check_dependencies=lambda verify: check_compiler(),
             adapt=for_this_cpu,
-            layout=lambda int8: linear_for_pointwise(for_this_cpu(_cropped(int8))),
+            layout=lambda int8: linear_for_pointwise(without_idle_clamps(for_this_cpu(_cropped(int8)))),
             takes_long=True,
         ),
         _ONNX,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 import lq
 from helpers.quantized import noise
-from lq.formats.aoti.write import linear_for_pointwise
+from lq.formats.aoti.write import linear_for_pointwise, without_idle_clamps
 from lq.graph.qdq import lookup
 from lq.util.cpu import has_onednn_int8
 
@@ -103,3 +104,28 @@ def test_pointwise_convolutions_are_linear_layers(network: type[nn.Module], targ
         assert (linear(x) - expected).norm() < 0.01 * expected.norm()
     plain = lq.convert(lq.calibrate(lq.prepare(nn.Sequential(nn.Conv2d(3, 8, 3)), X), [X]))
     assert linear_for_pointwise(plain) is plain
+
+
+@pytest.mark.parametrize(
+    "clamp",
+    [
+        (nn.ReLU(),),
+        (nn.ReLU6(),),
+        (nn.Hardtanh(-1, 1),),
+        (nn.Hardtanh(-1e-3, 1e-3),),
+        (nn.ReLU(), nn.Hardtanh(-1, 0.3)),
+        (nn.Identity(),),
+    ],
+)
+@pytest.mark.parametrize("target", ["x86", "xnnpack", "tensorrt"])
+def test_clamps_that_the_grid_implies_are_left_out(clamp: tuple[nn.Module, ...], target: str) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), *copy.deepcopy(clamp), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 144, 4)]
+    network = nn.Sequential(*layers).eval()
+    int8 = lq.convert(lq.calibrate(lq.prepare(network, X, target=target), [X]))
+    without = without_idle_clamps(int8)
+    if isinstance(clamp[0], nn.ReLU | nn.ReLU6) and len(clamp) == 1:
+        assert (without is int8) == (target == "tensorrt")  # whose grids reach below zero
+    int8.execution = without.execution = "simulation"
+    for factor in (1, 100):
+        assert torch.equal(without(factor * X), int8(factor * X))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.export import ExportedProgram
 from lq.errors import CompilerError
 from lq.formats.pt2.write import examples
 from lq.graph.convolution import conv_settings
+from lq.graph.ops import OpKind, clamp_bounds, classify
 from lq.graph.qdq import (
     DEQUANTIZE,
     DEQUANTIZE_BUFFER,
@@ -106,6 +108,34 @@ class _Shapes(fx.Interpreter):
         if isinstance(value, Tensor):
             self.shapes[n] = value.shape
         return value
+
+
+def without_idle_clamps(model: Int8Module) -> Int8Module:
+    """``model`` without the ReLUs and other clamps that let through all that the grid after them has.
+
+    They change no integer: rounding is monotonic. Inductor fuses few clamps into a linear layer's kernel.
+    """
+    if not any(_is_idle(model, node) for node in model.graph.nodes):
+        return model
+    adjusted = copy.deepcopy(model)
+    for node in list(adjusted.graph.nodes):
+        if _is_idle(adjusted, node):
+            node.replace_all_uses_with(node.args[0])
+            adjusted.graph.erase_node(node)
+    return adjusted
+
+
+def _is_idle(model: Int8Module, node: fx.Node) -> bool:
+    if classify(node) is not OpKind.CLAMP or len(node.users) != 1:
+        return False
+    (quantize,) = node.users
+    if quantize.target not in (QUANTIZE, QUANTIZE_BUFFER):
+        return False
+    low, high = clamp_bounds(node) or (0.0, None)
+    bounds = torch.tensor([low, math.inf if high is None else high])
+    qparams = [lookup(model, str(arg.target)) if isinstance(arg, fx.Node) else arg for arg in quantize.args[1:]]
+    integers: Tensor = quantize.target(bounds, *qparams)
+    return integers.tolist() == list(quantize.args[3:5])
 
 
 def linear_for_pointwise(model: Int8Module) -> Int8Module:
