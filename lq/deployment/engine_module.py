@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lq.graph.stand_in import StandIn
 from lq.int8.module import Int8Module
 
 
-class EngineModule(nn.Module):
+class EngineModule(StandIn):
     """An engine as a module that takes the float forward's arguments, wherever they are.
 
     Args:
@@ -22,6 +23,8 @@ class EngineModule(nn.Module):
 
     def __init__(self, int8: Int8Module, run: Callable[..., Any]) -> None:
         super().__init__()
+        #: Of no use but to code that asks ``next(model.parameters())`` for a device.
+        self.empty = nn.Parameter(torch.empty(0), requires_grad=False)
         # In a dict, where no module looks for children: it stays on the CPU.
         self._called: dict[str, Any] = {"bind": int8.bind, "names": tuple(int8.example_inputs), "run": run}
 

@@ -16,6 +16,7 @@ from lq.graph.folding import BatchNormStatistics, fold, round_bias
 from lq.graph.ops import MOVES, OpKind, WeightedOp, clamp_bounds, classify
 from lq.graph.placement import Chain, Operator, site, source_of
 from lq.graph.qdq import DEQUANTIZE_BUFFER, DEQUANTIZE_WEIGHT, QUANTIZE_BUFFER, mark_origin
+from lq.graph.stand_in import StandIn
 from lq.numerics.functional import SCALE_EPS
 from lq.numerics.quantizer import Quantizer
 from lq.numerics.spec import QuantSpec
@@ -43,7 +44,8 @@ class EmittedGraph:
     """A converted graph and the module that holds what it reads.
 
     Args:
-        root: buffers (integer weights, scales, zero points, biases) and float modules, under the float model's names.
+        root: buffers (integer weights, scales, zero points), parameters that are not trained (biases) and float
+            modules, under the float model's names.
         graph: the graph; its ``get_attr`` and ``call_module`` nodes read ``root``.
         ends: for each chain, by name, the node of the float graph whose value it makes and its own node for it.
     """
@@ -60,7 +62,7 @@ class _Emitter:
         self.module = module
         self.analysis = analysis
         self.quantizers = quantizers
-        self.emitted = EmittedGraph(nn.Module(), fx.Graph())
+        self.emitted = EmittedGraph(StandIn(), fx.Graph())
         self.graph = self.emitted.graph
         self.values: dict[fx.Node, fx.Node] = {}  # float graph -> this graph, as computed
         self.integers: dict[fx.Node, tuple[fx.Node, str]] = {}  # ... as integers, with the name of their quantizer
@@ -172,7 +174,7 @@ class _Emitter:
         *scopes, name = path.split(".")
         for scope in scopes:
             if scope not in owner._modules:
-                owner.add_module(scope, nn.Module())
+                owner.add_module(scope, StandIn())
             owner = owner.get_submodule(scope)
         return owner, name
 
@@ -180,6 +182,13 @@ class _Emitter:
         owner, name = self._owner(path)
         if name not in owner._buffers:
             owner.register_buffer(name, value)
+        return self.graph.create_node("get_attr", path)
+
+    def _parameter(self, path: str, value: Tensor) -> fx.Node:
+        """A tensor by which code that asks ``next(model.parameters())`` for the device or dtype learns of it."""
+        owner, name = self._owner(path)
+        if name not in owner._parameters:
+            owner.register_parameter(name, nn.Parameter(value, requires_grad=False))
         return self.graph.create_node("get_attr", path)
 
     def _quantizer(self, key: str) -> Quantizer:
@@ -304,7 +313,7 @@ class _Emitter:
             assert self.quantizers is not None
             input_scale = self.quantizers[self.integers[chain.op.input][1]].scale
             folded_bias = round_bias(folded_bias, input_scale, folded.weight_scale)
-        bias_node = None if folded_bias is None else self._buffer(f"{chain.name}.bias", folded_bias)
+        bias_node = None if folded_bias is None else self._parameter(f"{chain.name}.bias", folded_bias)
         if quantizer is None or folded.weight_int is None or folded.weight_scale is None:
             return self._buffer(f"{chain.name}.weight", folded.weight.contiguous()), bias_node
         spec = quantizer.spec

@@ -17,6 +17,7 @@ from lq.graph.capture.signature import CallSignature
 from lq.graph.codegen import compile_graph
 from lq.graph.eager import never_compiled
 from lq.graph.qdq import constant_qparams
+from lq.graph.stand_in import StandIn
 from lq.int8.graph_state import graph_from_state, graph_state
 from lq.int8.onednn import LoweredGraph, Packed, lower
 from lq.int8.plans import Plans, sizes
@@ -53,7 +54,7 @@ def _renamed(graph: fx.Graph, name: str, taken: Container[str]) -> str:
     return new
 
 
-class Int8Module(nn.Module):
+class Int8Module(StandIn):
     """An INT8 network as a module for inference.
 
     Its state dict holds the integer weights, their scales, the biases, and the scale and zero point of each quantized
@@ -270,7 +271,7 @@ class Int8Module(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": {}, "graph": graph_state(self.graph)}
+        return {**super().__getstate__(), "_compiled": {}, "graph": graph_state(self.graph)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "graph": graph_from_state(state["graph"])})

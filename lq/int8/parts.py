@@ -63,7 +63,9 @@ def _network(int8: Int8Module, path: str) -> Int8Module:
         if name in read:
             root.add_module(name, child)
     for name, tensor in {**int8._buffers, **int8._parameters, **int8.__dict__}.items():
-        if name in read and isinstance(tensor, Tensor):
+        if name in read and isinstance(tensor, nn.Parameter):
+            root.register_parameter(name, tensor)
+        elif name in read and isinstance(tensor, Tensor):
             root.register_buffer(name, tensor)
     network = Int8Module(root, graph, int8.execution)
     network.example_inputs = {PARTS: {path: int8.example_inputs[PARTS][path]}}

@@ -105,16 +105,24 @@ class Tuning:
             return ""
         return f", which takes {self.step.latency_ms:.3g} ms for one sample, without them {whole:.3g}"
 
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """Headers and rows of the table of steps; the second and later columns are numbers."""
+        headers = ["change", self.metric_name, "drop", "layers in float", "p50, ms", "seconds"]
+        rows = []
+        for step in self.steps:
+            latency = "" if step.latency_ms is None else f"{step.latency_ms:.3g}"
+            numbers = [f"{step.metric:.4f}", f"{step.drop:+.4f}", str(len(step.float_layers)), latency]
+            rows.append([step.change, *numbers, f"{step.seconds:.1f}"])
+        return headers, rows
+
     def table(self) -> Table:
+        headers, rows = self.cells()
         table = Table(title=f"float {self.float_metric:.4f}, allowed drop {self.allowed_drop:.4g}")
         table.add_column("", justify="center")
-        table.add_column("change", overflow="fold")
-        for header in (self.metric_name, "drop", "layers in float", "p50, ms", "seconds"):
-            table.add_column(header, justify="right")
-        for index, step in enumerate(self.steps):
-            latency = "" if step.latency_ms is None else f"{step.latency_ms:.3g}"
-            numbers = (f"{step.metric:.4f}", f"{step.drop:+.4f}", str(len(step.float_layers)), latency)
-            table.add_row("*" if index == self.chosen else "", step.change, *numbers, f"{step.seconds:.1f}")
+        for index, header in enumerate(headers):
+            table.add_column(header, justify="right" if index else "left", overflow="fold")
+        for index, row in enumerate(rows):
+            table.add_row("*" if index == self.chosen else "", *row)
         table.caption = self.verdict
         return table
 

@@ -90,7 +90,9 @@ class Judge:
         if self.runtime == IN_PROCESS:
             return int8
         with tempfile.TemporaryDirectory() as folder:
-            return EngineModule(int8, self._deployed(model, self.runtime, Path(folder)))
+            network = EngineModule(int8, self._deployed(model, self.runtime, Path(folder)))
+        network.stand_in_for(model)
+        return network
 
     def latency(self, int8: Int8Module, network: nn.Module) -> float | None:
         """Median wall time of a forward with one sample, ms; None where the network takes no single one."""

@@ -53,6 +53,7 @@ def convert(model: nn.Module, target: str | Target | None = None) -> Int8Module:
         difference, _ = check_fold(model, forward, analysis)
         emitted = emit(model, analysis, chosen)
     int8 = Int8Module(emitted.root, emitted.graph)
+    int8.stand_in_for(model)
     int8.fix_call(forward.signature, forward.settings)
     int8.guards = analysis.captured.guards
     int8.report = make_report(model, analysis, chosen, resolved, difference)

@@ -73,6 +73,9 @@ def test_the_engine_that_is_named_judges(tmp_path: Path) -> None:
     engines = {engine.runtime: engine for engine in result.engines}
     assert engines["onnxruntime"].metrics["val_acc"] == pytest.approx(result.tuning.step.metric)
     assert all(step.latency_ms is not None for step in result.tuning.steps)
+    page = (tmp_path / "int8" / "int8.html").read_text()
+    for text in (">Accuracy</h2>", "3 in float", "as &#x27;onnxruntime&#x27; runs it"):
+        assert text in page
 
 
 class Flat(Broken):

@@ -13,6 +13,7 @@ from lq.charts.predictions import Predictions
 from lq.page.document import Column, Table, figure, page, section
 from lq.page.layers import advice_markup, layer_table, slower_markup
 from lq.page.markup import Markup, element
+from lq.results.tuning import Tuning
 
 if TYPE_CHECKING:
     from lq.timing.benchmark import Benchmark
@@ -42,6 +43,8 @@ def result_page(
     if result.engines:
         sections["Engines"] = section("Engines", *_engines(result))
     sections["Result"] = section("Result", facts.markup(), element("p", result.measured_with, class_="muted"))
+    if result.tuning is not None:
+        sections["Accuracy"] = section("Accuracy", *_tuning(result.tuning))
     if runtimes is not None:
         sections["Runtimes"] = section("Runtimes", _runtimes(runtimes).markup())
     slower = slower_markup(report)
@@ -68,6 +71,16 @@ def _engines(result: QuantizationResult) -> list[Markup]:
     table = Table([Column(header, "", index > 0) for index, header in enumerate(headers)], rows, marked=marked)
     lines = [recommendation(result.engines), *notes(result.engines)]
     return [table.markup(), *(element("p", line[0].upper() + line[1:] + ".") for line in lines if line)]
+
+
+def _tuning(tuning: Tuning) -> list[Markup]:
+    """What was tried to keep to the accuracy, the step that was taken marked."""
+    headers, rows = tuning.cells()
+    columns = [Column(header, "", index > 0) for index, header in enumerate(headers)]
+    return [
+        Table(columns, rows, marked=frozenset([tuning.chosen])).markup(),
+        element("p", f"{tuning.verdict[0].upper()}{tuning.verdict[1:]}."),
+    ]
 
 
 def settings_table(settings: dict[str, Any]) -> Table:

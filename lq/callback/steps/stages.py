@@ -10,6 +10,7 @@ from torch import nn
 from lq.callback.steps.calls import COMPILED, Step, has_weighted_layers
 from lq.callback.steps.unit import Unit, find_unit
 from lq.graph.parts import PartsForward
+from lq.graph.stand_in import StandIn
 from lq.int8.module import Int8Module
 from lq.int8.parts import split
 from lq.workflow.prepare import Mode, PreparedForward, is_prepared, prepared_forward, unprepare
@@ -154,10 +155,14 @@ class StagedUnit:
             assert isinstance(int8, Int8Module)
             for path, part in split(int8).items():
                 self._kept_parts[path] = self.pl_module.get_submodule(path)
+                if isinstance(part, StandIn):
+                    part.stand_in_for(self._kept_parts[path])
                 self._set(path, part)
         elif self.path:
             self._kept = self.pl_module.get_submodule(self._place)
             self._set(self._place, int8)
+            if isinstance(int8, StandIn):
+                int8.stand_in_for(self.unit)
         else:
             self._kept = self.pl_module.forward
             self.pl_module.add_module(_INT8, int8)
