@@ -62,6 +62,7 @@ class Asking(Wrapped):
         self.asked.append(type(model))
 
 
+@pytest.mark.support("Modules", "Steps that use the network's attributes, methods, parts and parameters")
 @pytest.mark.parametrize("mode", ["ptq", "qat"])
 def test_int8_answers(mode: Any, tmp_path: Path) -> None:
     model = Asking()

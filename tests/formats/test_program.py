@@ -168,9 +168,9 @@ def tamper(int8: lq.Int8Module, name: str) -> lq.Int8Module:
         elif name == "weight":
             other.get_buffer("conv2.weight").copy_(other.get_buffer("conv2.weight").roll(1, 0))
         elif name == "bias":
-            other.get_buffer("conv2.bias").add_(0.5)
+            other.get_parameter("conv2.bias").data.add_(0.5)
         elif name == "last layer":
-            other.get_buffer("fc.bias").add_(0.5)
+            other.get_parameter("fc.bias").data.add_(0.5)
     return other
 
 
