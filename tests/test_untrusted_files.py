@@ -283,10 +283,11 @@ def test_any_flipped_bit_in_a_program_is_found(folder: Path, tmp_path: Path) -> 
 
 def test_a_flipped_bit_in_a_weight_is_found(folder: Path, tmp_path: Path) -> None:
     content = bytearray((folder / "int8.pt2").read_bytes())
-    weight = members_of(folder / "int8.pt2")["archive/data/weights/weight_9"]
-    content[content.index(weight) + 100] ^= 0x40
+    members = members_of(folder / "int8.pt2")
+    name = max((name for name in members if "/weights/weight_" in name), key=lambda name: len(members[name]))
+    content[content.index(members[name]) + 100] ^= 0x40
     (tmp_path / "int8.pt2").write_bytes(content)
-    refused(tmp_path / "int8.pt2", "is damaged: .*weight_9")
+    refused(tmp_path / "int8.pt2", f"is damaged: .*{name.rpartition('/')[2]}")
 
 
 def test_onnx_values_elsewhere_are_not_followed(folder: Path, tmp_path: Path) -> None:
