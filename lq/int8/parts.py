@@ -9,11 +9,12 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path
 
 from lq.graph.parts import PARTS
+from lq.graph.stand_in import StandIn
 from lq.int8.module import Int8Module
 from lq.interface.guards import input_name
 
 
-class Int8Part(nn.Module):
+class Int8Part(StandIn):
     """Replaces one part: is called in the same way, and computes in INT8.
 
     Args:
