@@ -22,6 +22,7 @@ from helpers.networks import SmallResNet
 from helpers.quantized import calibrated, noise
 from lq import QuantizationCallback
 from lq.graph.capture import registry
+from lq.numerics import rounding
 
 ROOT = Path(__file__).parents[1]
 IMAGES = noise(4, 224)
@@ -104,6 +105,7 @@ PAGES: dict[str, list[Callable[[], Names]]] = {
     "docs/library.md": [
         batches,
         a_float_model,
+        nothing,
         a_layer,
         a_calibrated_model,
         a_float_model_and_its_metric,
@@ -132,6 +134,7 @@ def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torchvision.models, "resnet18", SmallResNet)
     names: Names = {}
     monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
+    monkeypatch.setattr(rounding, "_ROUNDINGS", dict(rounding._ROUNDINGS))
     for given, example in zip(PAGES[page], examples(ROOT / page), strict=True):
         names |= given()
         # Compiling takes as long as all of the others; tests/formats does it.
