@@ -1,6 +1,6 @@
 """INT8 latency against the peers, by engine: torch.ao FX, torchao PT2E, ONNX Runtime's, OpenVINO's, ExecuTorch's.
 
-python -m lq.recipes.bench_peers                                          every row: about an hour
+python -m lq.recipes.bench_peers                                          every row: one to two hours
 python -m lq.recipes.bench_peers rows=[resnet18_32_b1] peers=[ort_static,nncf]
 
 Each row is called in three ways: back to back, and after a sleep of 20 ms, as a server that waits for requests is (then
