@@ -12,6 +12,21 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lq.graph.stand_in import StandIn
 from lq.int8.module import Int8Module
 
+#: What :func:`lq.load` calls the engine that takes no file.
+IN_PROCESS = "torch"
+
+
+def call_by_name(int8: Int8Module, model: nn.Module, **inputs: Any) -> Any:
+    """Call ``model``, the float one or what stands in for it, with inputs by name as its own callers do.
+
+    Args:
+        int8: knows the form of a call.
+        model: has that form.
+        **inputs: of the forward, without its settings.
+    """
+    args, kwargs = int8.arguments(inputs)
+    return model(*args, **kwargs)
+
 
 class EngineModule(StandIn):
     """An engine as a module that takes the float forward's arguments, wherever they are.

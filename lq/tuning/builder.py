@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.analysis.analyze import noisiest_layers
+from lq.deployment.engine_module import IN_PROCESS
 from lq.graph.forward import QUANTIZERS
 from lq.int8.module import Int8Module
 from lq.numerics.observers import Observer
@@ -19,7 +20,7 @@ from lq.schemes.overrides import Overrides
 from lq.schemes.targets import Target
 from lq.tuning.bias_correction import correct_bias
 from lq.tuning.equalization import can_equalize, equalize
-from lq.tuning.judged import IN_PROCESS, Judge
+from lq.tuning.judged import Judge
 from lq.tuning.learned_rounding import learn_rounding
 from lq.workflow.calibrate import calibrate
 from lq.workflow.comparison import keeping_ranges

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lq.analysis.samples import first_samples
-from lq.deployment.engine_module import EngineModule
+from lq.deployment.engine_module import IN_PROCESS, EngineModule, call_by_name
 from lq.deployment.export import export
 from lq.deployment.formats import FORMATS, RUNTIMES, best_format
 from lq.deployment.load import load
@@ -24,9 +24,6 @@ from lq.timing.measure import measure
 from lq.util.distribution import install
 
 _log = logging.getLogger("lq")
-
-#: The engine that takes no file.
-IN_PROCESS = "torch"
 
 #: The choice of the engine that is the fastest here.
 FASTEST = "auto"
@@ -97,14 +94,14 @@ class Judge:
     def latency(self, int8: Int8Module, network: nn.Module) -> float | None:
         """Median wall time of a forward with one sample, ms; None where the network takes no single one."""
         try:
-            return _latencies({"": partial(_by_name, int8, network)}, int8)[""]
+            return _latencies({"": partial(call_by_name, int8, network)}, int8)[""]
         except Exception as error:
             _log.debug("lq: a call with one sample failed: %s", error)
             return None
 
     def _fastest(self, model: nn.Module, int8: Int8Module) -> str:
         quick = [name for name in self._formats if not FORMATS[name].takes_long]
-        runs: dict[str, Callable[..., Any]] = {IN_PROCESS: partial(_by_name, int8, int8)}
+        runs: dict[str, Callable[..., Any]] = {IN_PROCESS: partial(call_by_name, int8, int8)}
         with tempfile.TemporaryDirectory() as folder:
             for runtime in dict.fromkeys(name for each in quick for name in FORMATS[each].installed_runtimes()):
                 if runtime == IN_PROCESS:
@@ -132,11 +129,6 @@ class Judge:
             export(model, path, format=format.name, target=self._target, verify=False)
         # As many threads as in process.
         return load(path, runtime, threads=torch.get_num_threads())
-
-
-def _by_name(int8: Int8Module, network: nn.Module, **inputs: Any) -> Any:
-    args, kwargs = int8.arguments(inputs)
-    return network(*args, **kwargs)
 
 
 def _latencies(runs: dict[str, Callable[..., Any]], int8: Int8Module) -> dict[str, float]:

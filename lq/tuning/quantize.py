@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from lq.analysis.samples import first_samples
+from lq.deployment.engine_module import IN_PROCESS
 from lq.errors import CalibrationError
 from lq.int8.module import Int8Module
 from lq.results.tuning import Tuning, TuningStep
 from lq.schemes.overrides import OverridesLike
 from lq.schemes.targets import AUTO_TARGET, Target
 from lq.tuning.builder import METHODS, Builder
-from lq.tuning.judged import IN_PROCESS, Judge, check_runtime
+from lq.tuning.judged import Judge, check_runtime
 from lq.tuning.search import Goal, Search
 from lq.util.modes import evaluating
 from lq.workflow.calibrate import AUTO, batch_size, calibrate_and_compare, default_forward

@@ -14,10 +14,11 @@ from lq.callback.steps.batches import count_samples
 from lq.callback.steps.evaluation import evaluate
 from lq.callback.steps.running import call_unit, run_unit
 from lq.callback.steps.stages import StagedUnit
+from lq.deployment.engine_module import IN_PROCESS
 from lq.deployment.formats import FORMATS
 from lq.results.tuning import Tuning, TuningStep
 from lq.tuning.builder import BIAS_CORRECTION, EQUALIZATION, Builder
-from lq.tuning.judged import FASTEST, IN_PROCESS, Judge
+from lq.tuning.judged import FASTEST, Judge
 from lq.tuning.search import Goal, Search
 from lq.util.modes import evaluating
 from lq.workflow.comparison import SQNR, CalibratorComparison

@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lq.analysis.timing import time_layers
-from lq.callback.end.engine_runs import IN_PROCESS, Contender, contenders, time_engines, validate_engines
+from lq.callback.end.engine_runs import Contender, contenders, time_engines, validate_engines
 from lq.callback.end.engines import EAGER, Engine
 from lq.callback.end.inspection import Findings, warns_on_failure
 from lq.callback.end.page import result_page
@@ -23,7 +23,7 @@ from lq.callback.result import QuantizationResult, Side
 from lq.callback.steps.batches import repeat_samples
 from lq.callback.steps.stages import StagedUnit
 from lq.charts.predictions import Predictions
-from lq.deployment.engine_module import EngineModule
+from lq.deployment.engine_module import IN_PROCESS, EngineModule
 from lq.deployment.export import ExportResult, export, pays_off
 from lq.deployment.formats import FORMATS, FormatName
 from lq.int8.module import Int8Module

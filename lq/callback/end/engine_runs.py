@@ -16,7 +16,7 @@ from torch import nn
 from lq.callback.end.engines import EAGER, FOLDED, Engine
 from lq.callback.steps.batches import repeat_samples
 from lq.callback.steps.stages import StagedUnit
-from lq.deployment.engine_module import EngineModule
+from lq.deployment.engine_module import IN_PROCESS, EngineModule, call_by_name
 from lq.deployment.export import ExportResult
 from lq.deployment.formats import FORMATS, best_format
 from lq.deployment.load import load
@@ -30,9 +30,6 @@ from lq.workflow.prepare import unprepared
 #: The user's validation runs on one engine after another for so long, seconds; those that come later, and would take
 #: longer, are judged by their classes for a few samples alone.
 VALIDATION_SECONDS = 60.0
-
-#: The engine that takes INT8's place in the module.
-IN_PROCESS = "torch"
 
 
 @dataclass
@@ -58,7 +55,7 @@ def contenders(unit: nn.Module, int8: Int8Module, exports: Sequence[ExportResult
     """
     with unprepared(unit):
         eager = Engine(EAGER, size_bytes=_state_bytes(unit))
-    engines = [Contender(eager, partial(_called, int8, unit))]
+    engines = [Contender(eager, partial(call_by_name, int8, unit))]
     try:
         folded: nn.Module = crop_kernels(folded_float(unit), int8.example_inputs)
         engine = Engine(FOLDED, size_bytes=_state_bytes(folded))
@@ -71,7 +68,7 @@ def contenders(unit: nn.Module, int8: Int8Module, exports: Sequence[ExportResult
                 continue
             engine = Engine(runtime, file=written.path.name, size_bytes=written.size_bytes)
             if runtime == IN_PROCESS:
-                engines.append(Contender(engine, partial(_called, int8, int8)))
+                engines.append(Contender(engine, partial(call_by_name, int8, int8)))
                 continue
             try:
                 # As many threads as the float model has.
@@ -79,11 +76,6 @@ def contenders(unit: nn.Module, int8: Int8Module, exports: Sequence[ExportResult
             except Exception as error:
                 engines.append(Contender(replace(engine, note=_reason(error)), None))
     return engines
-
-
-def _called(int8: Int8Module, model: nn.Module, **inputs: Any) -> Any:
-    args, kwargs = int8.arguments(inputs)
-    return model(*args, **kwargs)
 
 
 def time_engines(unit: nn.Module, int8: Int8Module, engines: Sequence[Contender], batch_size: int) -> None:
