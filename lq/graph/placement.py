@@ -161,8 +161,9 @@ def _layer_name(op: WeightedOp) -> str:
     # A functional call takes the name of its weight's owner where it has one: conv subclasses keep their own path.
     if op.node.meta.get("layer") is not None:
         return str(op.node.meta["layer"])
-    if op.weight.op == "get_attr" and str(op.weight.target).endswith(".weight"):
-        return str(op.weight.target).removesuffix(".weight")
+    weight = str(op.weight.target) if op.weight.op == "get_attr" else ""
+    if weight.endswith((".weight", "_weight")):  # an attention's `in_proj_weight`
+        return weight[: -len(".weight")]
     return site(op.node)
 
 

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from types import CodeType, FrameType, MethodType
+from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lq.graph.capture.registry import registered_forward
@@ -36,6 +37,21 @@ _following = threading.local()
 
 #: The code that followed modules' calls pass through.
 _FOLLOWERS = ("lq.graph.",)
+
+
+
+def _opened(function: Any) -> Callable[..., Any]:
+    """A function of torch that is written in Python, as one that lets a mode see the functions that it calls."""
+    names = {**function.__globals__, "has_torch_function": lambda *_: False}
+    opened = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    opened.__kwdefaults__ = function.__kwdefaults__
+    return opened
+
+
+#: Functions that compute linear layers inside, by what runs instead of them.
+_OPENED: dict[Any, Callable[..., Any]] = {
+    functional.multi_head_attention_forward: _opened(functional.multi_head_attention_forward)
+}
 
 
 class Positions:
@@ -118,6 +134,15 @@ class CallTracker(TorchFunctionMode):
         _following.tracker = self._outer
         super().__exit__(*error)
 
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """Inside the context the mode, which torch leaves while a function is handled, sees calls again."""
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
+
     @property
     def path(self) -> str:
         """Path of the module whose forward is running."""
@@ -157,6 +182,9 @@ class CallTracker(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func in _OPENED:
+            with self._again():
+                return _OPENED[func](*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if not self.watches(name):
             return func(*args, **(kwargs or {}))

@@ -132,6 +132,10 @@ def name_sites(graph: fx.Graph, module: nn.Module) -> None:
         node.meta["site"] = name
 
 
+#: Layers of torch that are made of several.
+_OF_SEVERAL = (nn.Sequential, nn.MultiheadAttention)
+
+
 def _layer(node: fx.Node, module: nn.Module) -> str | None:
     path = str(node.meta["path"])
     if node.op == "call_module":
@@ -139,7 +143,7 @@ def _layer(node: fx.Node, module: nn.Module) -> str | None:
     if node.op != "call_function" or not path:
         return None
     owner = module.get_submodule(path)
-    is_torchs = type(owner).__module__.startswith("torch.nn.") and not isinstance(owner, nn.Sequential)
+    is_torchs = type(owner).__module__.startswith("torch.nn.") and not isinstance(owner, _OF_SEVERAL)
     return path if is_torchs else None
 
 
