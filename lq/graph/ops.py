@@ -184,8 +184,7 @@ def _selects(node: fx.Node) -> bool:
 
 def _computes_with_sizes(node: fx.Node) -> bool:
     """Whether ``node`` computes a number from numbers, as arithmetic on sizes does."""
-    value = node.meta.get("val")
-    return isinstance(value, (int, torch.SymInt, torch.SymBool, torch.SymFloat))
+    return bool(node.meta.get("is_size"))
 
 
 def clamp_bounds(node: fx.Node) -> tuple[float, float | None] | None:

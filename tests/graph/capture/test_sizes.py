@@ -247,3 +247,30 @@ def exported(int8: lq.Int8Module, path: Path, runtime: str) -> Any:
         if not is_lq_error(error) or path.exists():
             raise
         return None
+
+
+class Segmentation(nn.Module):
+    """Two maps of the image's size, as torchvision's networks for segmentation return them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head, self.auxiliary = conv(3, 8, stride=2), conv(8, 5), conv(8, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        height, width = x.shape[-2:]
+        features = F.relu(self.stem(x))
+        small = F.adaptive_avg_pool2d(features, ((height + 7) // 8, (width + 7) // 8))
+        return {
+            "out": F.interpolate(self.head(features), size=(height, width), mode="bilinear", align_corners=False),
+            "aux": F.interpolate(self.auxiliary(small), size=(height, width), mode="bilinear", align_corners=False),
+        }
+
+
+def test_maps_of_the_images_size(tmp_path: Path) -> None:
+    eager = Segmentation().eval()
+    int8 = check(copy.deepcopy(eager), X)
+    for run in (int8, through_file(int8, tmp_path / "int8.pt2"), through_file(int8, tmp_path / "int8.onnx")):
+        assert set(run(X)) == {"out", "aux"}
+        assert right_or_refused(lambda run=run: as_tensors(run(X)), eager(X))
+    kinds = {layer.kind for layer in int8.report.float_layers}
+    assert not kinds & {"add", "floordiv"}, "arithmetic with sizes has no row in the report"
