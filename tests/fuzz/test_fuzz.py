@@ -51,7 +51,13 @@ def test_programs(start: int) -> None:
     )
 
 
-@pytest.mark.parametrize("start", CAPTURED[::CAPTURED_CHUNK])
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(start, marks=[pytest.mark.thorough] if index % 2 else [])
+        for index, start in enumerate(CAPTURED[::CAPTURED_CHUNK])
+    ],
+)
 def test_captured_programs(start: int) -> None:
     failures = []
     for seed in range(start, start + CAPTURED_CHUNK):

@@ -194,7 +194,7 @@ def test_methods_that_are_always_on_are_in_every_step_and_in_the_model() -> None
 def test_the_engine_that_will_run_judges(runtime: str, tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", runtime):
         pytest.importorskip(package)
-    model = broken_network()
+    model = break_layers(network(2), ["layer1"])  # each evaluation writes a file, in seconds
     metric = explained(model)
     networks: list[nn.Module] = []
 
@@ -205,7 +205,7 @@ def test_the_engine_that_will_run_judges(runtime: str, tmp_path: Path) -> None:
 
     quantized = lq.quantize(model, BATCHES, evaluate, max_drop=8, runtime=runtime)
     tuning = quantized.tuning
-    assert tuning.met and tuning.runtime == runtime and set(BROKEN) <= set(tuning.float_layers)
+    assert tuning.met and tuning.runtime == runtime and "layer1.conv2" in tuning.float_layers
     assert not any(isinstance(network, lq.Int8Module) for network in networks)
     # The file that the user exports computes what was judged.
     format: Any = "onnxruntime" if runtime == "onnxruntime" else "onnx"
@@ -218,7 +218,7 @@ def test_the_engine_that_will_run_judges(runtime: str, tmp_path: Path) -> None:
 
 
 def test_the_fastest_engine_judges(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = network(1)
+    model = network(0)
     quantized = lq.quantize(model, BATCHES, explained(model), max_drop=20, runtime="auto")
     assert quantized.tuning.runtime in ("torch", "onnxruntime", "openvino")
 
