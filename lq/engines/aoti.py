@@ -19,7 +19,9 @@ class AotiModel(InferenceModel):
     runtime = "aoti"
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        from torch._inductor import aoti_load_package  # takes a second, which the other runtimes are spared
+        # It takes a second, which the other runtimes are spared; torch 2.10 needs the first and does not import it.
+        import torch._inductor.codecache  # noqa: F401
+        from torch._inductor import aoti_load_package
 
         try:
             self._package = aoti_load_package(str(path))

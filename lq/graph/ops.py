@@ -120,6 +120,14 @@ _PIECES = (
     aten.tensor_split.sections,
 )
 
+_DROPOUTS = (
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+    aten.dropout_.default,
+)
+
 #: Paddings that repeat values of their input.
 _REPEATING_PADS = ("reflect", "replicate", "circular")
 
@@ -129,6 +137,11 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     if len(node.args) > position:
         return node.args[position]
     return node.kwargs.get(name, default)
+
+
+def is_idle_dropout(node: fx.Node) -> bool:
+    """Whether ``node`` is a dropout as it is outside of training: it returns its very input."""
+    return node.target in _DROPOUTS and not argument(node, 2, "train", True)
 
 
 def classify(node: fx.Node) -> OpKind:

@@ -66,7 +66,7 @@ def test_wrong_inputs(package: Path) -> None:
 def test_it_runs_without_lq(network: lq.Int8Module, package: Path, tmp_path: Path) -> None:
     torch.save({"x": X, "y": network(X)}, tmp_path / "io.pt")
     script = """
-import sys, torch
+import sys, torch, torch._inductor.codecache  # torch 2.10 does not import that itself
 from torch._inductor import aoti_load_package
 io = torch.load(sys.argv[2], weights_only=True)
 torch.testing.assert_close(aoti_load_package(sys.argv[1])(io["x"]), io["y"], atol=0.02, rtol=0.02)

@@ -39,7 +39,6 @@ _following = threading.local()
 _FOLLOWERS = ("lq.graph.",)
 
 
-
 def _opened(function: Any) -> Callable[..., Any]:
     """A function of torch that is written in Python, as one that lets a mode see the functions that it calls."""
     names = {**function.__globals__, "has_torch_function": lambda *_: False}

@@ -10,18 +10,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lq.graph.ops import argument
+from lq.graph.ops import argument, is_idle_dropout
 
 aten = torch.ops.aten
-
-#: Operators that return their input outside of training: position and name of that argument.
-_DROPOUTS = (
-    aten.dropout.default,
-    aten.feature_dropout.default,
-    aten.alpha_dropout.default,
-    aten.feature_alpha_dropout.default,
-    aten.dropout_.default,
-)
 
 _COPIES_OF_A_NAME = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default)
 
@@ -60,8 +51,8 @@ def _is_identity(node: fx.Node) -> bool:
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
         return False
-    if node.target in _DROPOUTS:
-        return not argument(node, 2, "train", True)
+    if is_idle_dropout(node):
+        return True
     if node.target in _COPIES_OF_A_NAME:
         return True
     if node.target is aten.slice.Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from lq.graph.ops import is_idle_dropout
+
 aten = torch.ops.aten
 
 
@@ -87,6 +89,8 @@ def without_writes(graph: fx.Graph) -> fx.Graph:
 
 
 def _storage(node: fx.Node) -> int | None:
+    while is_idle_dropout(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]  # torch 2.10 exports it as a tensor of its own
     value = node.meta.get("val")
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
