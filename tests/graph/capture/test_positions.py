@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
 
 import lq
 from helpers.capture_checks import TARGET, check, check_qat, right_or_refused, through_file
@@ -191,6 +192,11 @@ FORWARDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "same pool": (_same_pool, ("a", "b")),
 }
 
+#: Forwards after which torch knows a size only from data; before 2.12 it exports no convolution of such a tensor, which
+#: then stays in float.
+SIZES_FROM_DATA = ("boolean indexing",)
+EXPORTS_SIZES_FROM_DATA = TorchVersion(torch.__version__) >= "2.12"
+
 
 def network(name: str) -> nn.Module:
     forward, layers = FORWARDS[name]
@@ -211,7 +217,10 @@ def network(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("name", FORWARDS)
 def test_float_and_int8(name: str) -> None:
-    check(network(name), X)
+    if name in SIZES_FROM_DATA and not EXPORTS_SIZES_FROM_DATA:
+        check(network(name), X, int8=["a"], leaves=["b"])
+    else:
+        check(network(name), X)
 
 
 @pytest.mark.parametrize("name", FORWARDS)
@@ -223,8 +232,13 @@ def test_at_other_sizes(name: str, tmp_path: Path) -> None:
         assert_same(model(x), eager(x), f"output at {tuple(x.shape)}")
     lq.calibrate(model, [X, *OTHERS])
     int8 = lq.convert(model)
-    loaded = through_file(int8, tmp_path / "int8.pt2")
-    for run in (int8, loaded):
+    runs: list[Any] = [int8]
+    if name in SIZES_FROM_DATA and not EXPORTS_SIZES_FROM_DATA:
+        with pytest.raises(ValueError, match="cannot be exported"):
+            lq.export(int8, tmp_path / "int8.pt2")
+    else:
+        runs.append(through_file(int8, tmp_path / "int8.pt2"))
+    for run in runs:
         assert right_or_refused(lambda run=run: run(X), eager(X))
         for x in OTHERS:
             right_or_refused(lambda run=run, x=x: run(x), eager(x))
