@@ -272,6 +272,7 @@ class Config:
 
     rows: list[str] = field(DEFAULT_ROWS, help="NETWORK_SIZE_bBATCH, the network one of torchvision's")
     peers: list[str] = field(list(DEFAULT_PEERS), help=f"of {', '.join(PEERS)}")
+    ways: list[str] = field(list(WAYS), help=f"of calling: {', '.join(map(repr, WAYS))}")
     threads: int = field(2, help="CPU threads")
     seconds: float = field(4.0, help="about how long to time each contender")
 
@@ -280,6 +281,11 @@ def run(config: Config) -> None:
     for peer in config.peers:
         if peer not in PEERS:
             raise ConfigError(f"peers={peer!r} is unknown; choose from {', '.join(PEERS)}")
+    for way in config.ways:
+        if way not in WAYS:
+            raise ConfigError(f"ways={way!r} is unknown; choose from {', '.join(map(repr, WAYS))}")
+    if not config.ways:
+        raise ConfigError(f"ways=[] leaves nothing to measure; choose from {', '.join(map(repr, WAYS))}")
     for row in config.rows:
         parts = ROW.fullmatch(row)
         if parts is None or parts["network"] not in torchvision.models.list_models(torchvision.models):
@@ -300,7 +306,8 @@ def _run_row(row: str, config: Config, folder: Path) -> None:
     contenders |= _theirs(name, size, batch_size, config)
     measurements: dict[str, dict[str, Measurement]] = {}
     failed: dict[str, ContenderError] = {}
-    for way, (sleep, environment) in WAYS.items():
+    for way in config.ways:
+        sleep, environment = WAYS[way]
         results = race(
             contenders,
             [images(size, batch_size)],

@@ -123,6 +123,8 @@ def test_peers_recipe_checks_its_arguments(capsys: pytest.CaptureFixture[str]) -
         (["rows=[resnet18]"], "rows='resnet18' is not NETWORK_SIZE_bBATCH with a network of torchvision"),
         (["rows=[resnet99_32_b1]"], "rows='resnet99_32_b1' is not NETWORK_SIZE_bBATCH with a network of torchvision"),
         (["peers=[tflite]"], "peers='tflite' is unknown; choose from torch_ao_eager"),
+        (["ways=[twice]"], "ways='twice' is unknown; choose from 'back to back', 'after 20 ms'"),
+        (["ways=[]"], "ways=[] leaves nothing to measure"),
     ):
         with pytest.raises(SystemExit):
             main(bench_peers.Config, bench_peers.run, bench_peers.plan, argv=arguments)
