@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from lq.analysis.rounding import Rounding, rounded
-from lq.graph.capture.capture import CapturedGraph
+from lq.graph.capture.captured import CapturedGraph
 from lq.graph.interpret import run_node
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from lq.graph.capture.capture import CapturedGraph
+from lq.graph.capture.captured import CapturedGraph
 from lq.graph.capture.preserve import preserved
 from lq.graph.interpret import node_values, output_of
 from lq.graph.placement import Placement, place

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lq.graph.capture.capture import CapturedGraph
+from lq.graph.capture.captured import CapturedGraph
 from lq.graph.ops import MOVES, OpKind, WeightedOp, classify, weighted_op
 from lq.schemes.overrides import Scheme
 

@@ -17,7 +17,7 @@ from lq.errors import CaptureError, NothingToQuantizeError
 from lq.graph.analysis import GraphAnalysis, analyze_graph
 from lq.graph.capture.agreement import capture_faithfully, disagreement, training_differences
 from lq.graph.capture.calls import follow, unfollow
-from lq.graph.capture.capture import CapturedGraph
+from lq.graph.capture.captured import CapturedGraph
 from lq.graph.capture.signature import signature_of
 from lq.graph.forward import QUANTIZERS, QuantizedForward, QuantizerTree, without_quantizers
 from lq.graph.placement import is_result, place, site

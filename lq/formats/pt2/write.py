@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from lq.errors import GuardError
-from lq.graph.capture.capture import any_size
+from lq.graph.capture.exporter import any_size
 from lq.graph.qdq import constant_qparams
 from lq.int8.module import Int8Module
 from lq.interface.guards import compile_guard, fixes_the_batch, input_name

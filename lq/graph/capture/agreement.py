@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
 from lq.errors import CaptureError
-from lq.graph.capture.capture import CapturedGraph, Recorder, call_arguments, capture, followed_whole, run_followed
+from lq.graph.capture.capture import capture
+from lq.graph.capture.captured import CapturedGraph
 from lq.graph.capture.preserve import preserved
+from lq.graph.capture.running import Recorder, call_arguments, followed_whole, run_followed
 from lq.graph.interpret import node_values, output_of
 from lq.interface.guards import fixes_the_batch, input_name
 
