@@ -26,9 +26,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--thorough"):
-        left_out = [item for item in items if item.get_closest_marker("thorough")]
-        config.hook.pytest_deselected(items=left_out)
+        left_out = {item for item in items if item.get_closest_marker("thorough") or not _is_its_turn(item)}
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
+
+
+def _is_its_turn(item: pytest.Item) -> bool:
+    """Of cases that differ in the parameter that ``in_turns`` names and nothing else, one is run: each the next value."""
+    marker = item.get_closest_marker("in_turns")
+    if marker is None:
+        return True
+    name, values = marker.args
+    indices = item.callspec.indices  # type: ignore[attr-defined]
+    turn = sum(index for parameter, index in indices.items() if parameter != name)
+    return bool(indices[name] == turn % values)
 
 
 @pytest.fixture
