@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_its_turn(item: pytest.Item) -> bool:
-    """Of cases that differ in the parameter that ``in_turns`` names and nothing else, one is run: each the next value."""
+    """Whether the parameter that ``in_turns`` names has the value whose turn it is among the test's other cases."""
     marker = item.get_closest_marker("in_turns")
     if marker is None:
         return True
