@@ -1,4 +1,4 @@
-"""Which networks of timm are run, and at which image size."""
+"""Which networks of timm and torchvision are run, and at which image size."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm
+import torchvision
 from torch import nn
+
+#: What the names of torchvision's networks begin with.
+TORCHVISION = "torchvision/"
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network of timm, with random weights.
+    """A network with random weights.
 
     Args:
-        name: timm's.
+        name: timm's, or ``torchvision/`` and torchvision's.
         size: height and width of the images.
-        settings: further arguments of ``timm.create_model``.
+        settings: further arguments of ``timm.create_model`` or ``torchvision.models.get_model``.
     """
 
     name: str
@@ -24,6 +28,10 @@ class Network:
     settings: tuple[tuple[str, Any], ...] = ()
 
     def make(self) -> nn.Module:
+        if self.name.startswith(TORCHVISION):
+            name = self.name.removeprefix(TORCHVISION)
+            model: nn.Module = torchvision.models.get_model(name, weights=None, **dict(self.settings))
+            return model
         return timm.create_model(self.name, pretrained=False, **dict(self.settings))
 
 
@@ -66,10 +74,34 @@ NETWORKS: dict[str, Network] = {
 }
 
 
+_FAMILIES = """
+    alexnet vgg11_bn resnet18 resnet50 resnext50_32x4d wide_resnet50_2 squeezenet1_1 densenet121
+    mobilenet_v2 mobilenet_v3_small mobilenet_v3_large mnasnet1_0 shufflenet_v2_x1_0
+    efficientnet_b0 efficientnet_v2_s regnet_x_400mf regnet_y_400mf convnext_tiny swin_t swin_v2_t
+"""
+
+#: Classifiers of torchvision, one or two of each family, and its networks for segmentation.
+TORCHVISION_NETWORKS: dict[str, Network] = {
+    network.name: network
+    for network in (
+        *(Network(TORCHVISION + name, SMALL) for name in _FAMILIES.split()),
+        Network(TORCHVISION + "googlenet", SMALL, (("init_weights", False),)),
+        Network(TORCHVISION + "inception_v3", 299, (("init_weights", False),)),
+        Network(TORCHVISION + "vit_b_16", 64, (("image_size", 64),)),
+        Network(TORCHVISION + "maxvit_t", 224),
+        *(
+            Network(TORCHVISION + name, SMALL, (("weights_backbone", None), ("num_classes", 5)))
+            for name in ("fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large")
+        ),
+    )
+}
+
+
 def network(name: str) -> Network:
     """The listed network of this name, or timm's at its own size."""
-    if name in NETWORKS:
-        return NETWORKS[name]
+    listed = {**NETWORKS, **TORCHVISION_NETWORKS}
+    if name in listed:
+        return listed[name]
     if name not in timm.list_models():
         near = ", ".join(timm.list_models(f"*{name[:6]}*")[:10])
         raise SystemExit(f"{name!r} is no network of timm {timm.__version__}; near it: {near or 'none'}")

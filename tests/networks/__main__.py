@@ -1,7 +1,8 @@
-"""What lq makes of timm's networks: ``python -m tests.timm_networks [NAME ...] [--markdown docs/timm.md]``.
+"""What lq makes of others' networks: ``python -m tests.networks [NAME ...] [--markdown docs/timm.md]``.
 
-Without names all of the list are run, each in a process of its own with limits of time and memory, so that one that
-fails does not end the run. Takes ``pip install -e ".[timm]"``. Run it from the repository's root.
+NAME is a network of timm, or one of torchvision in the list, as ``torchvision/resnet18``; ``torchvision`` stands for
+all of those. Without names all of timm's in the list are run. Each runs in a process of its own with limits of time and
+memory, so that one that fails does not end the run. Takes ``pip install -e ".[timm]"``. Run it from the repository's root.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from typing import Any
 import torch
 
 from .measure import Result, measure
-from .networks import NETWORKS, network
+from .networks import NETWORKS, TORCHVISION_NETWORKS, network
 from .table import page
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.timm_networks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="networks of timm; by default the list")
+    parser = argparse.ArgumentParser(prog="python -m tests.networks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="networks; by default timm's in the list")
     parser.add_argument("--markdown", type=Path, help="also write the page to this file")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--list", action="store_true", help="print the list and stop")
@@ -40,13 +41,15 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     if options.list:
-        print("\n".join(f"{n.name} {n.size}" for n in NETWORKS.values()))
+        print("\n".join(f"{n.name} {n.size}" for n in (*NETWORKS.values(), *TORCHVISION_NETWORKS.values())))
         return
     if options.result is not None:
         torch.set_num_threads(options.threads)
         measure(network(options.names[0]), lambda result: _write(options.result, result))
         return
     names = options.names or list(NETWORKS)
+    if names == ["torchvision"]:
+        names = list(TORCHVISION_NETWORKS)
     for name in names:
         network(name)  # an unknown one ends the run before it began
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
@@ -67,7 +70,7 @@ def run(name: str, path: Path, options: argparse.Namespace) -> Result:
         size = int(options.gigabytes * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
-    command = [sys.executable, "-m", "tests.timm_networks", name, "--result", str(path)]
+    command = [sys.executable, "-m", "tests.networks", name, "--result", str(path)]
     command += ["--threads", str(options.threads)]
     ended = ""
     try:

@@ -9,8 +9,10 @@ from typing import Any
 
 import timm
 import torch
+import torchvision
 
 from .measure import EQUAL, Result
+from .networks import TORCHVISION
 
 _HEADERS = (
     "network",
@@ -19,6 +21,7 @@ _HEADERS = (
     "batch",
     "first sample",
     "training step",
+    "multiply-adds in INT8, %",
     "INT8",
     "float",
     "loose norms",
@@ -34,6 +37,7 @@ Each network has random weights, and batch norm statistics of two batches of noi
   value) or the largest difference in percent of the largest value.
 - training step: the same of outputs, all gradients and buffers after one forward and backward in training mode; with
   the worst of them.
+- multiply-adds: of convolutions, linear layers and matrix products, the share that INT8 kernels do in process.
 - INT8, float: rows of the report. Loose norms: batch norms computed on a convolution's very output, not folded.
 - dB: signal to quantization noise of the INT8 simulation against float and against the calibrated model, and of the
   INT8 kernels against the simulation. Deep networks of random weights amplify one rounding: the first tells little.
@@ -42,10 +46,12 @@ Each network has random weights, and batch norm statistics of two batches of noi
 
 def page(results: Sequence[Result], threads: int) -> str:
     """A summary, the table, the errors, and what stays float with its reason."""
+    is_torchvision = all(result.name.startswith(TORCHVISION) for result in results)
+    versions = f"torchvision {torchvision.__version__}" if is_torchvision else f"timm {timm.__version__}"
     parts = [
-        "# timm networks",
+        f"# Networks of {'torchvision' if is_torchvision else 'timm'}",
         _LEGEND.format(equal=EQUAL),
-        f"timm {timm.__version__}, torch {torch.__version__}, {threads} thread{'s' if threads > 1 else ''} a network.",
+        f"{versions}, torch {torch.__version__}, {threads} thread{'s' if threads > 1 else ''} a network.",
         _summary(results),
         _table(_HEADERS, [_row(result) for result in results]),
     ]
@@ -87,12 +93,13 @@ def _summary(results: Sequence[Result]) -> str:
 
 def _row(result: Result) -> tuple[str, ...]:
     return (
-        result.name,
+        result.name.removeprefix(TORCHVISION),
         str(result.size),
         _number(result.prepare_seconds, ".1f"),
         _difference(result.batch_error),
         _difference(result.sample_error),
         _difference(result.training_error),
+        _number(None if result.int8_share is None else 100 * result.int8_share, ".1f"),
         _number(result.int8_layers, "d"),
         "" if result.int8_layers is None else str(sum(result.float_layers.values())),
         _number(result.loose_norms, "d"),
@@ -108,7 +115,7 @@ def _float_layers(results: Sequence[Result]) -> str:
     for result in results:
         for reason, number in result.float_layers.items():
             rows[reason] += number
-            where[reason].append(result.name)
+            where[reason].append(result.name.removeprefix(TORCHVISION))
     lines = []
     for reason, number in rows.most_common():
         kind, _, why = reason.partition(": ")

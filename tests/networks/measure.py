@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import lq
 from lq.util.cpu import has_onednn_int8
@@ -44,6 +45,7 @@ class Result:
         sample_error: the same for the first sample alone.
         training_error: the same of outputs, gradients and buffers of one training step, whichever is worst.
         training_worst: what of the step that was.
+        int8_share: of the multiply-adds (convolutions, linear layers, matrix products), those that INT8 kernels do.
         int8_layers: how many rows of the report run in INT8.
         loose_norms: batch norms that the INT8 network computes on a convolution's very output, unfolded.
         float_layers: how many rows of the report stay float, by operator and reason.
@@ -61,6 +63,7 @@ class Result:
     sample_error: float | None = None
     training_error: float | None = None
     training_worst: str = ""
+    int8_share: float | None = None
     int8_layers: int | None = None
     loose_norms: int | None = None
     float_layers: dict[str, int] = field(default_factory=dict)
@@ -125,7 +128,14 @@ def measure(network: Network, save: Callable[[dict[str, Any]], None]) -> None:
         if has_onednn_int8():
             int8.execution = "kernels"
             result.kernels_sqnr = sqnr(int8(x), simulated)
-            int8(x[:1])
+            result.int8_share = 1 - float_operations(int8, x[:1]) / float_operations(eager, x[:1])
+
+
+def float_operations(model: nn.Module, x: Tensor) -> int:
+    """Floating-point operations of a call; those of INT8 kernels are none."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    return int(counter.get_total_flops())
 
 
 def with_statistics(model: nn.Module, size: int) -> nn.Module:
