@@ -2,7 +2,7 @@
 
 NAME is a network of timm, or one of torchvision in the list, as ``torchvision/resnet18``; ``torchvision`` stands for
 all of those. Without names all of timm's in the list are run. Each runs in a process of its own with limits of time and
-memory, so that one that fails does not end the run. Takes ``pip install -e ".[timm]"``. Run it from the repository's root.
+memory, so that one that fails does not end the run. Takes ``pip install -e ".[timm]"``. Run it from the root.
 """
 
 from __future__ import annotations
