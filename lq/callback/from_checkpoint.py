@@ -41,6 +41,8 @@ def quantize_checkpoint(
     analyze: bool | float = True,
     max_drop: float | None = None,
     max_drop_metric: str | None = None,
+    max_drop_runtime: str = "auto",
+    max_drop_seconds: float | None = None,
     export: Sequence[FormatName] | None = None,
     output_dir: str | Path | None = None,
     accelerator: str = "auto",
@@ -67,6 +69,8 @@ def quantize_checkpoint(
         analyze: whether to look for the layers that do harm, see :class:`~lq.QuantizationCallback`.
         max_drop: by how much the metric may fall, see :class:`~lq.QuantizationCallback`; it takes a datamodule.
         max_drop_metric: name of the metric, which is to be large; it has to be given with ``max_drop``.
+        max_drop_runtime: the engine that INT8 is judged on, see :class:`~lq.QuantizationCallback`.
+        max_drop_seconds: how long that may take; None for no limit but that of 40 evaluations.
         export: formats to write beside ``int8.pt2``, see :class:`~lq.QuantizationCallback`.
         output_dir: folder for what is written; by default ``int8`` beside the checkpoint.
         accelerator: where to calibrate, see the Trainer.
@@ -110,6 +114,8 @@ def quantize_checkpoint(
         analyze=analyze,
         max_drop=max_drop,
         max_drop_metric=max_drop_metric,
+        max_drop_runtime=max_drop_runtime,
+        max_drop_seconds=max_drop_seconds,
         export=export,
     ).settings
     output = path.parent / "int8" if output_dir is None else Path(output_dir)

@@ -131,11 +131,12 @@ def test_a_checkpoint_that_was_trained_without(tmp_path: Path) -> None:
     trainer = fit(Broken(), tmp_path, None)
     trainer.save_checkpoint(tmp_path / "float.ckpt")
     settings: dict[str, Any] = {"max_drop": 0.5, "analyze": False, "target": TARGET, "accelerator": "cpu"}
+    settings["max_drop_runtime"] = "torch"
     with pytest.raises(ValueError, match="max_drop=0.5: no callback monitors a metric"):
         lq.quantize_checkpoint(tmp_path / "float.ckpt", Broken, Data(), **settings)
     result = lq.quantize_checkpoint(tmp_path / "float.ckpt", Broken, Data(), max_drop_metric="val_acc", **settings)
     assert result.tuning is not None and result.tuning.met
-    assert result.tuning.float_layers == ("3",)
+    assert result.tuning.float_layers == ("3",) and result.tuning.runtime == "torch"
 
 
 def test_what_cannot_be_kept_is_said_with_how_much_is_missing(tmp_path: Path) -> None:

@@ -36,6 +36,9 @@ class QuantConfig:
     max_drop: float | None = field(
         None, help="PTQ: points of validation accuracy that INT8 may lose; layers that lose more stay in float"
     )
+    max_drop_runtime: str = field(
+        "auto", help="PTQ: the engine that this is judged on, as lq.load calls it; auto for the fastest"
+    )
     epochs: int = field(1, help="QAT: passes over the data with fake-quantizers")
     lr: float = field(0.002, help="QAT: peak learning rate")
     schedule: ScheduleName = field("onecycle", help="QAT: the learning rate's curve")
@@ -71,6 +74,7 @@ def callback(config: QuantConfig, mode: Literal["ptq", "qat"], output_dir: str) 
             analyze=config.analyze and (config.analyze_seconds or True),
             max_drop=config.max_drop,
             max_drop_metric="val_acc",
+            max_drop_runtime=config.max_drop_runtime,
             export=config.export,  # type: ignore[arg-type]
             output_dir=output_dir,
         )
