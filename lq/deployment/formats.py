@@ -22,9 +22,8 @@ from lq.engines.openvino import OpenVinoModel
 from lq.engines.program import load_program
 from lq.formats.aoti.write import (
     check_compiler,
+    for_inductor,
     for_this_cpu,
-    linear_for_pointwise,
-    without_idle_clamps,
     write_package,
 )
 from lq.formats.executorch.read import check_file as check_pte
@@ -246,7 +245,7 @@ FORMATS: dict[str, Format] = {
             write=lambda draft, path: write_package(draft.program, draft.metadata, path),
             check_dependencies=lambda verify: check_compiler(),
             adapt=for_this_cpu,
-            layout=lambda int8: linear_for_pointwise(without_idle_clamps(for_this_cpu(_cropped(int8)))),
+            layout=lambda int8: for_inductor(_cropped(int8)),
             takes_long=True,
         ),
         _ONNX,

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch._inductor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import lq
 from helpers.networks import Residual, randomize_batch_norm
@@ -53,6 +55,28 @@ def test_int8_kernels_are_in_it(package: Path) -> None:
         code = b"".join(archive.read(name) for name in archive.namelist() if name.endswith((".cpp", ".so")))
     assert code.count(b"qconv") > 0
     assert code.count(b"qlinear") > 0
+
+
+class RoundedUp(nn.Module):
+    """Max pools whose last windows hang over the border, as GoogLeNet and SqueezeNet have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.a(x)), 3, 2, ceil_mode=True)
+        x = F.max_pool2d(F.relu(self.b(x)), (2, 3), ceil_mode=True, padding=(1, 1))
+        x = F.max_pool2d(self.c(x), 2, 1, dilation=2, ceil_mode=True)  # nothing hangs over, and not all is positive
+        return x.flatten(1)
+
+
+def test_pools_that_round_up(tmp_path: Path) -> None:
+    int8 = quantized(RoundedUp(), X)
+    lq.export(int8, tmp_path / "int8.pt2", format="aoti")
+    model = lq.load(tmp_path / "int8.pt2", "aoti")
+    for size in (1, 8):
+        torch.testing.assert_close(model(X[:size]), int8(X[:size]), atol=0.02, rtol=0.02)
 
 
 def test_wrong_inputs(package: Path) -> None:

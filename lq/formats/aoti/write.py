@@ -15,7 +15,8 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from lq.errors import CompilerError
-from lq.formats.pt2.write import examples
+from lq.formats.aoti.pools import without_ceil_mode
+from lq.formats.aoti.shapes import shapes_of
 from lq.graph.convolution import conv_settings
 from lq.graph.ops import OpKind, clamp_bounds, classify
 from lq.graph.qdq import (
@@ -96,18 +97,9 @@ def _subsample_first(model: Int8Module, node: Any) -> bool:
     return True
 
 
-class _Shapes(fx.Interpreter):
-    """The shape of each tensor of the graph."""
-
-    def __init__(self, model: Int8Module) -> None:
-        super().__init__(model)
-        self.shapes: dict[fx.Node, torch.Size] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.shapes[n] = value.shape
-        return value
+def for_inductor(model: Int8Module) -> Int8Module:
+    """``model`` as Inductor compiles it correctly, and into the fastest kernels."""
+    return linear_for_pointwise(without_ceil_mode(without_idle_clamps(for_this_cpu(model))))
 
 
 def without_idle_clamps(model: Int8Module) -> Int8Module:
@@ -148,10 +140,7 @@ def linear_for_pointwise(model: Int8Module) -> Int8Module:
     if not any(_is_pointwise(model, node) for node in model.graph.nodes):
         return model
     adjusted = copy.deepcopy(model)
-    shapes = _Shapes(adjusted)
-    with torch.no_grad():
-        shapes.run(*examples(adjusted).values())
-    rows = _Rows(adjusted, shapes.shapes)
+    rows = _Rows(adjusted, shapes_of(adjusted))
     for node in list(adjusted.graph.nodes):
         if _is_pointwise(adjusted, node):
             rows.take(node)
