@@ -71,8 +71,26 @@ class RoundedUp(nn.Module):
         return x.flatten(1)
 
 
-def test_pools_that_round_up(tmp_path: Path) -> None:
-    int8 = quantized(RoundedUp(), X)
+class SumsOfActivations(nn.Module):
+    """Residual blocks that end with the sum and not with the activation, as EfficientNetV2's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = ((3, 3), (8, 3), (8, 1), (8, 3))  # channels of the input, kernel
+        self.layers = nn.ModuleList(nn.Conv2d(inputs, 8, k, padding=k // 2) for inputs, k in sizes)
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.layers[0](x))
+        x = x + F.silu(self.layers[1](x))
+        x = F.relu(self.layers[2](x)) + x
+        x = (x + F.hardswish(self.layers[3](x))).mean((2, 3))
+        return self.fc(x) + F.relu(self.fc(x))
+
+
+@pytest.mark.parametrize("network", [RoundedUp, SumsOfActivations])
+def test_what_inductor_or_torchao_get_wrong(network: type[nn.Module], tmp_path: Path) -> None:
+    int8 = quantized(network(), X)
     lq.export(int8, tmp_path / "int8.pt2", format="aoti")
     model = lq.load(tmp_path / "int8.pt2", "aoti")
     for size in (1, 8):

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from lq.errors import CompilerError
 from lq.formats.aoti.pools import without_ceil_mode
 from lq.formats.aoti.shapes import shapes_of
+from lq.formats.aoti.sums import without_sums_after_activations
 from lq.graph.convolution import conv_settings
 from lq.graph.ops import OpKind, clamp_bounds, classify
 from lq.graph.qdq import (
@@ -99,7 +100,8 @@ def _subsample_first(model: Int8Module, node: Any) -> bool:
 
 def for_inductor(model: Int8Module) -> Int8Module:
     """``model`` as Inductor compiles it correctly, and into the fastest kernels."""
-    return linear_for_pointwise(without_ceil_mode(without_idle_clamps(for_this_cpu(model))))
+    pooled = without_ceil_mode(without_idle_clamps(for_this_cpu(model)))
+    return without_sums_after_activations(linear_for_pointwise(pooled))
 
 
 def without_idle_clamps(model: Int8Module) -> Int8Module:
