@@ -311,8 +311,9 @@ def write_package(program: ExportedProgram, metadata: Metadata, path: Path) -> N
             with torch.no_grad():
                 aoti_compile_and_package(program, package_path=package, inductor_configs=settings)
         except Exception as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)  # what follows are pages of its graph
             raise CompilerError(
-                f"AOTInductor cannot compile the network: {error}\nIt needs a C++ compiler (g++ or clang++) on this "
+                f"AOTInductor cannot compile the network: {reason}\nIt needs a C++ compiler (g++ or clang++) on this "
                 f"machine; format='pt2' needs none"
             ) from error
         finally:
