@@ -53,7 +53,9 @@ def main() -> None:
     for name in names:
         network(name)  # an unknown one ends the run before it began
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(lambda name: run(name, Path(folder) / f"{name}.json", options), names))
+        results = list(
+            pool.map(lambda name: run(name, Path(folder) / f"{name.replace('/', '.')}.json", options), names)
+        )
     text = page(results, options.threads)
     print(text)
     if options.json is not None:
