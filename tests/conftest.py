@@ -36,7 +36,8 @@ def _is_its_turn(item: pytest.Item) -> bool:
     marker = item.get_closest_marker("in_turns")
     if marker is None:
         return True
-    name, values = marker.args
+    (name,) = marker.args
+    values = next(len(mark.args[1]) for mark in item.iter_markers("parametrize") if mark.args[0] == name)
     indices = item.callspec.indices  # type: ignore[attr-defined]
     turn = sum(index for parameter, index in indices.items() if parameter != name)
     return bool(indices[name] == turn % values)

@@ -239,7 +239,8 @@ class WeightedOp:
         return len(self.stride)
 
 
-def _tuple(value: Any, n: int) -> tuple[Any, ...]:
+def per_axis(value: Any, n: int) -> tuple[Any, ...]:
+    """A stride, padding or the like as ``n`` values, one for each axis, whether one was given or several."""
     return (value,) * n if not isinstance(value, (tuple, list)) else tuple(value) * (n if len(value) == 1 else 1)
 
 
@@ -255,9 +256,9 @@ def weighted_op(node: fx.Node) -> WeightedOp | None:
         return WeightedOp(node, kind, source, weight, bias)
     dims = CONVOLUTIONS[node.target]
     padding = argument(node, 4, "padding", "valid" if str(node.target).endswith(".padding") else 0)
-    sizes = [_tuple(argument(node, 3, "stride", 1), dims), _tuple(argument(node, 5, "dilation", 1), dims)]
+    sizes = [per_axis(argument(node, 3, "stride", 1), dims), per_axis(argument(node, 5, "dilation", 1), dims)]
     if not isinstance(padding, str):
-        padding = _tuple(padding, dims)
+        padding = per_axis(padding, dims)
         sizes.append(padding)
     if any(isinstance(value, fx.Node) for values in sizes for value in values):
         return None  # "same" padding that follows the input's size at run time

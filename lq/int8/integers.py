@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from lq.graph.ops import per_axis
+
 aten = torch.ops.aten
 
 
@@ -38,15 +40,10 @@ def pad(q: Tensor, padding: list[int], zero_point: int) -> Tensor:
     return padded.contiguous(memory_format=torch.channels_last) if q.dim() == 4 else padded
 
 
-def _pairs(values: Any, n: int) -> list[int]:
-    flat = [values] if isinstance(values, int) else list(values)
-    return flat * n if len(flat) == 1 else flat
-
-
 def max_pool2d(
     q: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
 ) -> Tensor:
-    settings = [_pairs(value, 2) for value in (kernel_size, stride or kernel_size, padding, dilation)]
+    settings = [list(per_axis(value, 2)) for value in (kernel_size, stride or kernel_size, padding, dilation)]
     pooled: Tensor = torch.ops.quantized.max_pool2d(q, *settings, ceil_mode)
     return pooled
 
@@ -55,8 +52,8 @@ def max_pool1d(
     q: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
 ) -> Tensor:
     """As the two-dimensional pool, for which there is a kernel."""
-    kernel, stride, padding = (_pairs(value, 1) for value in (kernel_size, stride or kernel_size, padding))
-    settings = ([1, *stride], [0, *padding], [1, *_pairs(dilation, 1)])
+    kernel, stride, padding = (per_axis(value, 1) for value in (kernel_size, stride or kernel_size, padding))
+    settings = ([1, *stride], [0, *padding], [1, *per_axis(dilation, 1)])
     return max_pool2d(q.unsqueeze(-2), [1, *kernel], *settings, ceil_mode).squeeze(-2)
 
 

@@ -77,7 +77,7 @@ def accuracy(model: Any, folder: Path) -> float:
         pytest.param(CompiledInside, marks=pytest.mark.support("Training", "`torch.compile` of the network")),
     ],
 )
-@pytest.mark.in_turns("mode", 2)
+@pytest.mark.in_turns("mode")
 def test_modules(cls: type, mode: str, tmp_path: Path) -> None:
     model = module(cls)
     epochs = 12 if cls is Embedded else 4

@@ -22,7 +22,7 @@ from lq.deployment import formats
 
 @pytest.mark.parametrize("mode", ["ptq", "qat"])
 @pytest.mark.parametrize("model_class", [Wrapped, Direct, TwoParts, Configured, DictBatches])
-@pytest.mark.in_turns("mode", 2)
+@pytest.mark.in_turns("mode")
 def test_every_shape_of_lightning_module(mode: str, model_class: type, tmp_path: Path) -> None:
     seed_everything(0, verbose=False)
     model, callback = model_class(), quantization(tmp_path, mode=mode)

@@ -136,7 +136,7 @@ CLASSES = {One: {}, Closure: {}, Asks: {}, Manual: {}, Adversarial: {"module": "
 @both_modes
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.support("Training", "Manual optimization: one optimizer, closures, GANs; schedulers; gradients by hand")
-@pytest.mark.in_turns("mode", 2)
+@pytest.mark.in_turns("mode")
 def test_all_go_through(cls: Any, mode: str, tmp_path: Path) -> None:
     model = module(cls)
     trainer(tmp_path, quantization(tmp_path, mode=mode, **CLASSES[cls]), epochs=4).fit(model, train_data(), val_data())

@@ -58,7 +58,7 @@ def places_of(model: torch.nn.Module) -> tuple[str, ...]:
 @both_modes
 @pytest.mark.parametrize("cls", PLACES)
 @pytest.mark.support("Modules", "`self.forward(x)`, parts called apart, several networks, a loss in the forward")
-@pytest.mark.in_turns("mode", 2)
+@pytest.mark.in_turns("mode")
 def test_what_the_steps_call_is_quantized(cls: Any, mode: str, tmp_path: Path) -> None:
     model, callback = module(cls), quantization(tmp_path, mode=mode, evaluate=True, rehearse=True)
     run = trainer(tmp_path, callback, every_epoch(tmp_path), epochs=4)

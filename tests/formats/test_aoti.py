@@ -63,11 +63,13 @@ class RoundedUp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.d = nn.Conv2d(8, 8, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.a(x)), 3, 2, ceil_mode=True)
         x = F.max_pool2d(F.relu(self.b(x)), (2, 3), ceil_mode=True, padding=(1, 1))
         x = F.max_pool2d(self.c(x), 2, 1, dilation=2, ceil_mode=True)  # nothing hangs over, and not all is positive
+        x, _ = F.max_pool2d(self.d(x), 2, ceil_mode=True, return_indices=True)
         return x.flatten(1)
 
 
@@ -84,7 +86,9 @@ class SumsOfActivations(nn.Module):
         x = F.relu(self.layers[0](x))
         x = x + F.silu(self.layers[1](x))
         x = F.relu(self.layers[2](x)) + x
-        x = (x + F.hardswish(self.layers[3](x))).mean((2, 3))
+        x = x + F.hardswish(self.layers[3](x))
+        y = self.layers[1](x)
+        x = (x + y * F.relu6(y + 3) / 6).mean((2, 3))  # hard-swish again, spelt out
         return self.fc(x) + F.relu(self.fc(x))
 
 

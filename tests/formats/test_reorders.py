@@ -73,7 +73,6 @@ class Bottlenecks(nn.Module):
 
 @pytest.mark.parametrize("format", ["pt2", "aoti"])
 @pytest.mark.parametrize("network", [Wide, Bottlenecks])
-@pytest.mark.in_turns("format", 2)
 def test_the_second_call_re_orders_no_weights(network: type[nn.Module], format: lq.Format, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = lq.calibrate(lq.prepare(network().eval(), X, target="x86_avx2"), [X])

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from lq.formats.aoti.shapes import shapes_of
-from lq.graph.ops import argument
+from lq.graph.ops import argument, per_axis
 from lq.graph.qdq import DEQUANTIZE, DEQUANTIZE_BUFFER
 from lq.int8.module import Int8Module
 
@@ -33,32 +33,31 @@ def without_ceil_mode(model: Int8Module) -> Int8Module:
 
 
 def _rounds_up(node: fx.Node) -> bool:
-    if node.op != "call_function" or node.target is not aten.max_pool2d.default:
+    """Whether ``node`` is such a pool of integers, and nobody reads where the values were found."""
+    if node.op != "call_function" or not argument(node, 5, "ceil_mode", False):
         return False
+    if node.target is aten.max_pool2d_with_indices.default:
+        is_pool = all(user.args[1] == 0 for user in node.users)
+    else:
+        is_pool = node.target is aten.max_pool2d.default
     source: Any = node.args[0]
-    return bool(argument(node, 5, "ceil_mode", False)) and source.target in (DEQUANTIZE, DEQUANTIZE_BUFFER)
+    return is_pool and source.target in (DEQUANTIZE, DEQUANTIZE_BUFFER)
 
 
 def _pool_with_border(graph: fx.Graph, node: fx.Node, shapes: dict[fx.Node, torch.Size]) -> None:
     dequantize: Any = node.args[0]
-    kernel = _pair(node.args[1])
-    stride = _pair(argument(node, 2, "stride", None) or kernel)
-    padding, dilation = _pair(argument(node, 3, "padding", 0)), _pair(argument(node, 4, "dilation", 1))
-    border = []
+    kernel = per_axis(node.args[1], 2)
+    stride = per_axis(argument(node, 2, "stride") or kernel, 2)
+    padding, dilation = per_axis(argument(node, 3, "padding", 0), 2), per_axis(argument(node, 4, "dilation", 1), 2)
+    windows = shapes[node if node in shapes else next(iter(node.users))]
+    border: list[int] = []
     for axis in (1, 0):  # the last axis first, as padding is written
-        windows, size = shapes[node][2 + axis], shapes[dequantize][2 + axis]
-        reach = (windows - 1) * stride[axis] + dilation[axis] * (kernel[axis] - 1) + 1
-        border += [0, max(0, reach - size - 2 * padding[axis])]
-    lowest = dequantize.args[3]
-    with graph.inserting_before(node):
-        integers = dequantize.args[0]
-        if any(border):
-            integers = graph.call_function(aten.constant_pad_nd.default, (integers, border, lowest))
-        bordered = graph.call_function(dequantize.target, (integers, *dequantize.args[1:]))
-    node.args = (bordered, kernel, stride, padding, dilation)
+        reach = (windows[2 + axis] - 1) * stride[axis] + dilation[axis] * (kernel[axis] - 1) + 1
+        border += [0, max(0, reach - shapes[dequantize][2 + axis] - 2 * padding[axis])]
+    if any(border):
+        integers, *grid = dequantize.args
+        with graph.inserting_before(node):
+            bordered = graph.call_function(aten.constant_pad_nd.default, (integers, border, grid[2]))
+            dequantize = graph.call_function(dequantize.target, (bordered, *grid))
+    node.args = (dequantize, *map(list, (kernel, stride, padding, dilation)))
     node.kwargs = {}
-
-
-def _pair(value: Any) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return values * 2 if len(values) == 1 else values

@@ -148,7 +148,7 @@ FAILURES = {
 @pytest.mark.support(
     "Unhappy ends", "A failure in calibration, conversion or INT8 evaluation: the module is as training left it"
 )
-@pytest.mark.in_turns("saved", 2)
+@pytest.mark.in_turns("saved")
 def test_after_training(name: str, saved: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     mode, act, error = FAILURES[name]
     model, at_the_end = module(Fragile if act else FailsInInt8), AtTheEnd(act)

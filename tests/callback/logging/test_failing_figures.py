@@ -44,7 +44,7 @@ def test_failures_are_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("mode", ["ptq", "qat"])
 @pytest.mark.parametrize("model_class", [Direct, DictBatches])
-@pytest.mark.in_turns("mode", 2)
+@pytest.mark.in_turns("mode")
 def test_every_shape_of_module_is_analyzed(mode: str, model_class: type, tmp_path: Path) -> None:
     data = dict_loader() if model_class is DictBatches else loader()
     callback = quantization(tmp_path, mode=mode, analyze=True, evaluate=False, calibrator="minmax")

@@ -147,7 +147,7 @@ FILES = {
 
 @pytest.mark.parametrize("ending", ["pt2", "onnx"])
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.in_turns("ending", 2)
+@pytest.mark.in_turns("ending")
 def test_files(name: str, ending: str, tmp_path: Path) -> None:
     model = FILES[name]().eval()
     expected = model(X)
