@@ -45,7 +45,8 @@ class Result:
         sample_error: the same for the first sample alone.
         training_error: the same of outputs, gradients and buffers of one training step, whichever is worst.
         training_worst: what of the step that was.
-        int8_share: of the multiply-adds (convolutions, linear layers, matrix products), those that INT8 kernels do.
+        int8_share: of the multiply-adds (of convolutions, linear layers, matrix products; torch counts none inside its
+            attention for CPUs), those that INT8 kernels do.
         int8_layers: how many rows of the report run in INT8.
         loose_norms: batch norms that the INT8 network computes on a convolution's very output, unfolded.
         float_layers: how many rows of the report stay float, by operator and reason.

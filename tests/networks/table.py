@@ -37,7 +37,8 @@ Each network has random weights, and batch norm statistics of two batches of noi
   value) or the largest difference in percent of the largest value.
 - training step: the same of outputs, all gradients and buffers after one forward and backward in training mode; with
   the worst of them.
-- multiply-adds: of convolutions, linear layers and matrix products, the share that INT8 kernels do in process.
+- multiply-adds: of convolutions, linear layers and matrix products (those inside torch's attention are not
+  counted), the share that INT8 kernels do in process.
 - INT8, float: rows of the report. Loose norms: batch norms computed on a convolution's very output, not folded.
 - dB: signal to quantization noise of the INT8 simulation against float and against the calibrated model, and of the
   INT8 kernels against the simulation. Deep networks of random weights amplify one rounding: the first tells little.

@@ -31,6 +31,7 @@ from lq.graph.qdq import (
 from lq.int8.module import Int8Module
 from lq.int8.onednn import is_racy, weight_for_this_cpu
 from lq.interface.metadata import KEY, Metadata
+from lq.util.causes import first_line
 from lq.util.cpu import has_onednn_int8
 from lq.util.quiet import quiet
 
@@ -311,10 +312,9 @@ def write_package(program: ExportedProgram, metadata: Metadata, path: Path) -> N
             with torch.no_grad():
                 aoti_compile_and_package(program, package_path=package, inductor_configs=settings)
         except Exception as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)  # what follows are pages of its graph
             raise CompilerError(
-                f"AOTInductor cannot compile the network: {reason}\nIt needs a C++ compiler (g++ or clang++) on this "
-                f"machine; format='pt2' needs none"
+                f"AOTInductor cannot compile the network: {first_line(error)}\nIt needs a C++ compiler (g++ or clang++) "
+                f"on this machine; format='pt2' needs none"
             ) from error
         finally:
             _compiling.reset(compiling)

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from lq.errors import MissingRuntimeError
 from lq.formats.onnx.read import CHECKSUM
 from lq.interface.metadata import KEY, Metadata
+from lq.util.causes import first_line, root_cause
 from lq.util.distribution import install
 
 #: ONNX Runtime, OpenVINO and TensorRT 10 all read this opset.
@@ -68,7 +69,8 @@ def to_onnx(
                 program, (), dynamo=True, opset_version=opset, input_names=names, verbose=False, optimize=True
             )
     except Exception as error:
-        raise ValueError(f"the network cannot be exported to ONNX opset {opset}: {error}") from error
+        reason = first_line(root_cause(error))  # around it torch puts advice to its own developers
+        raise ValueError(f"the network cannot be exported to ONNX opset {opset}: {reason}") from error
     assert exported is not None
     model = exported.model_proto
     written = next(entry.version for entry in model.opset_import if entry.domain == "")

@@ -21,6 +21,7 @@ from lq.graph.qdq import constant_qparams
 from lq.int8.module import Int8Module
 from lq.interface.guards import compile_guard, fixes_the_batch, input_name
 from lq.interface.metadata import KEY, Metadata
+from lq.util.causes import first_line
 from lq.util.files import write_archive
 from lq.util.quiet import quiet
 
@@ -148,13 +149,9 @@ def export_program(model: Int8Module, *, free_sizes: bool) -> Program:
             continue
         if not errors:
             return program
-        reason = f"{choices[free]}, because the network cannot be exported with free ones: {_first_line(errors[0])}"
+        reason = f"{choices[free]}, because the network cannot be exported with free ones: {first_line(errors[0])}"
         return replace(program, notes=(reason, *program.notes))
-    raise ValueError(f"the network cannot be exported: {errors[-1]}") from errors[-1]
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    raise ValueError(f"the network cannot be exported: {first_line(errors[-1])}") from errors[-1]
 
 
 def _sizes(

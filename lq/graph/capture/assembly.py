@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 
 from lq.graph.capture import leaves
 from lq.graph.capture.captured import CapturedGraph
-from lq.graph.capture.exporter import Exporter, first_line
+from lq.graph.capture.exporter import Exporter
 from lq.graph.capture.normalize import name_sites, normalize
 from lq.graph.capture.running import Arguments
+from lq.util.causes import first_line
 
 aten = torch.ops.aten
 

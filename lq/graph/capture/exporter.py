@@ -18,6 +18,7 @@ from torch.fx.experimental import proxy_tensor
 from lq.graph.capture import leaves
 from lq.graph.capture.calls import UNKNOWN, CallTracker, FollowedForward
 from lq.graph.capture.running import Arguments, Recorder
+from lq.util.causes import first_line
 from lq.util.quiet import quiet
 
 #: `torch.export`'s loggers that warn of sizes that turn out to be fixed, which is up to the network.
@@ -130,11 +131,6 @@ def reason(error: Exception) -> str:
     if "data-dependent" in str(error):
         return "its control flow depends on data"
     return first_line(error)
-
-
-def first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 class Call(nn.Module):
