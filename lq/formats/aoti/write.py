@@ -313,8 +313,8 @@ def write_package(program: ExportedProgram, metadata: Metadata, path: Path) -> N
                 aoti_compile_and_package(program, package_path=package, inductor_configs=settings)
         except Exception as error:
             raise CompilerError(
-                f"AOTInductor cannot compile the network: {first_line(error)}\nIt needs a C++ compiler (g++ or clang++) "
-                f"on this machine; format='pt2' needs none"
+                f"AOTInductor cannot compile the network: {first_line(error)}\n"
+                f"It needs a C++ compiler (g++ or clang++) on this machine; format='pt2' needs none"
             ) from error
         finally:
             _compiling.reset(compiling)
