@@ -75,6 +75,12 @@ def test_it_computes_what_the_simulation_does(network: nn.Module, file: Path) ->
     assert torch.equal(model(many), model(X).repeat(MAX_BATCH // 4, 1))
 
 
+def test_memory_for_the_largest_batch(file: Path) -> None:
+    runtime = pytest.importorskip("executorch.runtime").Runtime.get()
+    method = runtime.load_program(file).load_method("forward")
+    assert method.metadata.input_tensor_meta(0).sizes() == (MAX_BATCH, *X.shape[1:])
+
+
 def test_what_is_in_it(file: Path) -> None:
     metadata = read_metadata(file)
     assert metadata.labels == LABELS

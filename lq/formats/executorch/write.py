@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import SymInt, fx
+from torch import SymInt, Tensor, fx
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from lq.errors import MissingRuntimeError
@@ -23,8 +25,8 @@ from lq.util.quiet import quiet
 aten = torch.ops.aten
 
 #: Largest batch of a file with a free batch size. What the network takes and returns has its place in memory planned
-#: for the largest, also on a device that runs one image at a time.
-MAX_BATCH = 128
+#: for the largest, also on a device that runs one image at a time: 10 MB for 16 images of 224 x 224.
+MAX_BATCH = 16
 
 #: These loggers warn of what their own packages do.
 _TALKATIVE = ("torch.utils._pytree", "torch.export", "root", "executorch")
@@ -80,7 +82,7 @@ def lower(program: ExportedProgram, texts: Mapping[str, str]) -> Any:
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
     try:
-        with quiet(*_TALKATIVE):
+        with quiet(*_TALKATIVE), _sizes_left_free():
             edge = exir.to_edge_transform_and_lower(
                 program,
                 partitioner=[partitioner()],
@@ -122,7 +124,7 @@ def write_pte(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 
     try:
-        with quiet(*_TALKATIVE):
+        with quiet(*_TALKATIVE), _sizes_left_free():
             compiled = edge.to_executorch(
                 exir.ExecutorchBackendConfig(sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass())
             )
@@ -202,7 +204,26 @@ def _clamp_to_narrow_grids(program: ExportedProgram) -> None:
         node.args = (source, scale, zero_point, *_INT8, dtype)
 
 
+def _sizes_left_free() -> AbstractContextManager[None]:
+    """A context in which tracing finds no new bounds.
+
+    ExecuTorch traces the program several times, where torch asks for sizes that choose its own kernel for a convolution
+    (a batch of 16 or more, for one) and takes the answer for a bound.
+    """
+    return ShapeEnv().suppress_guards()  # of this thread: of every environment
+
+
+def _environments(program: ExportedProgram) -> set[ShapeEnv]:
+    """Where the program's free sizes are kept."""
+    values = (node.meta.get("val") for node in program.graph.find_nodes(op="placeholder"))
+    sizes: Iterable[Any] = (size for value in values if isinstance(value, Tensor) for size in value.shape)
+    return {size.node.shape_env for size in sizes if isinstance(size, SymInt)}
+
+
 def _limit_batch(program: ExportedProgram) -> None:
-    for symbol, sizes in program.range_constraints.items():
-        limited = ValueRanges(sizes.lower, min(sizes.upper, MAX_BATCH))
+    for symbol, bounds in program.range_constraints.items():
+        limited = ValueRanges(bounds.lower, min(bounds.upper, MAX_BATCH))
         program.range_constraints[symbol] = limited
+        # ExecuTorch asks the environment, and plans for the example batch where that knows no bound.
+        for environment in _environments(program):
+            environment.var_to_range[symbol] = limited
