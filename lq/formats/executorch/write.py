@@ -214,10 +214,11 @@ def _sizes_left_free() -> AbstractContextManager[None]:
 
 
 def _environments(program: ExportedProgram) -> set[ShapeEnv]:
-    """Where the program's free sizes are kept."""
+    """Where the bounds of the program's free sizes are kept."""
     values = (node.meta.get("val") for node in program.graph.find_nodes(op="placeholder"))
     sizes: Iterable[Any] = (size for value in values if isinstance(value, Tensor) for size in value.shape)
-    return {size.node.shape_env for size in sizes if isinstance(size, SymInt)}
+    environments = (size.node.shape_env for size in sizes if isinstance(size, SymInt))
+    return {environment for environment in environments if environment is not None}
 
 
 def _limit_batch(program: ExportedProgram) -> None:
