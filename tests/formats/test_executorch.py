@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
+from torch.nn import functional as F
 
 import lq
 from helpers.classifiers import Wrapped, loader
@@ -87,6 +88,34 @@ def test_what_is_in_it(file: Path) -> None:
     assert metadata.preprocessing == PREPROCESSING
     assert metadata.target == "xnnpack"
     assert metadata.tensors[0].shape == (None, 3, 16, 16)
+
+
+class Overhanging(nn.Module):
+    """Max pools whose last windows hang over the image, as in SqueezeNet and GoogLeNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu(self.first(x)), 3, 2, ceil_mode=True)  # 14 pixels in 7 windows, not 6
+        x = F.max_pool2d(self.second(x), (2, 3), padding=(0, 1), ceil_mode=True)  # not all is positive
+        return self.fc(x.mean((2, 3)))
+
+
+def test_pools_that_hang_over(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = calibrated(Overhanging(), X)
+    int8 = simulation(network)
+    lowered = lower(export_program(int8, free_sizes=False).exported, {}).exported_program()
+    outside = {str(node.target) for node in lowered.graph.nodes if node.op == "call_function"}
+    assert not [name for name in outside if "pool" in name]
+    lq.export(network, tmp_path / "int8.pte")
+    model = lq.load(tmp_path / "int8.pte")
+    for size in (1, 8):
+        steps = (model(X[:size]) - int8(X[:size])) / int8.get_buffer("fc.scale")
+        assert steps.abs().max() < 1.01
 
 
 def test_all_int8_operators_are_delegated(network: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from lq.errors import MissingRuntimeError
 from lq.formats.executorch.read import CHECKSUM, NO_CHECKSUM, with_checksum
-from lq.graph.ops import MOVES, OpKind, clamp_bounds, classify
+from lq.graph.ops import MOVES, OpKind, argument, clamp_bounds, classify, per_axis
 from lq.graph.qdq import DEQUANTIZE, QUANTIZE
 from lq.interface.metadata import KEY, Metadata
 from lq.util.distribution import install
@@ -38,7 +38,7 @@ _RESHAPES = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
 
 
 def import_exir() -> tuple[Any, Any]:
-    """ExecuTorch's compiler, and its partitioner for XNNPACK.
+    """ExecuTorch's compiler, and what makes a partitioner for XNNPACK.
 
     Raises:
         MissingRuntimeError: where the package is not installed.
@@ -47,6 +47,8 @@ def import_exir() -> tuple[Any, Any]:
     try:
         with quiet(*_TALKATIVE):
             from executorch import exir
+            from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+            from executorch.backends.xnnpack.partition.config.generic_node_configs import MaxPool2dConfig
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     except ImportError as error:
         raise MissingRuntimeError(
@@ -54,7 +56,27 @@ def import_exir() -> tuple[Any, Any]:
         ) from error
     finally:
         logging.root.handlers[:] = handlers  # it configures the whole process's logging as it is imported
-    return exir, XnnpackPartitioner
+
+    class AnyBatch(MaxPool2dConfig):  # type: ignore[misc]
+        """Max pools with ``ceil_mode`` for a free batch: what XNNPACK pads is known where the image's size is.
+
+        Without it they stay outside of the subgraphs, where they are 100 times slower.
+        """
+
+        def check_constraints(self, node: fx.Node, ep: ExportedProgram) -> bool:
+            if super().check_constraints(node, ep):
+                return True
+            image: Any = node.all_input_nodes[0].meta["val"].shape[2:]
+            kernel = per_axis(node.args[1], 2)
+            stride = per_axis(argument(node, 2, "stride") or kernel, 2)
+            return (
+                self.check_common_constraints(node, ep)
+                and all(isinstance(size, int) for size in image)
+                and all(step <= size for step, size in zip(stride, kernel, strict=True))
+            )
+
+    configs = [AnyBatch if config is MaxPool2dConfig else config for config in ALL_PARTITIONER_CONFIGS]
+    return exir, lambda: XnnpackPartitioner(configs=configs)
 
 
 def lower(program: ExportedProgram, texts: Mapping[str, str]) -> Any:
