@@ -98,7 +98,7 @@ def export(
       concatenations, pools) in INT8 kernels, too. OpenVINO, which has these in the convolutions' kernels, is slower
       with it; in a network of convolutions, ReLUs and residual adds it is the same as ``"onnx"``.
     * ``"executorch"``: a ``.pte`` file for ExecuTorch on phones and ARM boards, its INT8 operators in subgraphs of the
-      XNNPACK backend. Always placed for target ``"xnnpack"``, whatever the model's own; batches of up to 128 images.
+      XNNPACK backend. Always placed for target ``"xnnpack"``, whatever the model's own; batches of up to 16 images.
 
     A ``"pt2"`` file takes images of any size that the network takes. The others are for the size of the example
     inputs, and hold no weights that meet nothing but padding there: a ResNet-18 with the ImageNet stem for 32x32
