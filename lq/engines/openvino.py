@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,17 @@ def import_openvino() -> Any:
         MissingRuntimeError: where it is not installed.
     """
     return import_optional("openvino", "OpenVINO", "openvino")
+
+
+#: Compiles the file in the first argument for the shapes in the second.
+_COMPILE = """
+import json, sys
+import openvino
+core = openvino.Core()
+model = core.read_model(sys.argv[1])
+model.reshape(dict(enumerate(json.loads(sys.argv[2]))))
+core.compile_model(model, "CPU")
+"""
 
 
 class OpenVinoModel(InferenceModel):
@@ -51,6 +65,8 @@ class OpenVinoModel(InferenceModel):
         if threads is not None:
             self._settings["INFERENCE_NUM_THREADS"] = threads
         self._requests: dict[tuple[torch.Size, ...], Any] = {}
+        self._path = path
+        self._may_crash = _joins_integers(self._model)
         super().__init__(metadata, threads)
 
     def _run(self, inputs: list[Tensor]) -> Sequence[Tensor]:
@@ -61,12 +77,36 @@ class OpenVinoModel(InferenceModel):
 
     def _request(self, shapes: tuple[torch.Size, ...]) -> Any:
         if shapes not in self._requests:
+            if self._may_crash:
+                _check_in_child(self._path, shapes)
+                self._may_crash = False
             self._model.reshape({index: list(shape) for index, shape in enumerate(shapes)})
             compiled = self._core.compile_model(self._model, "CPU", self._settings)
             while len(self._requests) >= _KEPT:
                 del self._requests[next(iter(self._requests))]
             self._requests[shapes] = compiled.create_infer_request()
         return self._requests[shapes]
+
+
+def _joins_integers(model: Any) -> bool:
+    """Whether the network has concatenations of integers: OpenVINO 2026.4 ends the process as it compiles some of them,
+    such as a DenseNet's placed for XNNPACK."""
+    joined = (operator.input_values() for operator in model.get_ops() if operator.get_type_name() == "Concat")
+    # An ONNX file's DequantizeLinear is a product here.
+    return any(all(value.get_node().get_type_name() == "Multiply" for value in values) for values in joined)
+
+
+def _check_in_child(path: Path, shapes: tuple[torch.Size, ...]) -> None:
+    """Raise RuntimeError where compiling ends the process by a signal, found out in a process that may end."""
+    if not sys.executable:
+        return
+    command = [sys.executable, "-c", _COMPILE, str(path), json.dumps([list(shape) for shape in shapes])]
+    code = subprocess.run(command, capture_output=True, check=False).returncode
+    if code < 0:
+        raise RuntimeError(
+            f"OpenVINO's compiler crashes on this network (signal {-code}), which was placed for another engine's "
+            f"kernels. Run the file on ONNX Runtime, or prepare the network for target='x86'"
+        )
 
 
 def _sizes(shape: Any) -> list[int | None]:
