@@ -244,9 +244,10 @@ def _environments(program: ExportedProgram) -> set[ShapeEnv]:
 
 
 def _limit_batch(program: ExportedProgram) -> None:
+    environments = _environments(program)
     for symbol, bounds in program.range_constraints.items():
         limited = ValueRanges(bounds.lower, min(bounds.upper, MAX_BATCH))
         program.range_constraints[symbol] = limited
         # ExecuTorch asks the environment, and plans for the example batch where that knows no bound.
-        for environment in _environments(program):
+        for environment in environments:
             environment.var_to_range[symbol] = limited
