@@ -101,13 +101,20 @@ class QuantizationCallback(HasSettings, Callback):
             and that should be large (0.5 allows an accuracy to fall from 0.876 to 0.871), else the metric's own units.
             While INT8 loses more on the validation data, other calibrators are tried, bias correction, equalisation,
             and then the fewest layers in float that are enough, see :func:`lq.quantize`; ``int8.json`` has each step.
-            Weights and biases are then left as the network that was taken has them. PTQ in one process only.
+            Weights and biases are then left as the network that was taken has them. Of several processes the first one
+            does all of it. What was evaluated before a run was killed is not evaluated again when its end is reached
+            once more with the same weights. PTQ only.
         max_drop_metric: name of the metric; by default the one that the first ModelCheckpoint or EarlyStopping
             monitors. Where such a callback has ``mode="min"`` for it, it may rise by so much.
         max_drop_runtime: the engine that INT8 is judged on, as :func:`lq.load` calls it; by default the one that takes
             the least time for one sample, of those that are installed and run one of the files that are written
             (packages of AOTInductor and ExecuTorch, which take long to compile, left out).
         max_drop_seconds: how long that may take; None for no limit but that of 40 evaluations.
+        max_drop_float_layers: how many layers may stay in float for it; None for as many as it takes, 0 for a network
+            that is INT8 throughout.
+        max_drop_epochs: for how many epochs the network may be trained with fake-quantizers where all of this is not
+            enough: by the module's own ``training_step`` and optimizers, at a hundredth of the learning rate that they
+            begin with, without the Trainer's callbacks and loggers, on one device. By default nothing is trained.
         export: formats to write beside ``int8.pt2``, which is always written: ``"onnx"`` (``int8.onnx``, for
             OpenVINO, TensorRT and ONNX Runtime), ``"onnxruntime"`` (``int8.onnxruntime.onnx``, for ONNX Runtime alone),
             ``"aoti"`` (``int8.aoti.pt2``, compiled for this machine's CPU) and ``"executorch"`` (``int8.pte``, for
@@ -158,6 +165,8 @@ class QuantizationCallback(HasSettings, Callback):
         max_drop_metric: str | None = None,
         max_drop_runtime: str = "auto",
         max_drop_seconds: float | None = None,
+        max_drop_float_layers: int | None = None,
+        max_drop_epochs: int = 0,
         export: Sequence[FormatName] | None = None,
         output_dir: str | None = None,
         rehearse: bool = True,
@@ -181,6 +190,8 @@ class QuantizationCallback(HasSettings, Callback):
             max_drop_metric=max_drop_metric,
             max_drop_runtime=max_drop_runtime,
             max_drop_seconds=max_drop_seconds,
+            max_drop_float_layers=max_drop_float_layers,
+            max_drop_epochs=max_drop_epochs,
             export=export,
             output_dir=output_dir,
             rehearse=rehearse,

@@ -43,6 +43,8 @@ def quantize_checkpoint(
     max_drop_metric: str | None = None,
     max_drop_runtime: str = "auto",
     max_drop_seconds: float | None = None,
+    max_drop_float_layers: int | None = None,
+    max_drop_epochs: int = 0,
     export: Sequence[FormatName] | None = None,
     output_dir: str | Path | None = None,
     accelerator: str = "auto",
@@ -71,6 +73,9 @@ def quantize_checkpoint(
         max_drop_metric: name of the metric, which is to be large; it has to be given with ``max_drop``.
         max_drop_runtime: the engine that INT8 is judged on, see :class:`~lq.QuantizationCallback`.
         max_drop_seconds: how long that may take; None for no limit but that of 40 evaluations.
+        max_drop_float_layers: how many layers may stay in float for it, see :class:`~lq.QuantizationCallback`.
+        max_drop_epochs: for how many epochs the network may be trained for it, see
+            :class:`~lq.QuantizationCallback`.
         export: formats to write beside ``int8.pt2``, see :class:`~lq.QuantizationCallback`.
         output_dir: folder for what is written; by default ``int8`` beside the checkpoint.
         accelerator: where to calibrate, see the Trainer.
@@ -116,6 +121,8 @@ def quantize_checkpoint(
         max_drop_metric=max_drop_metric,
         max_drop_runtime=max_drop_runtime,
         max_drop_seconds=max_drop_seconds,
+        max_drop_float_layers=max_drop_float_layers,
+        max_drop_epochs=max_drop_epochs,
         export=export,
     ).settings
     output = path.parent / "int8" if output_dir is None else Path(output_dir)
@@ -134,7 +141,7 @@ def quantize_checkpoint(
         pl_module.load_state_dict(loaded["state_dict"], strict=pl_module.strict_loading)
     else:
         restore(staged, loaded, section, strict=pl_module.strict_loading)
-    trainer = _attached_trainer(pl_module, data, accelerator)
+    trainer = _attached_trainer(pl_module, data, accelerator, output)
     result, failure, _ = quantize_at_fit_end(settings, trainer, staged, output, source=f"the weights of {path}")
     if failure is not None:
         raise failure
@@ -142,10 +149,15 @@ def quantize_checkpoint(
     return result
 
 
-def _attached_trainer(pl_module: Any, data: Any, accelerator: str) -> Any:
+def _attached_trainer(pl_module: Any, data: Any, accelerator: str, folder: Path) -> Any:
     """A Trainer that knows module and data as it does once ``fit`` has ended."""
     trainer: Any = importlib.import_module(lightning_package(pl_module)).Trainer(
-        accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False
+        accelerator=accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
     )
     trainer.strategy.connect(pl_module)
     if isinstance(data, Iterable):

@@ -55,6 +55,8 @@ class QuantizationSettings:
     max_drop_metric: str | None
     max_drop_runtime: str
     max_drop_seconds: float | None
+    max_drop_float_layers: int | None
+    max_drop_epochs: int
     export: tuple[FormatName, ...]
     optional_formats: tuple[FormatName, ...]
     output_dir: str | None
@@ -82,6 +84,8 @@ class QuantizationSettings:
         max_drop_metric: str | None,
         max_drop_runtime: str,
         max_drop_seconds: float | None,
+        max_drop_float_layers: int | None,
+        max_drop_epochs: int,
         export: Sequence[FormatName] | None,
         output_dir: str | None,
         rehearse: bool,
@@ -119,6 +123,9 @@ class QuantizationSettings:
         if max_drop is not None:
             _check_max_drop(max_drop, max_drop_seconds, mode, evaluate)
             check_runtime(max_drop_runtime, "max_drop_runtime")
+            for name, least in (("max_drop_float_layers", max_drop_float_layers), ("max_drop_epochs", max_drop_epochs)):
+                if least is not None and least < 0:
+                    raise ValueError(f"{name}={least} must be at least 0")
         if weights not in (None, *get_args(Weights)):
             raise ValueError(f"weights={weights!r} is unknown; choose 'best' or 'last', or None for the default")
         formats = default_formats() if export is None else tuple(export)
@@ -142,6 +149,8 @@ class QuantizationSettings:
             max_drop_metric=max_drop_metric,
             max_drop_runtime=max_drop_runtime,
             max_drop_seconds=max_drop_seconds,
+            max_drop_float_layers=max_drop_float_layers,
+            max_drop_epochs=max_drop_epochs,
             export=formats,
             optional_formats=formats if export is None else (),
             output_dir=output_dir,
@@ -243,6 +252,14 @@ class HasSettings:
     @property
     def max_drop_seconds(self) -> float | None:
         return self.settings.max_drop_seconds
+
+    @property
+    def max_drop_float_layers(self) -> int | None:
+        return self.settings.max_drop_float_layers
+
+    @property
+    def max_drop_epochs(self) -> int:
+        return self.settings.max_drop_epochs
 
     @property
     def export(self) -> tuple[FormatName, ...]:

@@ -25,6 +25,7 @@ class TuningStep:
         float_layers: names of the layers that stayed in float for the accuracy's sake.
         latency_ms: median wall time of a forward with one sample on the engine that judged; None where it was not
             measured. The steps were timed one after another: other work on the machine shows.
+        fine_tuned: whether the network was trained with fake-quantizers, from the weights and ranges of the others.
     """
 
     change: str
@@ -35,6 +36,12 @@ class TuningStep:
     methods: tuple[str, ...] = ()
     float_layers: tuple[str, ...] = ()
     latency_ms: float | None = None
+    fine_tuned: bool = False
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TuningStep:
+        """The step of which :func:`dataclasses.asdict` gave ``values``, also after a round trip through JSON."""
+        return cls(**{**values, "methods": tuple(values["methods"]), "float_layers": tuple(values["float_layers"])})
 
 
 @dataclass(frozen=True)
@@ -136,8 +143,4 @@ class Tuning:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Tuning:
         """The tuning that :meth:`to_dict` gave, also after a round trip through JSON."""
-
-        def step(row: Mapping[str, Any]) -> TuningStep:
-            return TuningStep(**{**row, "methods": tuple(row["methods"]), "float_layers": tuple(row["float_layers"])})
-
-        return cls(**{**values, "steps": tuple(step(row) for row in values["steps"])})
+        return cls(**{**values, "steps": tuple(map(TuningStep.from_dict, values["steps"]))})

@@ -22,6 +22,7 @@ from lq.tuning.bias_correction import correct_bias
 from lq.tuning.equalization import can_equalize, equalize
 from lq.tuning.judged import Judge
 from lq.tuning.learned_rounding import learn_rounding
+from lq.util.modes import keeping_modes
 from lq.workflow.calibrate import calibrate
 from lq.workflow.comparison import keeping_ranges
 from lq.workflow.convert import convert
@@ -45,11 +46,13 @@ class Choice:
         calibrator: of the ranges.
         methods: what the weights and biases go through, of :data:`METHODS`; the order does not matter.
         float_layers: names of layers that stay in float, beside those that the model's own overrides keep there.
+        fine_tuned: whether the model is then trained with fake-quantizers.
     """
 
     calibrator: str
     methods: tuple[str, ...] = ()
     float_layers: tuple[str, ...] = ()
+    fine_tuned: bool = False
 
 
 class Builder:
@@ -66,6 +69,8 @@ class Builder:
         rounding_seconds: how long learned rounding may take.
         observed: runs the model on one batch to calibrate it, where that is another thing: a step that calls it twice.
         judge: gives a network as the engine runs that is to judge it; by default in process.
+        fine_tune: trains the model, which rounds to the ranges it was calibrated with; None where it may not be
+            trained.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class Builder:
         rounding_seconds: float = 120.0,
         observed: Callable[[Any], Any] | None = None,
         judge: Judge | None = None,
+        fine_tune: Callable[[], Any] | None = None,
     ) -> None:
         self.model = model
         self.judge = judge or Judge(IN_PROCESS)
@@ -85,9 +91,16 @@ class Builder:
         self._target = target
         self._observed = observed or forward
         self._rounding_seconds = rounding_seconds
+        self._fine_tune = fine_tune
         self._own = prepared_forward(model).overrides
         self._equalized: tuple[dict[str, Tensor], dict[str, Observer]] | None = None
         self._rounded: dict[tuple[str, bool], dict[str, Tensor]] = {}
+        self._trained: dict[str, Tensor] | None = None
+
+    @property
+    def fine_tunes(self) -> bool:
+        """Whether the model may be trained."""
+        return self._fine_tune is not None
 
     def applies(self, method: str) -> bool:
         """Whether there is anything in the model that ``method`` changes."""
@@ -118,25 +131,17 @@ class Builder:
     def settle(self, choice: Choice) -> None:
         """Leave the model as ``choice`` wants it: prepared for the layers it keeps in float, and calibrated."""
         before = activation_quantizers(self.model)
-        if choice.float_layers:
-            forward, overrides = prepared_forward(self.model), self._overrides(choice)
-            arguments = {**forward.inputs, **forward.settings}
-            observer, target = forward.observer, forward.target
-            prepare(unprepare(self.model), arguments, target=target, observer=observer, overrides=overrides)
+        keep_in_float(self.model, choice.float_layers)
         for name, quantizer in activation_quantizers(self.model).items():
             quantizer.observer = before[name].observer
         self._apply(choice)
-
-    def _overrides(self, choice: Choice) -> Overrides:
-        kept = [(name, spec) for name, spec in self._own.specs if name not in choice.float_layers]
-        return Overrides((*kept, *((name, None) for name in choice.float_layers)))
 
     @contextmanager
     def _made(self, choice: Choice) -> Iterator[None]:
         """The model as ``choice`` wants it converted."""
         forward = prepared_forward(self.model)
         with keeping_ranges(self.model), _keeping_weights_and_statistics(self.model):
-            forward.overrides = self._overrides(choice)
+            forward.overrides = _and_in_float(self._own, choice.float_layers)
             try:
                 self._apply(choice)
                 yield
@@ -152,6 +157,8 @@ class Builder:
             self._round(choice)
         if BIAS_CORRECTION in choice.methods:
             correct_bias(self.model, self._batches, forward=self._forward)
+        if choice.fine_tuned:
+            self._train()
 
     def _equalize(self) -> None:
         """With the statistics of the equalised network."""
@@ -161,48 +168,73 @@ class Builder:
                 quantizer.observer = copy.deepcopy(quantizer.observer)
             equalize(self.model, self._batches, forward=self._forward)
             calibrate(self.model, self._batches, forward=self._observed)
-            weights = {name: tensor.clone() for name, tensor in _weights(self.model).items()}
+            weights = {name: tensor.clone() for name, tensor in tensors_of(self.model).items()}
             self._equalized = weights, {name: quantizer.observer for name, quantizer in quantizers.items()}
         weights, observers = self._equalized
         _load(self.model, weights)
         for name, quantizer in quantizers.items():
             quantizer.observer = observers[name]
 
+    def _train(self) -> None:
+        """Once: of one choice, for the others are evaluated by then."""
+        if self._trained is None:
+            assert self._fine_tune is not None
+            with keeping_modes(self.model), torch.enable_grad():
+                self._fine_tune()
+            self._trained = {name: tensor.clone() for name, tensor in tensors_of(self.model).items()}
+        _load(self.model, self._trained)
+
     def _round(self, choice: Choice) -> None:
         """Learned once, and left out again of the layers that stay in float."""
         key = (choice.calibrator, EQUALIZATION in choice.methods)
         if key not in self._rounded:
-            before = {name: tensor.clone() for name, tensor in _weights(self.model).items()}
+            before = {name: tensor.clone() for name, tensor in tensors_of(self.model).items()}
             learn_rounding(
                 self.model, self._batches, seconds=self._rounding_seconds, forward=self._forward, progress=False
             )
-            after = _weights(self.model).items()
+            after = tensors_of(self.model).items()
             self._rounded[key] = {name: new.clone() for name, new in after if not torch.equal(new, before[name])}
             _load(self.model, before)
-        overrides = self._overrides(choice)
+        overrides = _and_in_float(self._own, choice.float_layers)
         rounded = self._rounded[key].items()
         _load(self.model, {name: new for name, new in rounded if not overrides.in_float(name.rpartition(".")[0])})
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
+def keep_in_float(model: nn.Module, layers: Sequence[str]) -> None:
+    """Have a model that is prepared for PTQ prepared once more, with ``layers`` in float as well."""
+    if not layers:
+        return
+    forward = prepared_forward(model)
+    overrides = _and_in_float(forward.overrides, layers)
+    arguments = {**forward.inputs, **forward.settings}
+    observer, target = forward.observer, forward.target
+    prepare(unprepare(model), arguments, target=target, observer=observer, overrides=overrides)
+
+
+def _and_in_float(overrides: Overrides, layers: Sequence[str]) -> Overrides:
+    kept = [(name, spec) for name, spec in overrides.specs if name not in layers]
+    return Overrides((*kept, *((name, None) for name in layers)))
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, without those of the quantizers."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
     return {name: tensor.detach() for name, tensor in tensors if not name.startswith(f"{QUANTIZERS}.")}
 
 
 def _load(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    weights = _weights(model)
+    own = tensors_of(model)
     for name, value in values.items():
-        weights[name].copy_(value)
+        own[name].copy_(value)
 
 
 @contextmanager
 def _keeping_weights_and_statistics(model: nn.Module) -> Iterator[None]:
-    weights = {name: tensor.clone() for name, tensor in _weights(model).items()}
+    before = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
     observers = {quantizer: quantizer.observer for quantizer in activation_quantizers(model).values()}
     try:
         yield
     finally:
-        _load(model, weights)
+        _load(model, before)
         for quantizer, observer in observers.items():
             quantizer.observer = observer

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from lq.results.tuning import Tuning, TuningStep
 from lq.schemes.overrides import OverridesLike
 from lq.schemes.targets import AUTO_TARGET, Target
 from lq.tuning.builder import METHODS, Builder
+from lq.tuning.goal import Goal
+from lq.tuning.journal import Journal, search_key
 from lq.tuning.judged import Judge, check_runtime
-from lq.tuning.search import Goal, Search
+from lq.tuning.search import Search
 from lq.util.modes import evaluating
 from lq.workflow.calibrate import AUTO, batch_size, calibrate_and_compare, default_forward
 from lq.workflow.comparison import SQNR
@@ -67,10 +70,13 @@ def quantize(
     equalization: bool | None = None,
     learned_rounding: bool | None = False,
     rounding_seconds: float = 120.0,
+    max_float_layers: int | None = None,
+    fine_tune: Callable[[nn.Module], Any] | None = None,
     num_samples: int | None = 512,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     max_evaluations: int = 40,
     seconds: float | None = None,
+    journal: str | Path | None = None,
     progress: bool = False,
 ) -> Quantized:
     """The INT8 network of a float ``model`` that loses at most ``max_drop`` points of the user's own metric.
@@ -104,11 +110,20 @@ def quantize(
         learned_rounding: likewise, whether each weight is rounded the way its layer's outputs gain from, see
             :func:`lq.learn_rounding`. By default not, for it takes minutes.
         rounding_seconds: how long that may take.
+        max_float_layers: how many layers may stay in float for the accuracy's sake; None for as many as it takes, 0 for
+            a network that is INT8 throughout.
+        fine_tune: called where all of this is not enough, with a copy of ``model`` in training mode that computes with
+            fake-quantizers: trains it, in place, by the user's own loop and data. A learning rate of about a hundredth
+            of the training's is usual. The activations' ranges stay as calibrated. What it raises is logged, and the
+            best network found before is returned. By default nothing is trained.
         num_samples: how many samples of ``batches`` at most.
         forward: runs a model, its first argument, on one batch, its second; for batches of any other form.
         max_evaluations: how often ``evaluate`` is called at most, with the float model.
         seconds: how long all of it may take; None for no limit. What takes longest in one piece, an evaluation or
             the first calibration, may exceed it.
+        journal: a file for the steps, written as they are made. Where a process is killed, the same call goes on from
+            there: what is in the file is not evaluated again, except the network that is taken at the end, whose ranges
+            may come from other batches. Steps of another model, metric or engine are replaced.
         progress: whether to show a progress bar while calibrating.
 
     Returns:
@@ -129,7 +144,7 @@ def quantize(
         True
     """
     begun = time.monotonic()
-    goal = Goal(max_drop, max_evaluations, seconds)
+    goal = Goal(max_drop, max_evaluations, seconds, max_float_layers=max_float_layers)
     check_runtime(runtime)
     if not rounding_seconds > 0:
         raise ValueError(f"rounding_seconds={rounding_seconds} must be above 0")
@@ -148,11 +163,23 @@ def quantize(
         with evaluating(network), torch.no_grad():
             return float(evaluate(network))
 
-    builder = Builder(prepared, kept, run, rounding_seconds=rounding_seconds, judge=Judge(runtime))
+    float_metric = judge(model)
+    steps = None
+    if journal is not None:
+        about = {"metric": f"{float_metric:.6g}", "runtime": runtime, "num_samples": num_samples}
+        steps = Journal(Path(journal), search_key(prepared, about))
+    builder = Builder(
+        prepared,
+        kept,
+        run,
+        rounding_seconds=rounding_seconds,
+        judge=Judge(runtime),
+        fine_tune=None if fine_tune is None else lambda: fine_tune(prepared.train()),
+    )
     wanted = dict(zip(METHODS, (bias_correction, equalization, learned_rounding), strict=True))
     always = tuple(name for name, value in wanted.items() if value)
     where_needed = tuple(name for name, value in wanted.items() if value is None)
-    search = Search(builder, judge, judge(model), goal, always, where_needed, _tell, begun)
+    search = Search(builder, judge, float_metric, goal, always, where_needed, _tell, steps, begun)
     tuning, choice, int8 = search.run(scores)
     builder.settle(choice)
     _log.info("lq: %s", tuning.verdict)

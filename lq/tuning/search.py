@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -14,6 +15,10 @@ from lq.int8.module import Int8Module
 from lq.results.tuning import Tuning, TuningStep
 from lq.tuning.builder import Builder, Choice
 from lq.tuning.fewest import fewest
+from lq.tuning.goal import Goal
+from lq.tuning.journal import Journal
+
+_log = logging.getLogger("lq")
 
 #: A calibrator whose outputs have an SQNR that is lower than the best one's by more than so many decibels is not
 #: evaluated: 3 dB are twice the noise.
@@ -33,50 +38,12 @@ class _LimitError(Exception):
     """No more is to be evaluated; the message says why."""
 
 
-@dataclass(frozen=True)
-class Goal:
-    """What is to be reached, and within what.
-
-    Args:
-        max_drop: by how much the metric may be worse than the float model's, in points, see :meth:`allowed_drop`.
-        max_evaluations: how often the metric may be measured, with the float model.
-        seconds: how long all of it may take; None for no limit.
-        smallest: whether a smaller metric is a better one.
-        metric_name: what to call the metric.
-
-    Raises:
-        ValueError: where a number is out of its range.
-    """
-
-    max_drop: float
-    max_evaluations: int
-    seconds: float | None = None
-    smallest: bool = False
-    metric_name: str = "metric"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_drop < math.inf:
-            raise ValueError(f"max_drop={self.max_drop} must be a number of points, at least 0")
-        if self.max_evaluations < 2:
-            raise ValueError(
-                f"max_evaluations={self.max_evaluations} must be at least 2: one of the float model, one of INT8"
-            )
-        if self.seconds is not None and not self.seconds > 0:
-            raise ValueError(f"seconds={self.seconds} must be above 0, or None for no limit")
-
-    def allowed_drop(self, float_metric: float) -> float:
-        """``max_drop`` in the metric's own units.
-
-        A point is a hundredth of a metric that grows to 1, as accuracies do that are shares: one that the float model
-        has between 0 and 1. Of any other metric, a percentage or a loss, it is 1.
-        """
-        is_share = not self.smallest and 0.0 <= float_metric <= 1.0
-        return self.max_drop / 100 if is_share else self.max_drop
-
-
 @dataclass
 class Search:
     """Evaluates INT8 networks until one meets a goal, or the goal's limits are reached.
+
+    Layers stay in float before anything is trained: it takes no training data and no one's learning rate, and a
+    network that was fine-tuned is another one.
 
     Args:
         builder: makes the networks.
@@ -87,6 +54,7 @@ class Search:
         where_needed: methods that are tried, in this order, where the calibrators alone do not meet the goal; what
             does not make the drop smaller by a tenth is left out again.
         tell: called with each step.
+        journal: where steps are written to as they are made; those that it has are not made again.
         begun: when it began, by :func:`time.monotonic`; the goal's seconds count from there.
     """
 
@@ -97,13 +65,17 @@ class Search:
     always: tuple[str, ...] = ()
     where_needed: tuple[str, ...] = ()
     tell: Callable[[TuningStep], None] = lambda step: None
+    journal: Journal | None = None
     begun: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.float_metric):
             raise ValueError(f"{self.goal.metric_name} of the float model is {self.float_metric}: it must be finite")
         self._steps: list[TuningStep] = []
-        self._best: tuple[int, Choice, Int8Module] | None = None
+        self._int8: tuple[int, Int8Module] | None = None
+        self._reserved = 1 if self.builder.fine_tunes else 0
+        if self.journal is not None and self.journal.runtime is not None:
+            self.builder.judge.runtime = self.journal.runtime
 
     def run(self, scores: Mapping[str, float]) -> tuple[Tuning, Choice, Int8Module]:
         """The steps, and the network that was taken: the first to meet the goal, with the fewest layers in float, or
@@ -117,8 +89,7 @@ class Search:
             ended = "it is met" if self._met else "everything was tried"
         except _LimitError as reason:
             ended = str(reason)
-        assert self._best is not None  # the limits allow one evaluation at least
-        index, choice, int8 = self._best
+        index, int8 = self._confirmed()
         tuning = Tuning(
             metric_name=self.goal.metric_name,
             float_metric=self.float_metric,
@@ -128,18 +99,23 @@ class Search:
             ended=ended,
             runtime=self.builder.judge.runtime,
         )
-        return tuning, choice, int8
+        return tuning, _choice(self._steps[index]), int8
 
     def _try_all(self, scores: Mapping[str, float]) -> None:
         for name in _promising(scores):
             change = ", ".join([f"calibrator {name}", *map(_words, self.always)])
             if self._meets(Choice(name, self.always), change):
                 return
-        assert self._best is not None
-        index, choice, _ = self._best
-        chosen = self._try_methods(choice, self._steps[index].drop)
-        if chosen is not None:
-            self._try_layers(chosen)
+        best = self._steps[self._best]
+        chosen = self._try_methods(_choice(best), best.drop)
+        if chosen is None or self._try_layers(chosen) or not self.builder.fine_tunes:
+            return
+        self._reserved = 0
+        self._check_limits()
+        try:
+            self._meets(replace(chosen, fine_tuned=True), "fine-tuned with fake-quantizers")
+        except Exception as error:  # the user's own code: what was found before it stands
+            _log.warning("lq: fine-tuning failed, and is left out: %s: %s", type(error).__name__, error)
 
     def _try_methods(self, choice: Choice, drop: float) -> Choice | None:
         """``choice`` with the methods that help; None where one of them is enough."""
@@ -154,57 +130,96 @@ class Search:
                 choice, drop = replace(choice, methods=methods), self._steps[-1].drop
         return choice
 
-    def _try_layers(self, choice: Choice) -> None:
-        self._check_limits()
-        left = self._seconds_left()
-        ranking = self.builder.ranking(choice, None if left is None else SENSITIVITY_SHARE * left)
+    def _try_layers(self, choice: Choice) -> bool:
+        """Whether it is met with some layers in float."""
+        most = self.goal.max_float_layers
+        if most == 0:
+            return False
+        try:
+            self._check_limits()
+            left = self._seconds_left()
+            ranking = self.builder.ranking(choice, None if left is None else SENSITIVITY_SHARE * left)
 
-        @functools.cache
-        def meets(layers: tuple[str, ...]) -> bool:
-            shown = ", ".join(layers) if len(layers) <= 2 else f"{len(layers)} layers ({layers[0]} ... {layers[-1]})"
-            return self._meets(replace(choice, float_layers=layers), f"{shown} in float")
+            @functools.cache
+            def meets(layers: tuple[str, ...]) -> bool:
+                return self._meets(replace(choice, float_layers=layers), f"{_shown(layers)} in float")
 
-        # One stays in INT8: with all in float there would be no INT8 network.
-        if len(ranking) > 1:
-            fewest(ranking[:-1], meets)
+            # One stays in INT8: with all in float there would be no INT8 network.
+            candidates = ranking[:-1] if most is None else ranking[: min(most, len(ranking) - 1)]
+            return bool(candidates) and fewest(candidates, meets) is not None
+        except _LimitError:
+            if self._met or not self._reserved:
+                raise
+            return False
 
     def _meets(self, choice: Choice, change: str) -> bool:
         """Evaluate a network; whether it meets the goal."""
-        self._check_limits()
+        known = None if self.journal is None else self.journal.step(choice)
+        if known is None:
+            self._check_limits()
+            step, int8 = self._evaluated(choice, change)
+            self._write(step)
+        else:
+            step, int8 = known, None
+        self._steps.append(step)
+        # The others can be made again: one at a time is kept.
+        if self._best == len(self._steps) - 1:
+            self._int8 = None if int8 is None else (self._best, int8)
+        self.tell(step)
+        return step.drop <= self._allowed
+
+    def _evaluated(self, choice: Choice, change: str) -> tuple[TuningStep, Int8Module]:
         begun = time.monotonic()
         int8, network = self.builder.int8(choice)
         metric = float(self.evaluate(network))
         drop = metric - self.float_metric if self.goal.smallest else self.float_metric - metric
-        drop = math.inf if math.isnan(drop) else drop
         step = TuningStep(
             change,
             metric,
-            drop,
+            math.inf if math.isnan(drop) else drop,
             time.monotonic() - begun,
             choice.calibrator,
             choice.methods,
             choice.float_layers,
             self.builder.judge.latency(int8, network),
+            choice.fine_tuned,
         )
-        self._steps.append(step)
-        if self._best is None or self._is_better(step, self._steps[self._best[0]]):
-            self._best = (len(self._steps) - 1, choice, int8)
-        self.tell(step)
-        return drop <= self._allowed
+        return step, int8
 
-    def _is_better(self, step: TuningStep, other: TuningStep) -> bool:
-        """Meeting the goal counts most, then the fewest layers in float, then the metric."""
+    def _write(self, step: TuningStep) -> None:
+        if self.journal is None:
+            return
+        try:
+            self.journal.add(step, self.builder.judge.runtime)
+        except OSError as error:
+            _log.warning("lq: the steps are not kept, should this be interrupted: %s: %s", self.journal.path, error)
+            self.journal = None
 
-        def merit(step: TuningStep) -> tuple[bool, int, float]:
+    def _confirmed(self) -> tuple[int, Int8Module]:
+        """The best step and its network: one of the journal is evaluated again, on the ranges that there are now."""
+        while self._int8 is None or self._int8[0] != self._best:
+            index = self._best
+            step, int8 = self._evaluated(_choice(self._steps[index]), self._steps[index].change)
+            self._steps[index] = step
+            self._int8 = index, int8
+        return self._int8
+
+    @property
+    def _best(self) -> int:
+        """Index of the best step, the first of equals: meeting the goal counts most, then no training and the fewest
+        layers in float, then the metric."""
+
+        def merit(index: int) -> tuple[bool, bool, int, float]:
+            step = self._steps[index]
             met = step.drop <= self._allowed
-            return met, -len(step.float_layers) if met else 0, -step.drop
+            return met, met and not step.fine_tuned, -len(step.float_layers) if met else 0, -step.drop
 
-        return merit(step) > merit(other)
+        return max(range(len(self._steps)), key=merit)
 
     def _check_limits(self) -> None:
         if not self._steps:
             return
-        if len(self._steps) + 1 >= self.goal.max_evaluations:
+        if len(self._steps) + 1 + self._reserved >= self.goal.max_evaluations:
             raise _LimitError(f"max_evaluations={self.goal.max_evaluations} is reached")
         left = self._seconds_left()
         # Another evaluation takes about as long as the last one.
@@ -220,7 +235,7 @@ class Search:
 
     @property
     def _met(self) -> bool:
-        return self._best is not None and self._steps[self._best[0]].drop <= self._allowed
+        return bool(self._steps) and self._steps[self._best].drop <= self._allowed
 
 
 def _promising(scores: Mapping[str, float]) -> list[str]:
@@ -234,3 +249,11 @@ def _promising(scores: Mapping[str, float]) -> list[str]:
 
 def _words(method: str) -> str:
     return method.replace("_", " ")
+
+
+def _shown(layers: Sequence[str]) -> str:
+    return ", ".join(layers) if len(layers) <= 2 else f"{len(layers)} layers ({layers[0]} ... {layers[-1]})"
+
+
+def _choice(step: TuningStep) -> Choice:
+    return Choice(step.calibrator, step.methods, step.float_layers, step.fine_tuned)

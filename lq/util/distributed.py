@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any
 
@@ -13,8 +14,23 @@ from torch import distributed as dist
 _PATIENCE = timedelta(days=7)
 
 
+_is_alone: ContextVar[bool] = ContextVar("_is_alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process works by itself: nothing is agreed on or shared with the others, which wait elsewhere."""
+    token = _is_alone.set(True)
+    try:
+        yield
+    finally:
+        _is_alone.reset(token)
+
+
 def world_size() -> int:
-    """How many processes take part; 1 where ``torch.distributed`` is not in use."""
+    """How many processes take part; 1 where ``torch.distributed`` is not in use, and inside :func:`alone`."""
+    if _is_alone.get():
+        return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

@@ -11,8 +11,15 @@ from torch import nn
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """``module.eval()``; each submodule's own training flag is restored on exit."""
+    with keeping_modes(module):
+        module.eval()
+        yield
+
+
+@contextmanager
+def keeping_modes(module: nn.Module) -> Iterator[None]:
+    """Each submodule's own training flag is restored on exit."""
     flags = {submodule: submodule.training for submodule in module.modules()}
-    module.eval()
     try:
         yield
     finally:

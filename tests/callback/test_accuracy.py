@@ -16,8 +16,9 @@ import lq
 from helpers.classifiers import Wrapped, loader
 from helpers.fits import fit, quantization
 from helpers.quantized import TARGET
-from lq import QuantizationResult
+from lq import QuantizationCallback, QuantizationResult
 from lq.int8.module import Int8Module
+from lq.numerics.quantizer import QuantizerState
 
 
 class Broken(Wrapped):
@@ -154,6 +155,9 @@ def test_mistakes_are_told_before_training(tmp_path: Path) -> None:
         quantization(tmp_path, max_drop=1, max_drop_runtime="tpu")
     with pytest.raises(ValueError, match="max_drop_seconds=0 must be above 0"):
         quantization(tmp_path, max_drop=1, max_drop_seconds=0)
+    for name in ("max_drop_float_layers", "max_drop_epochs"):
+        with pytest.raises(ValueError, match=f"{name}=-1 must be at least 0"):
+            quantization(tmp_path, max_drop=1, **{name: -1})
     with pytest.raises(ValueError, match="max_drop=1 is for mode='ptq'"):
         quantization(tmp_path, max_drop=1, mode="qat")
     with pytest.raises(ValueError, match="max_drop=1 needs evaluate=True"):
@@ -165,3 +169,101 @@ def test_mistakes_are_told_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="gives no 'val_f1', by which .* it gives 'val_loss', 'val_acc'"):
         fit(model, tmp_path, quantization(tmp_path, max_drop=1, max_drop_metric="val_f1", rehearse=True))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+class Watched(Wrapped):
+    """Keeps what the training steps after training saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late: list[dict[str, Any]] = []
+        self.validations = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.trainer.max_epochs == 3:
+            (optimizer,) = self.trainer.optimizers
+            prepared = lq.quantizers(self.model)
+            rounds = [q.state for q in prepared.values()]
+            self.late.append({"lr": optimizer.param_groups[0]["lr"], "training": self.training, "states": rounds})
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@pytest.mark.filterwarnings("ignore:.*falls short by")
+def test_some_epochs_with_fake_quantizers_come_last(tmp_path: Path) -> None:
+    model = Watched()
+    overrides = {"*": {"weight_bits": 2}}
+    callback = quantization(
+        tmp_path,
+        max_drop=0.0,
+        max_drop_runtime="torch",
+        max_drop_float_layers=0,
+        max_drop_epochs=3,
+        calibrator="minmax",
+        overrides=overrides,
+        rehearse=True,
+    )
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", monitor="val_loss", mode="min")
+    settings = {"gradient_clip_val": 1.0, "accumulate_grad_batches": 2, "enable_checkpointing": True}
+    trainer = fit(model, tmp_path, callback, 8, callbacks=[checkpoint], **settings)
+    assert callback.result is not None and callback.result.tuning is not None
+    tuning = callback.result.tuning
+    print(tuning)
+    assert tuning.steps[-1].fine_tuned and "fine-tuned with fake-quantizers" in str(tuning)
+    assert len(model.late) == 3 * len(loader()) and all(step["training"] for step in model.late)
+    assert all(step["lr"] == pytest.approx(0.001) for step in model.late)
+    assert all(state & QuantizerState.FAKE_QUANTIZE for step in model.late for state in step["states"])
+    assert model.trainer is trainer and trainer.max_epochs == trainer.current_epoch == 8
+    assert isinstance(model.model, Int8Module)
+    assert callback.result.int8_side.metrics["val_loss"] == pytest.approx(tuning.step.metric)
+    assert QuantizationResult.from_json((tmp_path / "int8" / "int8.json").read_text()) == callback.result
+    assert tuning.step.fine_tuned and tuning.step.drop < min(step.drop for step in tuning.steps[:-1])
+    trainer.save_checkpoint(tmp_path / "after.ckpt")  # with the weights that were trained last
+    again = Watched()
+    judge = Trainer(accelerator="cpu", logger=False, callbacks=[quantization(tmp_path)], enable_progress_bar=False)
+    (metrics,) = judge.validate(again, loader(seed=1), ckpt_path=tmp_path / "after.ckpt", verbose=False)
+    assert metrics["val_loss"] == pytest.approx(tuning.step.metric)
+
+
+class Killed(Broken):
+    """Ends the run in a validation after training."""
+
+    def __init__(self, evaluations: int) -> None:
+        super().__init__()
+        self.left = evaluations
+        self.evaluations = 0
+
+    def on_validation_epoch_start(self) -> None:
+        if self.trainer.state.fn == "validate":  # not in the course of fit
+            self.evaluations += 1
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+
+
+def test_a_search_that_was_killed_goes_on(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"max_drop": 0.5, "max_drop_metric": "val_acc", "max_drop_runtime": "torch"}
+
+    def run(model: Any, **more: Any) -> QuantizationCallback:
+        callback = quantization(tmp_path, calibrator="minmax", **arguments)
+        saved = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+        fit(model, tmp_path, callback, callbacks=[saved], enable_checkpointing=True, **more)
+        return callback
+
+    with pytest.raises(SystemExit):
+        run(Killed(4))
+    (journal,) = tmp_path.glob(".lq-search-*.json")
+    kept = len(json.loads(journal.read_text())["steps"])
+    assert kept == 3  # the float model is the fourth
+    model = Killed(1000)
+    result = run(model, ckpt_path=tmp_path / "checkpoints" / "last.ckpt").result
+    assert result is not None and result.tuning is not None and result.tuning.float_layers == ("3",)
+    whole = Killed(1000)
+    run(whole, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert model.evaluations == whole.evaluations - kept
+    assert not list(tmp_path.glob(".lq-search-*.json"))

@@ -27,13 +27,13 @@ SCRIPT = distributed_fit.__file__
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("torchrun")
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(SCRIPT), str(folder)]
-    scenarios = ["ptq", "qat", "failure_in_the_first_process", "failure_in_the_second_process"]
+    scenarios = ["ptq", "max_drop", "qat", "failure_in_the_first_process", "failure_in_the_second_process"]
     run = subprocess.run(
         [sys.executable, *torchrun, *scenarios],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr
     return folder
@@ -67,6 +67,20 @@ def test_the_first_process_judges_on_all_data(found: list[dict[str, Any]], folde
     assert first["metrics"]["val_acc"] == first["metrics"]["accuracy"] == pytest.approx(alone["val_acc"])
     assert first["metrics"]["val_loss"] == pytest.approx(alone["val_loss"])
     assert first["metrics"]["spread"] == 1.0
+
+
+@pytest.mark.support(
+    "Several processes", "`max_drop`: the first process searches, the others take over what it has found"
+)
+def test_the_first_process_searches(found: list[dict[str, Any]], folder: Path) -> None:
+    first, second = (run["max_drop"] for run in found)
+    assert first["int8"] and second["int8"]
+    tuning = lq.Tuning.from_dict(first["tuning"])
+    assert second["tuning"] is None
+    assert len(tuning.steps) > 2 and tuning.step.drop == min(step.drop for step in tuning.steps)
+    # Weights, ranges and the layers in float are the same.
+    assert first["logits"] == second["logits"]
+    assert lq.load(folder / "max_drop" / "int8" / "int8.pt2")(images(16, seed=7)[0]).tolist() == first["logits"]
 
 
 @pytest.mark.support("Several processes", "QAT: the same ranges in all processes, from the batches of all of them")

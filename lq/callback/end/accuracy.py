@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lq.callback.end.fine_tuning import fine_tune
 from lq.callback.settings import QuantizationSettings
 from lq.callback.steps.batches import count_samples
 from lq.callback.steps.evaluation import evaluate
@@ -17,9 +20,12 @@ from lq.callback.steps.stages import StagedUnit
 from lq.deployment.engine_module import IN_PROCESS
 from lq.deployment.formats import FORMATS
 from lq.results.tuning import Tuning, TuningStep
-from lq.tuning.builder import BIAS_CORRECTION, EQUALIZATION, Builder
+from lq.tuning.builder import BIAS_CORRECTION, EQUALIZATION, Builder, keep_in_float
+from lq.tuning.goal import Goal
+from lq.tuning.journal import Journal, search_key
 from lq.tuning.judged import FASTEST, Judge
-from lq.tuning.search import Goal, Search
+from lq.tuning.search import Search
+from lq.util.distributed import agreed, alone
 from lq.util.modes import evaluating
 from lq.workflow.comparison import SQNR, CalibratorComparison
 
@@ -62,14 +68,9 @@ def check_accuracy(settings: QuantizationSettings, trainer: Any) -> None:
     """Refuse a ``max_drop`` that nothing can be judged by.
 
     Raises:
-        ValueError: where no metric is known, or there are several processes.
+        ValueError: where no metric is known.
     """
     judged_by(settings, trainer)
-    if trainer.world_size > 1:
-        raise ValueError(
-            f"max_drop={settings.max_drop} works in one process, and there are {trainer.world_size}: train without it, "
-            f"and give the checkpoint to lq.quantize_checkpoint(path, MyModule, data, max_drop=...)"
-        )
 
 
 def check_measured(settings: QuantizationSettings, trainer: Any, metrics: Mapping[str, float]) -> None:
@@ -94,8 +95,11 @@ def keep_accuracy(
     batches: list[Any],
     float_metrics: Mapping[str, float],
     comparison: CalibratorComparison | None,
-) -> Tuning:
+    keep_steps: bool,
+) -> tuple[Tuning | None, Journal | None]:
     """Try INT8 networks by the user's own validation until one keeps to ``max_drop``; the unit is what it is made of.
+
+    The first process does it, and the others take its unit over.
 
     Args:
         settings: say what may drop, and by how much.
@@ -104,15 +108,80 @@ def keep_accuracy(
         batches: of calibration data, on the CPU.
         float_metrics: of the float model.
         comparison: of the calibrators, where they were compared.
+        keep_steps: whether to write the steps to a file, for the case that the process is killed.
+
+    Returns:
+        What was tried, in the first process, and that file, for :func:`forget`.
 
     Raises:
         ValueError: where the validation does not give the metric.
     """
+    tuning, journal = None, None
+    with agreed("keeping to max_drop"):
+        if trainer.is_global_zero:
+            with alone():
+                journal = _journal(settings, trainer, staged, float_metrics) if keep_steps else None
+                tuning = _search(settings, trainer, staged, batches, float_metrics, comparison, journal)
+    if trainer.world_size > 1:
+        _take_over(trainer, staged, tuning)
+    return tuning, journal
+
+
+def forget(journal: Journal | None) -> None:
+    """Remove the file of a search whose network is converted."""
+    if journal is not None:
+        journal.path.unlink(missing_ok=True)
+
+
+def _take_over(trainer: Any, staged: StagedUnit, tuning: Tuning | None) -> None:
+    """Bring the unit to what the first process, the one with ``tuning``, has made of its own."""
+    unit: Any = staged.unit
+    device = staged.pl_module.device
+    sent = None if tuning is None else (tuning.float_layers, unit.cpu().state_dict())
+    layers, state = trainer.strategy.broadcast(sent)
+    if tuning is None:
+        keep_in_float(unit.cpu(), layers)
+        unit.load_state_dict(state)
+    unit.to(device)
+
+
+def _journal(
+    settings: QuantizationSettings, trainer: Any, staged: StagedUnit, float_metrics: Mapping[str, float]
+) -> Journal | None:
+    """The steps of this search that an earlier process wrote: a resumed run logs elsewhere, but has the same root."""
+    root = str(trainer.default_root_dir)
+    if "://" in root:
+        return None
+    name, _ = judged_by(settings, trainer)
+    about = {"metric": name, "float": f"{float_metrics.get(name, 0.0):.6g}", "runtime": settings.max_drop_runtime}
+    key = search_key(staged.unit, about | {"formats": settings.export, "epochs": settings.max_drop_epochs})
+    journal = Journal(Path(root) / f".lq-search-{key[:16]}.json", key)
+    if len(journal):
+        rank_zero_info(f"lq: {len(journal)} steps of a search that was interrupted are taken from {journal.path}")
+    return journal
+
+
+def _search(
+    settings: QuantizationSettings,
+    trainer: Any,
+    staged: StagedUnit,
+    batches: list[Any],
+    float_metrics: Mapping[str, float],
+    comparison: CalibratorComparison | None,
+    journal: Journal | None,
+) -> Tuning:
     pl_module: Any = staged.pl_module
     check_measured(settings, trainer, float_metrics)
     name, smallest = judged_by(settings, trainer)
     assert settings.max_drop is not None
-    goal = Goal(settings.max_drop, MAX_EVALUATIONS, settings.max_drop_seconds, smallest, name)
+    goal = Goal(
+        settings.max_drop,
+        MAX_EVALUATIONS,
+        settings.max_drop_seconds,
+        smallest,
+        name,
+        settings.max_drop_float_layers,
+    )
 
     def evaluated(network: nn.Module) -> float:
         staged.put_int8(network)
@@ -136,9 +205,20 @@ def keep_accuracy(
     home = pl_module.device
     pl_module.cpu()
     try:
-        builder = Builder(staged.unit, batches, call, settings.target, observed=observe, judge=_judge(settings, staged))
+        epochs = settings.max_drop_epochs
+        builder = Builder(
+            staged.unit,
+            batches,
+            call,
+            settings.target,
+            observed=observe,
+            judge=_judge(settings, staged),
+            fine_tune=partial(fine_tune, trainer, pl_module, epochs) if epochs else None,
+        )
         methods = (BIAS_CORRECTION, EQUALIZATION)
-        search = Search(builder, evaluated, float_metrics[name], goal, where_needed=methods, tell=_tell)
+        search = Search(
+            builder, evaluated, float_metrics[name], goal, where_needed=methods, tell=_tell, journal=journal
+        )
         tuning, choice, _ = search.run(scores)
         builder.settle(choice)
     finally:

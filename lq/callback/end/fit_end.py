@@ -15,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lq.callback.averages import averages_buffers, refresh_averaged_ranges
 from lq.callback.description import class_names, normalization, run_settings
-from lq.callback.end.accuracy import keep_accuracy, keeping
+from lq.callback.end.accuracy import forget, keep_accuracy, keeping
 from lq.callback.end.conversion import Conversion, Outcome
 from lq.callback.end.inspection import Findings, inspect_unit
 from lq.callback.end.predictions import compare_predictions
@@ -127,7 +127,7 @@ def _quantize(
         pl_module.float()
     evaluates = settings.evaluate and trainer.is_global_zero
     float_metrics: dict[str, float] = {}
-    comparison, tuning = None, None
+    comparison, tuning, journal = None, None, None
     kept: list[Any] = []
     if settings.mode == "ptq":
         with agreed("evaluating the float model"), watch.stage("evaluation"):
@@ -137,7 +137,9 @@ def _quantize(
             comparison = _calibrate(settings, trainer, staged, kept)
         if settings.max_drop is not None:
             with watch.stage("accuracy"):
-                tuning = keep_accuracy(settings, trainer, staged, kept, float_metrics, comparison)
+                tuning, journal = keep_accuracy(
+                    settings, trainer, staged, kept, float_metrics, comparison, keep_steps=output_dir is not None
+                )
     else:
         if averages_buffers(trainer):
             refresh_averaged_ranges(staged)
@@ -165,6 +167,7 @@ def _quantize(
     with agreed("converting to INT8"):
         if trainer.is_global_zero:
             outcome = conversion.run(staged, float_metrics)
+            forget(journal)
     if outcome.result is None:
         staged.put_int8(convert(staged.unit.cpu(), settings.target))
     return outcome

@@ -25,6 +25,13 @@ def validation_dataloaders(trainer: Any) -> Any:
     return source.dataloader() if source.is_defined() else None
 
 
+def train_dataloaders(trainer: Any) -> Any:
+    """The Trainer's train data, whole, as a Trainer takes them."""
+    if trainer.train_dataloader is not None and trainer.world_size == 1:
+        return trainer.train_dataloader
+    return _original(trainer)
+
+
 def train_batches(trainer: Any, pl_module: Any) -> Iterator[Any]:
     """The train dataloader's batches, on the device of ``pl_module``, through the user's transfer hooks.
 

@@ -14,7 +14,7 @@ from lq.callback.steps.batches import validation_dataloaders
 from lq.util.quiet import quiet
 
 #: Lines about GPUs and worker counts, which the user has read when training began.
-_REPEATED = ("lightning.pytorch", "pytorch_lightning", "lightning.fabric")
+REPEATED = ("lightning.pytorch", "pytorch_lightning", "lightning.fabric")
 
 
 def evaluate(trainer: Any, pl_module: Any, limit_batches: int | float | None = None) -> dict[str, float]:
@@ -34,7 +34,7 @@ def evaluate(trainer: Any, pl_module: Any, limit_batches: int | float | None = N
     accelerator = type(trainer.accelerator).__name__.removesuffix("Accelerator").lower()
     limit = trainer.limit_val_batches if limit_batches is None else limit_batches
     try:
-        return validate(pl_module, dataloaders, accelerator, limit, _trainer_class(trainer))
+        return validate(pl_module, dataloaders, accelerator, limit, plain_trainer_class(trainer))
     finally:
         pl_module.trainer = trainer
 
@@ -51,7 +51,7 @@ def validate(
     A Trainer of its own does it, one device, no loggers, no checkpoints: metrics, callbacks and progress of any other
     stay as they are.
     """
-    with quiet(*_REPEATED), _as_it_is(pl_module), torch.compiler.set_stance("force_eager"):
+    with quiet(*REPEATED), as_it_is(pl_module), torch.compiler.set_stance("force_eager"):
         judge = trainer_class(
             accelerator=accelerator,
             devices=1,
@@ -66,7 +66,7 @@ def validate(
 
 
 @contextmanager
-def _as_it_is(pl_module: Any) -> Iterator[None]:
+def as_it_is(pl_module: Any) -> Iterator[None]:
     """Inside, the module is neither set up nor torn down anew, and its metrics wait for no other process."""
     metrics = {m: m.distributed_available_fn for m in pl_module.modules() if isinstance(m, Metric)}
     hooks = {name: pl_module.__dict__.get(name) for name in ("setup", "teardown", "configure_callbacks")}
@@ -86,7 +86,7 @@ def _as_it_is(pl_module: Any) -> Iterator[None]:
                 setattr(pl_module, name, hook)
 
 
-def _trainer_class(trainer: Any) -> type[Any]:
+def plain_trainer_class(trainer: Any) -> type[Any]:
     """The plain Trainer of the distribution in use (``lightning`` or ``pytorch_lightning``)."""
     for cls in reversed(type(trainer).__mro__):
         if cls.__name__ == "Trainer":

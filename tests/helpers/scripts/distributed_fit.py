@@ -53,6 +53,24 @@ def ptq(folder: Path) -> dict[str, Any]:
     return summary(model) | {"metrics": metrics, "tested": tested, "is_first": run.is_global_zero}
 
 
+def max_drop(folder: Path) -> dict[str, Any]:
+    model = module(WithMetric)
+    callback = quantization(
+        folder,
+        evaluate=True,
+        calibrator=None,
+        max_drop=0.0,
+        max_drop_metric="val_acc",
+        max_drop_runtime="torch",
+        max_drop_float_layers=1,
+        max_drop_epochs=1,
+        overrides={"*": {"weight_bits": 2}},
+    )
+    trainer(folder, callback, epochs=1, **TWO).fit(model, train_data(), val_data())
+    tuning = None if callback.result is None else callback.result.tuning
+    return summary(model) | {"tuning": None if tuning is None else tuning.to_dict()}
+
+
 class Watching(Wrapped):
     """Keeps minimum and maximum of each training batch."""
 
@@ -115,7 +133,7 @@ def failure_in_the_second_process(folder: Path) -> dict[str, Any]:
 
 
 SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    f.__name__: f for f in (ptq, qat, failure_in_the_first_process, failure_in_the_second_process)
+    f.__name__: f for f in (ptq, max_drop, qat, failure_in_the_first_process, failure_in_the_second_process)
 }
 
 
