@@ -389,11 +389,11 @@ class QuantizationCallback(HasSettings, Callback):
             self._prepare_for_training(trainer, staged)
 
     def _prepare_for_training(self, trainer: Trainer, staged: StagedUnit) -> None:
-        batch = next(iter(first_train_batches(trainer, staged, 1)), None)
+        batch = next(iter(first_train_batches(trainer, staged, 1, take=True)), None)
         if batch is None:
             raise CalibrationError("the train dataloader gave no batch to prepare the model with")
         with isolate_rng():
-            find_as_called(trainer, staged, batch)
+            find_as_called(trainer, staged, batch, self.overrides)
             check_trained(staged)
             prepare_for_batch(
                 staged,

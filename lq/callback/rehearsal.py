@@ -18,12 +18,13 @@ from lq.callback.end.accuracy import check_measured
 from lq.callback.outputs import NETWORK
 from lq.callback.preparation import check_batch, prepare_for_batch
 from lq.callback.settings import QuantizationSettings
-from lq.callback.steps.batches import given_batches
+from lq.callback.steps.batches import batches_of
 from lq.callback.steps.evaluation import evaluate
-from lq.callback.steps.looking import can_be_read_again, find_as_called, first_train_batches, unnoticed
+from lq.callback.steps.looking import find_as_called, first_train_batches
 from lq.callback.steps.running import run_unit
 from lq.callback.steps.stages import StagedUnit, staged_unit
 from lq.callback.steps.twin import twin_of
+from lq.callback.steps.unnoticed import can_be_read_again, unnoticed
 from lq.deployment.export import export
 from lq.deployment.formats import FORMATS
 from lq.util.distributed import agreed
@@ -56,18 +57,16 @@ def rehearse(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -
         given = None  # what is looked at would be gone
     if not rehearses and (settings.mode == "qat" or (given is None and not settings.overrides.specs)):
         return
-    batches: list[Any] = []
-    if can_be_read_again(trainer.fit_loop._data_source.dataloader()):
-        batches = first_train_batches(trainer, staged, BATCHES)
+    batches = first_train_batches(trainer, staged, BATCHES)
     calibration = batches
     if given is not None:
         with unnoticed(given):
-            calibration = list(itertools.islice(given_batches(given, staged.pl_module), BATCHES))
+            calibration = list(itertools.islice(batches_of(given, staged.pl_module), BATCHES))
     if not batches or not calibration:
         return  # nothing that could be looked at
     with isolate_rng():
         if settings.mode == "ptq":
-            find_as_called(trainer, staged, batches[0])
+            find_as_called(trainer, staged, batches[0], settings.overrides)
             if given is not None:
                 check_batch(staged, calibration[0])
     if rehearses:

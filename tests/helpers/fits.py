@@ -14,6 +14,7 @@ from lq import QuantizationCallback
 
 def fit(model: Any, tmp_path: Path, callback: QuantizationCallback | None, epochs: int = 2, **kwargs: Any) -> Trainer:
     data = kwargs.pop("data") if "data" in kwargs else loader()
+    validation = kwargs.pop("validation", None)
     ckpt_path = kwargs.pop("ckpt_path", None)
     callbacks = [c for c in (callback, *kwargs.pop("callbacks", [])) if c is not None]
     settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False} | kwargs
@@ -27,7 +28,7 @@ def fit(model: Any, tmp_path: Path, callback: QuantizationCallback | None, epoch
         **settings,
     )
     val = dict_loader() if isinstance(model, DictBatches) else loader(seed=1)
-    trainer.fit(model, data, val, ckpt_path=ckpt_path)
+    trainer.fit(model, data, *(validation if validation is not None else [val]), ckpt_path=ckpt_path)
     return trainer
 
 

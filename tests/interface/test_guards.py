@@ -173,6 +173,34 @@ def test_inputs_that_belong_together(tmp_path: Path) -> None:
         loaded(**arguments(3, 2))
 
 
+class Views(nn.Module):
+    """Several views of each of two objects, along the axis that is elsewhere that of the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        number = a[0].shape[0]
+        features = self.conv(torch.cat([a[0], b[0]])).relu().mean((2, 3))
+        return self.head(torch.cat([features[:number].mean(0), features[number:].mean(0)]))
+
+
+def test_the_second_axis_where_no_convolution_reads_it() -> None:
+    def views(number: int) -> Tensor:
+        return noise(number, seed=number)[None]
+
+    model = Views().eval()
+    lq.calibrate(lq.prepare(model, (views(2), views(3)), target="x86_avx2"), [(views(2), views(3))])
+    int8 = lq.convert(model)
+    with torch.no_grad():
+        assert torch.allclose(int8(views(2), views(3)), model(views(2), views(3)), atol=1e-3)
+    for a, b in ((4, 3), (2, 5), (1, 1)):
+        with pytest.raises(ValueError, match=r"it was made for inputs with size\('[ab]', 1\) == [23]"):
+            int8(views(a), views(b))
+
+
 def test_guards_run_nothing_but_arithmetic() -> None:
     sizes = {"x": (4, 3, 16, 20)}
     for text in (

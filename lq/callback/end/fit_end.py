@@ -189,7 +189,7 @@ def _calibrate(
                 raise CalibrationError("the calibration dataloader (by default the train dataloader) gave no batch")
             is_given = settings.calibration_dataloader is not None
             if not staged.is_found:
-                find_as_called(trainer, staged, first, is_given=is_given)
+                find_as_called(trainer, staged, first, settings.overrides, is_given=is_given)
             unit = staged.unit
             # All calibrators but this one need histograms.
             calibrators = {settings.calibrator, *settings.overrides.calibrators}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
@@ -18,31 +19,47 @@ EXAMPLE_SAMPLES = 4
 
 def validation_dataloaders(trainer: Any) -> Any:
     """The Trainer's validation data, whole; also where its loop never ran (``max_epochs=0``). None without any."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
     # With several processes the loop has dataloaders that give this one its share.
-    if trainer.val_dataloaders is not None and trainer.world_size == 1:
-        return trainer.val_dataloaders
-    source = trainer.fit_loop.epoch_loop.val_loop._data_source
-    return source.dataloader() if source.is_defined() else None
+    if loop._combined_loader is not None and trainer.world_size == 1:
+        return _as_given(loop._combined_loader)
+    return loop._data_source.dataloader() if loop._data_source.is_defined() else None
 
 
 def train_dataloaders(trainer: Any) -> Any:
-    """The Trainer's train data, whole, as a Trainer takes them."""
-    if trainer.train_dataloader is not None and trainer.world_size == 1:
-        return trainer.train_dataloader
-    return _original(trainer)
-
-
-def train_batches(trainer: Any, pl_module: Any) -> Iterator[Any]:
-    """The train dataloader's batches, on the device of ``pl_module``, through the user's transfer hooks.
+    """The Trainer's train data, whole, as a Trainer takes them.
 
     Works before the Trainer's loop has set its dataloaders up as well as after it has ended.
     """
-    return _transferred(_train_dataloader(trainer), pl_module)
+    if trainer.fit_loop._combined_loader is not None and trainer.world_size == 1:
+        return _as_given(trainer.fit_loop._combined_loader)
+    return _original(trainer)
 
 
-def given_batches(loader: Iterable[Any], pl_module: Any) -> Iterator[Any]:
-    """The batches of any dataloader, as :func:`train_batches` gives them."""
-    return _transferred(loader, pl_module)
+def batches_of(loaders: Any, pl_module: Any) -> Iterator[Any]:
+    """The batches that training takes of its dataloaders, on the device of ``pl_module``, through the user's transfer
+    hooks."""
+    return _transferred(_combined(loaders), pl_module)
+
+
+def _combined(loaders: Any) -> Iterator[Any]:
+    if isinstance(loaders, Mapping) or (isinstance(loaders, (list, tuple)) and _are_loaders(loaders)):
+        loaders = CombinedLoader(loaders, "max_size_cycle")
+    elif isinstance(loaders, CombinedLoader):
+        loaders = CombinedLoader(loaders.iterables, loaders._mode)  # whose own position stays where it is
+    for item in loaders:
+        yield item[0] if isinstance(loaders, CombinedLoader) else item
+
+
+def _are_loaders(items: Sequence[Any]) -> bool:
+    """Whether these are dataloaders, to be read side by side, and not batches."""
+    leaves = tree_leaves(list(items))
+    return all(hasattr(leaf, "__iter__") and not isinstance(leaf, (Tensor, np.ndarray, str, bytes)) for leaf in leaves)
+
+
+def _transferred(batches: Iterable[Any], pl_module: Any) -> Iterator[Any]:
+    for batch in batches:
+        yield pl_module._apply_batch_transfer_handler(batch, device=pl_module.device, dataloader_idx=0)
 
 
 def has_train_data(trainer: Any) -> bool:
@@ -51,11 +68,17 @@ def has_train_data(trainer: Any) -> bool:
 
 
 def validation_batches(trainer: Any, pl_module: Any) -> Iterator[Any]:
-    """The batches of the first validation dataloader, as :func:`train_batches` gives them; none without any."""
-    loaders = validation_dataloaders(trainer)
+    """The batches of the first validation dataloader, as :func:`batches_of` gives them; none without any."""
+    return batches_of(first_of(validation_dataloaders(trainer)), pl_module)
+
+
+def first_of(loaders: Any) -> Any:
+    """The first of several dataloaders that validation runs one after another; nothing to iterate over of None."""
+    if isinstance(loaders, CombinedLoader) and loaders._mode == "sequential":
+        loaders = loaders.iterables
     while isinstance(loaders, (Mapping, list, tuple)) and len(loaders):
         loaders = next(iter(loaders.values())) if isinstance(loaders, Mapping) else loaders[0]
-    return _transferred(() if loaders is None else loaders, pl_module)
+    return iter(()) if loaders is None or isinstance(loaders, (Mapping, list, tuple)) else loaders
 
 
 def count_samples(values: Any) -> int:
@@ -66,36 +89,30 @@ def count_samples(values: Any) -> int:
 def calibration_batches(trainer: Any, pl_module: Any, dataloader: Iterable[Any] | None) -> Iterator[Any]:
     """This process's share of the batches of ``dataloader``, or of the train dataloader in random order.
 
-    As in :func:`train_batches`, on the device of ``pl_module``.
+    As in :func:`batches_of`, on the device of ``pl_module``.
     """
     loader = dataloader
     if loader is None:
         # Those of the loop are dealt out already, in order where training was not shuffled: the user's own are not.
         original = trainer.world_size > 1 and isinstance(_original(trainer), DataLoader)
-        loader = _shuffled(_original(trainer) if original else _train_dataloader(trainer), anew=original)
-    batches: Iterable[Any] = loader
+        combined = trainer.fit_loop._combined_loader
+        own = _original(trainer) if original or combined is None else _as_given(combined)
+        loader = _shuffled(own, anew=original)
+    batches = _combined(loader)
     if not isinstance(getattr(loader, "sampler", None), DistributedSampler):
-        batches = itertools.islice(loader, trainer.global_rank, None, trainer.world_size)
+        batches = itertools.islice(batches, trainer.global_rank, None, trainer.world_size)
     return _transferred(batches, pl_module)
 
 
-def _train_dataloader(trainer: Any) -> Any:
-    loader = trainer.train_dataloader
-    if loader is None:
-        loader = _original(trainer)
-    if isinstance(loader, (Mapping, list, tuple)):
-        loader = (batch for batch, *_ in CombinedLoader(loader, "max_size_cycle"))
-    return loader
+def _as_given(combined: CombinedLoader) -> Any:
+    """What a loop's dataloaders were made of: one, or several in the way that they are combined."""
+    several = isinstance(combined.iterables, (Mapping, list, tuple))
+    return combined if several else combined.iterables
 
 
 def _original(trainer: Any) -> Any:
     """The user's own train dataloader, before Lightning's sampler for several processes was put in."""
     return trainer.fit_loop._data_source.dataloader()
-
-
-def _transferred(batches: Iterable[Any], pl_module: Any) -> Iterator[Any]:
-    for batch in batches:
-        yield pl_module._apply_batch_transfer_handler(batch, device=pl_module.device, dataloader_idx=0)
 
 
 def _shuffled(loader: Any, anew: bool = False) -> Any:

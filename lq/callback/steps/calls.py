@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lq.graph.ops import WEIGHTED_MODULES
 
@@ -17,6 +18,9 @@ Step = Literal["training_step", "validation_step"]
 
 #: The module that ``torch.compile(module)`` wraps, as a child of the wrapper.
 COMPILED = "_orig_mod"
+
+#: The values of calls are kept down to this depth: that of a LightningModule's forward and of what it calls.
+_VALUES_DEPTH = 2
 
 
 def has_weighted_layers(module: nn.Module) -> bool:
@@ -102,10 +106,17 @@ def _watching(module: nn.Module, path: str, listener: Listener) -> Iterator[None
 
 @dataclass
 class Call:
-    """A call of a module that holds convolutions or linear layers, and the calls of such within it."""
+    """A call of a module that holds convolutions or linear layers, and the calls of such within it.
+
+    Args:
+        path: of the module.
+        inner: the calls within it.
+        values: the tensors that it takes and that it returns.
+    """
 
     path: str
     inner: list[Call] = field(default_factory=list)
+    values: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
 
     def paths(self) -> Iterator[str]:
         """Its own and those of all calls within."""
@@ -113,9 +124,33 @@ class Call:
         for call in self.inner:
             yield from call.paths()
 
+    def only_passes_on(self) -> bool | None:
+        """Whether a call of one module within it takes and returns the same values; None where it takes or returns
+        another number of tensors, or there are several calls or none."""
+        if len(self.inner) != 1:
+            return None
+        pairs = list(zip(self.values, self.inner[0].values, strict=True))
+        if any(len(own) != len(other) or not own for own, other in pairs):
+            return None
+        return all(_equal(a, b) for own, other in pairs for a, b in zip(own, other, strict=True))
+
+
+def merge(calls: list[Call], others: Sequence[Call]) -> None:
+    """Add to ``calls`` what is called in ``others`` alone: layers are left out at random in training, say."""
+    for other in others:
+        same = next((call for call in calls if call.path == other.path), None)
+        if same is None:
+            calls.append(other)
+        else:
+            merge(same.inner, other.inner)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
+
 
 class CallTree:
-    """Keeps which calls are made within which."""
+    """Keeps which calls are made within which, and the values of the outermost and of those within them."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -124,8 +159,19 @@ class CallTree:
     def begin(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = Call(path)
         (self._running[-1].inner if self._running else self.calls).append(call)
+        if len(self._running) < _VALUES_DEPTH:
+            call.values[0].extend(_tensors((args, kwargs)))
         self._running.append(call)
 
     def end(self, path: str, output: Any) -> None:
-        while self._running and self._running.pop().path != path:
-            pass  # what was left by an exception
+        while self._running:
+            call = self._running.pop()  # what was left by an exception comes first
+            if call.path == path:
+                if len(self._running) < _VALUES_DEPTH:
+                    call.values[1].extend(_tensors(output))
+                return
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """As they are now: what comes after may write to them."""
+    return [leaf.detach().clone() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

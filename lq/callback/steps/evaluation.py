@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from torchmetrics import Metric
 
 from lq.callback.steps.batches import validation_dataloaders
+from lq.callback.steps.unnoticed import unnoticed
 from lq.util.quiet import quiet
 
 #: Lines about GPUs and worker counts, which the user has read when training began.
@@ -33,8 +34,11 @@ def evaluate(trainer: Any, pl_module: Any, limit_batches: int | float | None = N
         return {}
     accelerator = type(trainer.accelerator).__name__.removesuffix("Accelerator").lower()
     limit = trainer.limit_val_batches if limit_batches is None else limit_batches
+    # A look at a few batches comes before training.
+    reading = nullcontext() if limit_batches is None else unnoticed(dataloaders)
     try:
-        return validate(pl_module, dataloaders, accelerator, limit, plain_trainer_class(trainer))
+        with reading:
+            return validate(pl_module, dataloaders, accelerator, limit, plain_trainer_class(trainer))
     finally:
         pl_module.trainer = trainer
 

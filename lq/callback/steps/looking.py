@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader
 
-from lq.callback.preparation import refused_batch
-from lq.callback.steps.batches import first_samples, train_batches, validation_batches
-from lq.callback.steps.calls import Call, CallTree, Step, has_weighted_layers, watched
+from lq.callback.preparation import prepare_for_batch, refused_batch
+from lq.callback.steps.batches import batches_of, first_of, first_samples, train_dataloaders, validation_dataloaders
+from lq.callback.steps.calls import Call, CallTree, Step, has_weighted_layers, merge, watched
 from lq.callback.steps.evaluation import is_overridden
 from lq.callback.steps.idle import run_idle, same_attributes
 from lq.callback.steps.running import add_note, call_step
-from lq.callback.steps.stages import StagedUnit
+from lq.callback.steps.stages import StagedUnit, attach
 from lq.callback.steps.twin import twin_of
-from lq.callback.steps.unit import Unit, unit_of_calls
+from lq.callback.steps.unit import Unit, around, unit_of_calls
+from lq.callback.steps.unnoticed import can_be_read_again, unnoticed
+from lq.errors import CaptureError
+from lq.schemes.overrides import Overrides
+from lq.schemes.targets import X86
 from lq.util.modes import evaluating
 from lq.util.quiet import quiet
 
+#: How often a training step is looked at again where validation calls what it did not.
+_LOOKS = 20
 
-def find_as_called(trainer: Any, staged: StagedUnit, batch: Any, *, is_given: bool = False) -> None:
+
+def find_as_called(
+    trainer: Any, staged: StagedUnit, batch: Any, overrides: Overrides, *, is_given: bool = False
+) -> None:
     """Find the unit as the user's steps call it, by a look at each of them; the module notices nothing of that.
 
     Args:
         trainer: the Trainer, for its validation data.
         staged: the unit, in float.
         batch: of the training data, on the module's device.
+        overrides: what the user says of layers.
         is_given: whether it is of the user's calibration dataloader instead.
 
     Raises:
@@ -52,7 +60,7 @@ def find_as_called(trainer: Any, staged: StagedUnit, batch: Any, *, is_given: bo
         add_note(error, type(staged.unit).__name__, "training_step")
         raise error
     assert unit is not None
-    staged.use(unit)
+    staged.use(unit if staged.name is not None else _with_forward(staged, unit, training, validation, batch, overrides))
     name = type(pl_module).__name__
     if staged.parts:
         rank_zero_info(
@@ -66,6 +74,46 @@ def find_as_called(trainer: Any, staged: StagedUnit, batch: Any, *, is_given: bo
         )
 
 
+def _with_forward(
+    staged: StagedUnit,
+    unit: Unit,
+    training: list[Call],
+    validation: list[Call] | None,
+    batch: Any,
+    overrides: Overrides,
+) -> Unit:
+    """``unit``, or the LightningModule with its own forward, where that computes more and can be prepared: the files
+    then compute what the module does."""
+    wider = around(unit, training, validation)
+    if wider is None:
+        return unit
+    whole, is_alike = wider
+    (path,), name = unit.paths, type(staged.pl_module).__name__
+    reason = f"it takes or returns other tensors than {path!r} does"
+    if is_alike:
+        try:
+            twin = twin_of(staged.pl_module)
+            if twin is None:
+                raise CaptureError(f"{name} cannot be copied")
+            trial = attach(twin, None)
+            trial.use(whole)
+            with quiet("lq"):
+                prepare_for_batch(trial, batch, target=X86, mode="ptq", observer="minmax", overrides=overrides)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+        else:
+            rank_zero_info(
+                f"lq: forward of {name} computes more than {path!r}, so all of it is what is quantized and exported; "
+                f"for {path!r} alone use QuantizationCallback(module={path!r})"
+            )
+            return whole
+    rank_zero_info(
+        f"lq: forward of {name} computes more than {path!r}, which alone is quantized, and is what the files compute: "
+        f"{reason}"
+    )
+    return unit
+
+
 def _calls_in_steps(
     trainer: Any, staged: StagedUnit, batch: Any
 ) -> tuple[list[Call], list[Call] | None, Exception | None]:
@@ -77,17 +125,34 @@ def _calls_in_steps(
         training, error = _look(module, "training_step", samples, trains=trains)
         if error is None:
             break
+    training_batch = (samples, trains)
     validation: list[Call] | None = None
     if is_overridden("validation_step", module):
         with suppress(Exception):  # it is the loop's affair to say what is wrong with it
-            first = next(validation_batches(trainer, module), None)
+            loaders = validation_dataloaders(trainer)
+            with unnoticed(loaders):
+                first = next(batches_of(first_of(loaders), module), None)
             if first is not None:
                 for samples in (first_samples(first), first):
                     validation, failure = _look(module, "validation_step", samples)
                     if failure is None:
                         break
                 validation = validation or (None if failure is not None else [])
+    if error is None and validation:
+        _look_for_the_rest(module, training, validation, *training_batch)
     return training, validation, error
+
+
+def _look_for_the_rest(module: Any, training: list[Call], validation: list[Call], batch: Any, trains: bool) -> None:
+    """Add what training leaves out at random, such as the layers of stochastic depth, and calls another time."""
+    wanted = {path for call in validation for path in call.paths()}
+    for _ in range(_LOOKS):
+        if not trains or wanted <= {path for call in training for path in call.paths()}:
+            return
+        again, error = _look(module, "training_step", batch, trains=True)
+        if error is not None:
+            return
+        merge(training, again)
 
 
 def _look(pl_module: Any, step: Step, batch: Any, *, trains: bool = False) -> tuple[list[Call], Exception | None]:
@@ -122,31 +187,18 @@ def check_trained(staged: StagedUnit) -> None:
         )
 
 
-def first_train_batches(trainer: Any, staged: StagedUnit, count: int) -> list[Any]:
-    """The first training batches, of which training notices nothing where its data can be read again."""
-    with unnoticed(trainer.fit_loop._data_source.dataloader()):
-        return list(itertools.islice(train_batches(trainer, staged.pl_module), count))
-
-
-@contextmanager
-def unnoticed(loader: Any) -> Iterator[None]:
-    """Inside, batches may be taken of a dataloader; afterwards it gives those that it would have given.
+def first_train_batches(trainer: Any, staged: StagedUnit, count: int, *, take: bool = False) -> list[Any]:
+    """The first training batches, of which training notices nothing.
 
     Args:
-        loader: of any kind; the generators of its own that it draws from are put back, and the global ones.
+        trainer: the Trainer.
+        staged: the unit.
+        count: how many.
+        take: whether to take them also of data that cannot be read again, which training will not see any more.
     """
-    sources = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
-    sources.append(getattr(sources[-1], "sampler", None))
-    generators = [getattr(source, "generator", None) for source in sources]
-    states = [(each, each.get_state()) for each in generators if isinstance(each, torch.Generator)]
-    try:
-        with isolate_rng():
-            yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
-
-
-def can_be_read_again(loader: Any) -> bool:
-    """Whether what is looked at is still there for the training."""
-    return isinstance(loader, DataLoader) or iter(loader) is not loader
+    with isolate_rng():
+        loader = train_dataloaders(trainer)
+        with unnoticed(loader):
+            if not take and not can_be_read_again(loader):
+                return []
+            return list(itertools.islice(batches_of(loader, staged.pl_module), count))

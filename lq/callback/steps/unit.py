@@ -101,6 +101,32 @@ def unit_of_calls(
     return _unit(paths, training, validation)
 
 
+def around(unit: Unit, training: Sequence[Call], validation: Sequence[Call] | None) -> tuple[Unit, bool] | None:
+    """The LightningModule itself as the unit, where its forward does more than to call ``unit``: it normalises images,
+    say, or makes probabilities of what comes out.
+
+    Args:
+        unit: as :func:`unit_of_calls` gives it.
+        training: see there.
+        validation: likewise.
+
+    Returns:
+        That unit, and whether it takes and returns as many tensors as ``unit``; None where the steps call ``unit``
+        itself, or the forward only passes on what it takes and gets.
+    """
+    steps = [calls for calls in (validation, training) if calls]
+    if len(unit.paths) != 1 or unit.paths == ("",) or any(call.path for calls in steps for call in calls):
+        return None
+    # A validation step comes without what only training does.
+    calls = steps[0]
+    if any([inner.path for inner in call.inner] != list(unit.paths) for call in calls):
+        return None
+    passes_on = [call.only_passes_on() for call in calls]
+    if all(passes_on):
+        return None
+    return _unit(("",), training, validation), None not in passes_on
+
+
 def _unit(paths: tuple[str, ...], training: Sequence[Call], validation: Sequence[Call] | None) -> Unit:
     calls: dict[Step, int] = {"training_step": _count(training, paths)}
     if validation is not None:

@@ -28,6 +28,7 @@ from lq.graph.capture.writes import (
     without_writes,
     writes_to_view,
 )
+from lq.graph.ops import OpKind, classify
 from lq.interface.guards import compile_guard
 from lq.util.quiet import quiet
 
@@ -132,7 +133,9 @@ def _guards(program: ExportedProgram, exporter: Exporter, names: Sequence[str]) 
     guards = []
     for name, node in zip(names, tensors, strict=True):
         shape = node.meta["val"].shape
-        fixed = [axis for axis, size in enumerate(shape) if axis != 1 and _is_fixed(size)]
+        # Channels are not free to vary: what reads their number has it as a constant. A convolution refuses others.
+        checked = 1 if any(_is_convolved(node, user) for user in node.users) else None
+        fixed = [axis for axis, size in enumerate(shape) if axis != checked and _is_fixed(size)]
         guards += [f"size({name!r}, {axis}) == {int(shape[axis])}" for axis in fixed]
     for expression in exporter.own_guards():
         text = PythonPrinter().doprint(expression)
@@ -147,6 +150,10 @@ def _guards(program: ExportedProgram, exporter: Exporter, names: Sequence[str]) 
             sizes = ((names[number], axis, exporter.examples[number].shape[axis]) for number, axis in asked.values())
             guards += [f"size({name!r}, {axis}) == {size}" for name, axis, size in sizes]
     return tuple(dict.fromkeys(guard for guard in guards if guard != "True"))
+
+
+def _is_convolved(node: fx.Node, user: fx.Node) -> bool:
+    return classify(user) is OpKind.CONV and user.args[0] is node
 
 
 def _is_fixed(size: Any) -> bool:

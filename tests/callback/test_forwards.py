@@ -1,0 +1,123 @@
+"""LightningModules whose own forward does more than to call a network, and networks that training calls in part."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lq
+from helpers.classifiers import Wrapped, images
+from helpers.fits import fit, quantization
+
+
+class Around(Wrapped):
+    """A forward that normalises images and makes probabilities, by which the steps call the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.1, -0.2, 0.3]).view(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model((x - self.mean) * 3).softmax(1)
+
+
+@pytest.mark.support("Modules", "A `forward` that normalises, or makes probabilities: the files compute all of it")
+@pytest.mark.parametrize("mode", ["ptq", "qat"])
+def test_a_forward_that_does_more_than_its_network_is_exported_as_a_whole(mode: Any, tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    model = Around()
+    callback = quantization(tmp_path, mode=mode, export=["onnx"], rehearse=True)
+    trainer = fit(model, tmp_path, callback)
+    x = images(8, seed=5)[0]
+    expected = model(x)
+    assert torch.allclose(expected.sum(1), torch.ones(8))
+    for file, tolerance in (("int8.pt2", 1e-6), ("int8.onnx", 0.02)):
+        assert torch.allclose(torch.as_tensor(lq.load(tmp_path / "int8" / file)(x)), expected, atol=tolerance)
+    # Checkpoints are still those of the plain module.
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    plain = Around.load_from_checkpoint(tmp_path / "after.ckpt")
+    if mode == "ptq":  # two epochs are short for moving averages
+        with torch.no_grad():
+            assert torch.allclose(plain.eval()(x), expected, atol=0.05)
+
+
+class WithLoss(Wrapped):
+    """A forward that also gives a loss where it gets labels."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        logits = self.model(x)
+        return {"logits": logits, "loss": None if y is None else F.cross_entropy(logits, y)}
+
+    def logits(self, batch: Any) -> tuple[Tensor, Tensor]:
+        return self(*batch)["logits"], batch[1]
+
+
+class Undecided(Wrapped):
+    """A forward whose surroundings depend on data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.model(x)
+        return logits * 2 if float(logits.detach().sum()) > 1e9 else logits / 2
+
+
+@pytest.mark.support("Modules", "A `forward` that also takes labels or gives a loss: the network in it is quantized")
+@pytest.mark.parametrize(("cls", "reason"), [(WithLoss, "other tensors than 'model'"), (Undecided, "depends on data")])
+def test_a_forward_that_no_file_can_compute(
+    cls: Any, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = cls()
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        fit(model, tmp_path, quantization(tmp_path, export=[]))
+    told = next(record.message for record in caplog.records if "computes more than 'model'" in record.message)
+    assert "which alone is quantized" in told and reason in told
+    assert isinstance(model.model, lq.Int8Module)
+
+
+def test_the_network_alone_where_it_is_named(tmp_path: Path) -> None:
+    model = Around()
+    fit(model, tmp_path, quantization(tmp_path, export=[], module="model"))
+    x = images(8, seed=5)[0]
+    assert torch.allclose(lq.load(tmp_path / "int8" / "int8.pt2")(x), model.model(x), atol=1e-6)
+
+
+class _Dropped(nn.Module):
+    """A residual block that training leaves out at random."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.rand(()).item() < 0.5:
+            return x
+        return F.relu(x + self.bn(self.conv(x)))
+
+
+class Stochastic(Wrapped):
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = [_Dropped(8) for _ in range(4)]
+        self.model = nn.Sequential(nn.Conv2d(3, 8, 3), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+@pytest.mark.support("Modules", "Layers left out at random in training (stochastic depth): one network")
+@pytest.mark.parametrize("mode", ["ptq", "qat"])
+def test_stochastic_depth(mode: Any, tmp_path: Path) -> None:
+    for seed in range(3):
+        seed_everything(seed, verbose=False)
+        model = Stochastic()
+        callback = quantization(tmp_path, mode=mode, rehearse=True, export=[])
+        fit(model, tmp_path, callback, epochs=4)
+        assert callback.result is not None
+        assert len([layer for layer in callback.result.report.layers if layer.precision == "int8"]) == 6
+        x = images(8, seed=5)[0]
+        assert torch.allclose(lq.load(tmp_path / "int8" / "int8.pt2")(x), model(x), atol=1e-5)
