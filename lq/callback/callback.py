@@ -28,9 +28,10 @@ from lq.callback.rehearsal import rehearse
 from lq.callback.result import QuantizationResult
 from lq.callback.settings import HasSettings, QuantizationSettings
 from lq.callback.steps.calls import has_weighted_layers
-from lq.callback.steps.looking import check_trained, find_as_called, first_train_batches
+from lq.callback.steps.looking import begin_training, check_trained, find_as_called, first_train_batches
 from lq.callback.steps.own_setup import after_own_setup, waits_for_setup
 from lq.callback.steps.stages import StagedUnit, attach, staged_unit
+from lq.callback.steps.twin import twin_of
 from lq.callback.support import check_alone, check_trainer
 from lq.callback.training import all_reduce_ranges, training_share
 from lq.callback.validated import ValidatedWeights
@@ -388,6 +389,15 @@ class QuantizationCallback(HasSettings, Callback):
         if self.mode == "qat":
             self._prepare_for_training(trainer, staged)
 
+    @staticmethod
+    def _begun_copy(staged: StagedUnit) -> StagedUnit | None:
+        """A copy on which the hooks before the first step have run, where the step needs them."""
+        twin = twin_of(staged.pl_module) if staged.needs_hooks else None
+        if twin is None:
+            return None
+        begin_training(twin)
+        return staged_unit(twin)
+
     def _prepare_for_training(self, trainer: Trainer, staged: StagedUnit) -> None:
         batch = next(iter(first_train_batches(trainer, staged, 1, take=True)), None)
         if batch is None:
@@ -402,6 +412,7 @@ class QuantizationCallback(HasSettings, Callback):
                 mode="qat",
                 observer=self.calibrator,
                 overrides=self.overrides,
+                like=self._begun_copy(staged),
             )
         name = type(staged.unit).__name__
         rank_zero_info(f"lq: {name} trains with fake-quantizers for target {self.target}")

@@ -34,6 +34,7 @@ def prepare_for_batch(
     observer: str,
     overrides: Overrides,
     is_given: bool = False,
+    like: StagedUnit | None = None,
 ) -> None:
     """Put quantizers on the unit, for inputs as ``training_step`` makes them of ``batch``.
 
@@ -45,11 +46,12 @@ def prepare_for_batch(
         observer: likewise.
         overrides: likewise.
         is_given: whether it is of the user's calibration dataloader.
+        like: the unit of a copy, whose step is called instead.
 
     Raises:
         CalibrationError: where ``training_step`` cannot take a batch that is.
     """
-    args, kwargs = first_samples(_arguments_for(staged, batch, is_given))
+    args, kwargs = first_samples(_arguments_for(like or staged, batch, is_given))
     staged.prepare_with(
         partial(
             prepare,

@@ -20,7 +20,7 @@ from lq.callback.preparation import check_batch, prepare_for_batch
 from lq.callback.settings import QuantizationSettings
 from lq.callback.steps.batches import batches_of
 from lq.callback.steps.evaluation import evaluate
-from lq.callback.steps.looking import find_as_called, first_train_batches
+from lq.callback.steps.looking import begin_training, find_as_called, first_train_batches
 from lq.callback.steps.running import run_unit
 from lq.callback.steps.stages import StagedUnit, staged_unit
 from lq.callback.steps.twin import twin_of
@@ -107,6 +107,8 @@ def _rehearse_on_a_copy(settings: QuantizationSettings, trainer: Any, staged: St
                 type(staged.pl_module).__name__,
             )
             return
+        if staged.needs_hooks:
+            begin_training(twin)
         with quiet("lq", "lightning.pytorch", "lightning_utilities"), torch.compiler.set_stance("force_eager"):
             _calibrate(settings, staged_unit(twin), batches)
             with agreed("rehearsing the conversion"):

@@ -26,7 +26,21 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-_DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.int64, torch.int32, torch.bool)}
+#: What an input may be: what torch and numpy both have.
+_DTYPES = {
+    dtype_name(dtype): dtype
+    for dtype in (
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +50,7 @@ class TensorSpec:
     Args:
         name: as the file calls it.
         shape: sizes of its axes, None where a size is free, such as the batch's.
-        dtype: ``"float32"``, ``"int64"``, ``"int32"`` or ``"bool"``.
+        dtype: as torch calls it, ``"float32"`` or ``"uint8"``, say.
     """
 
     name: str

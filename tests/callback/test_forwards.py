@@ -60,6 +60,16 @@ class WithLoss(Wrapped):
         return self(*batch)["logits"], batch[1]
 
 
+@pytest.mark.support("Modules", "A `forward` that also takes labels and gives a loss: the network in it is exported")
+def test_a_loss_is_no_part_of_the_network(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = WithLoss()
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        fit(model, tmp_path, quantization(tmp_path, export=[]))
+    assert "computes more" not in caplog.text
+    x = images(8, seed=5)[0]
+    assert torch.allclose(lq.load(tmp_path / "int8" / "int8.pt2")(x), model(x)["logits"], atol=1e-6)
+
+
 class Undecided(Wrapped):
     """A forward whose surroundings depend on data."""
 
@@ -68,17 +78,56 @@ class Undecided(Wrapped):
         return logits * 2 if float(logits.detach().sum()) > 1e9 else logits / 2
 
 
-@pytest.mark.support("Modules", "A `forward` that also takes labels or gives a loss: the network in it is quantized")
-@pytest.mark.parametrize(("cls", "reason"), [(WithLoss, "other tensors than 'model'"), (Undecided, "depends on data")])
-def test_a_forward_that_no_file_can_compute(
-    cls: Any, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+class Scores(WithLoss):
+    """A forward that gives something else than its network does, and more of it."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        logits = self.model(x) * 2
+        return {"logits": logits, "score": logits.max()}
+
+
+class AtTimes(Wrapped):
+    """Trains the network itself, and judges what its forward makes of it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.model(x) + self.model(x.flip(-1))) / 2 if self.training else self.model(x) / 2
+
+
+@pytest.mark.support("Modules", "A `forward` that no file can compute: the network in it is quantized, with a warning")
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [(Undecided, "depends on data"), (Scores, "other tensors than 'model'"), (AtTimes, "also call 'model' without it")],
+)
+def test_a_forward_that_no_file_can_compute(cls: Any, reason: str, tmp_path: Path) -> None:
     model = cls()
-    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+    with pytest.warns(UserWarning, match=f"computes more than 'model', which alone is quantized.*{reason}"):
         fit(model, tmp_path, quantization(tmp_path, export=[]))
-    told = next(record.message for record in caplog.records if "computes more than 'model'" in record.message)
-    assert "which alone is quantized" in told and reason in told
     assert isinstance(model.model, lq.Int8Module)
+
+
+class Tempered(Wrapped):
+    """Does nothing around its network before training, and something after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x) / self.temperature
+
+    def on_train_end(self) -> None:
+        self.temperature.data.fill_(3.0)
+
+
+def test_what_does_nothing_yet_is_a_part_of_the_network(tmp_path: Path) -> None:
+    model = Tempered()
+    fit(model, tmp_path, quantization(tmp_path, export=[], rehearse=True))
+    x = images(8, seed=5)[0]
+    assert torch.allclose(lq.load(tmp_path / "int8" / "int8.pt2")(x), model(x), atol=1e-6)
+    assert model.temperature == 3.0
 
 
 def test_the_network_alone_where_it_is_named(tmp_path: Path) -> None:

@@ -19,6 +19,9 @@ Step = Literal["training_step", "validation_step"]
 #: The module that ``torch.compile(module)`` wraps, as a child of the wrapper.
 COMPILED = "_orig_mod"
 
+#: A tensor, and how often it had been written to.
+_Seen = tuple[Tensor, int]
+
 #: The values of calls are kept down to this depth: that of a LightningModule's forward and of what it calls.
 _VALUES_DEPTH = 2
 
@@ -111,12 +114,12 @@ class Call:
     Args:
         path: of the module.
         inner: the calls within it.
-        values: the tensors that it takes and that it returns.
+        values: the tensors that it takes and that it returns, each with how often it had been written to by then.
     """
 
     path: str
     inner: list[Call] = field(default_factory=list)
-    values: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
+    values: tuple[list[_Seen], list[_Seen]] = field(default_factory=lambda: ([], []))
 
     def paths(self) -> Iterator[str]:
         """Its own and those of all calls within."""
@@ -124,15 +127,19 @@ class Call:
         for call in self.inner:
             yield from call.paths()
 
-    def only_passes_on(self) -> bool | None:
-        """Whether a call of one module within it takes and returns the same values; None where it takes or returns
-        another number of tensors, or there are several calls or none."""
-        if len(self.inner) != 1:
-            return None
-        pairs = list(zip(self.values, self.inner[0].values, strict=True))
-        if any(len(own) != len(other) or not own for own, other in pairs):
-            return None
-        return all(_equal(a, b) for own, other in pairs for a, b in zip(own, other, strict=True))
+    def only_passes_on(self) -> bool:
+        """Whether the one call within it takes nothing but what this one takes, and returns nothing that this one does
+        not return as it is: whatever lies around it is no part of the network, a loss say.
+
+        By the tensors themselves: a mean of zero or a temperature of one may be another after training.
+        """
+        pairs = zip(self.values, self.inner[0].values, strict=True)
+        return all(any(a is b and at == then for b, then in own) for own, inner in pairs for a, at in inner)
+
+    def is_like(self, other: Call) -> bool:
+        """Whether it takes and returns as many tensors."""
+        pairs = zip(self.values, other.values, strict=True)
+        return all(own and len(own) == len(others) for own, others in pairs)
 
 
 def merge(calls: list[Call], others: Sequence[Call]) -> None:
@@ -145,16 +152,17 @@ def merge(calls: list[Call], others: Sequence[Call]) -> None:
             merge(same.inner, other.inner)
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
-
-
 class CallTree:
     """Keeps which calls are made within which, and the values of the outermost and of those within them."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self._running: list[Call] = []
+
+    def begin_again(self) -> None:
+        """Forget what was seen: the step is run once more."""
+        self.calls.clear()
+        self._running.clear()
 
     def begin(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = Call(path)
@@ -172,6 +180,7 @@ class CallTree:
                 return
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    """As they are now: what comes after may write to them."""
-    return [leaf.detach().clone() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+def _tensors(values: Any) -> list[_Seen]:
+    return [
+        (leaf, -1 if leaf.is_inference() else leaf._version) for leaf in tree_leaves(values) if isinstance(leaf, Tensor)
+    ]

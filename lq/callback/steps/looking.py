@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,16 +17,18 @@ from lq.callback.steps.batches import batches_of, first_of, first_samples, train
 from lq.callback.steps.calls import Call, CallTree, Step, has_weighted_layers, merge, watched
 from lq.callback.steps.evaluation import is_overridden
 from lq.callback.steps.idle import run_idle, same_attributes
-from lq.callback.steps.running import add_note, call_step
+from lq.callback.steps.running import add_note, call_step, run_unit
 from lq.callback.steps.stages import StagedUnit, attach
 from lq.callback.steps.twin import twin_of
 from lq.callback.steps.unit import Unit, around, unit_of_calls
 from lq.callback.steps.unnoticed import can_be_read_again, unnoticed
+from lq.deployment.export import export
 from lq.errors import CaptureError
 from lq.schemes.overrides import Overrides
 from lq.schemes.targets import X86
 from lq.util.modes import evaluating
 from lq.util.quiet import quiet
+from lq.workflow.calibrate import calibrate
 
 #: How often a training step is looked at again where validation calls what it did not.
 _LOOKS = 20
@@ -87,18 +91,11 @@ def _with_forward(
     wider = around(unit, training, validation)
     if wider is None:
         return unit
-    whole, is_alike = wider
+    whole, reason = wider
     (path,), name = unit.paths, type(staged.pl_module).__name__
-    reason = f"it takes or returns other tensors than {path!r} does"
-    if is_alike:
+    if not reason:
         try:
-            twin = twin_of(staged.pl_module)
-            if twin is None:
-                raise CaptureError(f"{name} cannot be copied")
-            trial = attach(twin, None)
-            trial.use(whole)
-            with quiet("lq"):
-                prepare_for_batch(trial, batch, target=X86, mode="ptq", observer="minmax", overrides=overrides)
+            _try(staged, whole, batch, overrides)
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
         else:
@@ -107,11 +104,26 @@ def _with_forward(
                 f"for {path!r} alone use QuantizationCallback(module={path!r})"
             )
             return whole
-    rank_zero_info(
-        f"lq: forward of {name} computes more than {path!r}, which alone is quantized, and is what the files compute: "
-        f"{reason}"
+    rank_zero_warn(
+        f"lq: forward of {name} computes more than {path!r}, which alone is quantized, and is what the files compute "
+        f"({reason}). Where that is wanted, QuantizationCallback(module={path!r}) says so"
     )
     return unit
+
+
+def _try(staged: StagedUnit, unit: Unit, batch: Any, overrides: Overrides) -> None:
+    """Go the way to a file with ``unit``, on a copy; raises what fails."""
+    twin = twin_of(staged.pl_module)
+    if twin is None:
+        raise CaptureError(f"{type(staged.pl_module).__name__} cannot be copied")
+    trial = attach(twin, None)
+    trial.use(unit)
+    # torch says at length what it cannot capture.
+    with quiet("lq", "torch"), isolate_rng(), tempfile.TemporaryDirectory() as folder:
+        prepare_for_batch(trial, batch, target=X86, mode="ptq", observer="minmax", overrides=overrides)
+        with evaluating(twin):
+            calibrate(trial.unit, [batch], forward=lambda each: run_unit(trial, each, trial.calibrated_with))
+            export(trial.unit.cpu(), Path(folder) / "trial.pt2", verify=False)
 
 
 def _calls_in_steps(
@@ -121,10 +133,18 @@ def _calls_in_steps(
     twin = twin_of(staged.pl_module)
     module: Any = staged.pl_module if twin is None else twin
     # A few samples will do, and in training what training calls; unless the step cannot take these.
-    for samples, trains in ((first_samples(batch), twin is not None), (batch, twin is not None), (batch, False)):
+    ways = [(first_samples(batch), twin is not None), (batch, twin is not None), (batch, False)]
+    for samples, trains in ways:
         training, error = _look(module, "training_step", samples, trains=trains)
         if error is None:
             break
+    if error is not None and not training and twin is not None:
+        # A step may use what a hook has set before the first one.
+        begin_training(twin)
+        again, failure = _look(twin, "training_step", samples, trains=trains)
+        if again:
+            staged.needs_hooks = True
+            training, error = again, failure
     training_batch = (samples, trains)
     validation: list[Call] | None = None
     if is_overridden("validation_step", module):
@@ -141,6 +161,17 @@ def _calls_in_steps(
     if error is None and validation:
         _look_for_the_rest(module, training, validation, *training_batch)
     return training, validation, error
+
+
+def begin_training(twin: Any) -> None:
+    """Call the hooks that come before the first training step, as far as they can do without a loop.
+
+    Args:
+        twin: a copy of the LightningModule.
+    """
+    for name in ("on_fit_start", "on_train_start", "on_train_epoch_start"):
+        with suppress(Exception), quiet():
+            run_idle(twin, getattr(twin, name))
 
 
 def _look_for_the_rest(module: Any, training: list[Call], validation: list[Call], batch: Any, trains: bool) -> None:
@@ -160,12 +191,17 @@ def _look(pl_module: Any, step: Step, batch: Any, *, trains: bool = False) -> tu
     modules = {path: module for path, module in pl_module.named_modules() if has_weighted_layers(module)}
     modules.setdefault("", pl_module)
     tree, failure = CallTree(), None
+
+    def run() -> None:
+        tree.begin_again()
+        call_step(pl_module, step, batch)
+
     with quiet(), same_attributes(pl_module), evaluating(pl_module), torch.no_grad():
         if trains:
             pl_module.train()
         try:
             with watched(modules, tree):
-                run_idle(pl_module, lambda: call_step(pl_module, step, batch))
+                run_idle(pl_module, run)
         except Exception as error:
             failure = error
     return tree.calls, failure

@@ -32,6 +32,12 @@ class _Calls:
         self._stop_before = stop_before
         self._stop_after = stop_after
 
+    def begin_again(self) -> None:
+        """Forget what was seen: the step is run once more."""
+        self.arguments.clear()
+        self.outputs.clear()
+        self._begun = self._depth = 0
+
     def begin(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._begun += 1
         self._depth += 1
@@ -105,9 +111,14 @@ def _run(staged: StagedUnit, batch: Any, step: Step, calls: _Calls) -> None:
     pl_module = staged.pl_module
     modules: Mapping[str, nn.Module] = {path: pl_module.get_submodule(path) for path in staged.parts or (staged.path,)}
     name = type(staged.unit).__name__
+
+    def run() -> None:
+        calls.begin_again()
+        call_step(pl_module, step, batch)
+
     try:
         with watched(modules, calls):
-            run_idle(pl_module, lambda: call_step(pl_module, step, batch))
+            run_idle(pl_module, run)
     except _AllCalledError:
         return
     except Exception as error:

@@ -39,6 +39,7 @@ class StagedUnit:
 
     Attributes:
         fit_mode: what the ``fit`` that is under way, or was the last one, makes of the unit.
+        needs_hooks: whether a training step calls the unit only where the hooks before it have run.
         takes_any_target: whether that ``fit`` goes on with whatever target a checkpoint was trained for.
     """
 
@@ -47,6 +48,7 @@ class StagedUnit:
         self.name = name
         self.fit_mode: Mode | None = None
         self.takes_any_target = False
+        self.needs_hooks = False
         self._path: str | None = None
         self._unit: Unit | None = None
         self._kept: Any = None  # the submodule, or the forward of the LightningModule, that INT8 replaces

@@ -101,7 +101,7 @@ def unit_of_calls(
     return _unit(paths, training, validation)
 
 
-def around(unit: Unit, training: Sequence[Call], validation: Sequence[Call] | None) -> tuple[Unit, bool] | None:
+def around(unit: Unit, training: Sequence[Call], validation: Sequence[Call] | None) -> tuple[Unit, str] | None:
     """The LightningModule itself as the unit, where its forward does more than to call ``unit``: it normalises images,
     say, or makes probabilities of what comes out.
 
@@ -111,20 +111,26 @@ def around(unit: Unit, training: Sequence[Call], validation: Sequence[Call] | No
         validation: likewise.
 
     Returns:
-        That unit, and whether it takes and returns as many tensors as ``unit``; None where the steps call ``unit``
-        itself, or the forward only passes on what it takes and gets.
+        That unit, and why it cannot be quantized, or ``""``: it takes or returns another number of tensors than
+        ``unit``, or a step calls ``unit`` without it. None where the steps call nothing else than ``unit``, or the
+        forward only passes on what it takes and gets.
     """
+    if len(unit.paths) != 1 or unit.paths == ("",):
+        return None
     steps = [calls for calls in (validation, training) if calls]
-    if len(unit.paths) != 1 or unit.paths == ("",) or any(call.path for calls in steps for call in calls):
+    wholes = [call for calls in steps for call in calls if not call.path]
+    if not wholes or any([inner.path for inner in call.inner] != list(unit.paths) for call in wholes):
         return None
-    # A validation step comes without what only training does.
-    calls = steps[0]
-    if any([inner.path for inner in call.inner] != list(unit.paths) for call in calls):
+    # What only training does is no part of the network: what validation calls decides, where it calls this forward.
+    calls = [call for call in steps[0] if not call.path] or wholes
+    if all(call.only_passes_on() for call in calls):
         return None
-    passes_on = [call.only_passes_on() for call in calls]
-    if all(passes_on):
-        return None
-    return _unit(("",), training, validation), None not in passes_on
+    reason = ""
+    if len(wholes) < sum(map(len, steps)):
+        reason = f"the steps also call {unit.paths[0]!r} without it"
+    elif not all(call.is_like(call.inner[0]) for call in calls):
+        reason = f"it takes or returns other tensors than {unit.paths[0]!r} does"
+    return _unit(("",), training, validation), reason
 
 
 def _unit(paths: tuple[str, ...], training: Sequence[Call], validation: Sequence[Call] | None) -> Unit:

@@ -102,12 +102,12 @@ def _state_of(value: Any) -> tuple[Callable[[], None] | None, list[Any]]:
 
 def _order(value: Tensor | np.ndarray[Any, Any]) -> Callable[[], None] | None:
     """Puts an order of samples back, which may be shuffled in place; images are not."""
+    if value.ndim not in (1, 2) or str(value.dtype).removeprefix("torch.") not in ("int64", "int32"):
+        return None
     if isinstance(value, Tensor):
-        if value.dim() != 1 or value.dtype not in (torch.int64, torch.int32):
-            return None
         kept = value.clone()
         return lambda: _set(value.copy_, kept)
-    if value.ndim != 1 or value.dtype.kind not in "iu" or not value.flags.writeable:
+    if not value.flags.writeable:
         return None
     numbers = value.copy()
     return lambda: value.__setitem__(slice(None), numbers)

@@ -11,7 +11,11 @@ from torch.utils import _pytree as pytree
 
 from lq.interface.metadata import KEY, Metadata, TensorSpec
 
-_DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(bool)": "bool"}
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    **{f"tensor({name})": name for name in ("float16", "int64", "int32", "int16", "int8", "uint8", "bool")},
+}
 
 #: The metadata property with the checksum of the file's graph; the format itself has none.
 CHECKSUM = "lq.sha256"

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from sympy import preorder_traversal  # type: ignore[import-untyped]
+from sympy import Eq, preorder_traversal  # type: ignore[import-untyped]
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import traceback
@@ -34,6 +34,12 @@ class _UnwieldySizeError(Exception):
     """A free size has become too long an expression to go on with."""
 
 
+def _fixes_a_size(guard: Any) -> bool:
+    """Whether a condition says that a size is a number, as where a function takes it as a plain integer (the kernel of
+    a pooling), or returns as many tensors (``unbind``)."""
+    return isinstance(guard, Eq) and any(side.is_Integer and side > 1 for side in guard.args)
+
+
 def _check_size(size: Any) -> None:
     if isinstance(size, torch.SymInt):
         terms = preorder_traversal(size.node._expr)
@@ -49,7 +55,7 @@ class Exporter(CallTracker):
     """Marks the nodes that ``torch.export`` writes with their origin, and calls leaves as one operator."""
 
     def __init__(self, root: nn.Module, reference: Recorder, float_leaves: dict[str, str]) -> None:
-        super().__init__(root, reference.positions, adds=True, start=(UNKNOWN, ""))
+        super().__init__(root, reference.positions, adds=False, start=(UNKNOWN, ""))
         self.reference = reference
         self.float_leaves = float_leaves
         self.failed: dict[str, str] = {}
@@ -72,9 +78,10 @@ class Exporter(CallTracker):
         return 0 if self.shape_env is None else len(self.shape_env.guards)
 
     def own_guards(self) -> list[Any]:
-        """The conditions on sizes that the forward itself, not a torch function, tested."""
-        guards = [] if self.shape_env is None else self.shape_env.guards
-        return [guard.expr for index, guard in enumerate(guards) if index not in self._asked_by_functions]
+        """The conditions on sizes that decide what the graph computes: those that the forward itself tested, and those
+        of torch's functions that fix a size, which may be a constant in the graph from there on."""
+        guards = [] if self.shape_env is None else [guard.expr for guard in self.shape_env.guards]
+        return [g for index, g in enumerate(guards) if index not in self._asked_by_functions or _fixes_a_size(g)]
 
     def on_module(self, followed: FollowedForward, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shapes = self.reference.calls.get(position)
