@@ -37,6 +37,7 @@ from lq.graph.qdq import QUANTIZE, QUANTIZE_BUFFER
 from lq.int8.module import Int8Module
 from lq.interface.guards import input_name
 from lq.interface.metadata import Metadata, TensorSpec, dtype_name
+from lq.interface.treespecs import without_names
 from lq.schemes.targets import Target, get_target
 from lq.util.cpu import has_onednn_int8
 from lq.util.distribution import package_version
@@ -146,6 +147,7 @@ def export(
     with torch.no_grad():
         written, int8 = chosen.layout(int8), chosen.adapt(int8)
         simulation = simulated(int8, inputs)
+        _check_values(inputs, simulation[0], chosen)
         program = export_program(written, free_sizes=chosen.free_sizes)
         metadata = _metadata(int8, program, simulation[0], labels, preprocessing)
         draft = Draft(program.exported, metadata, _tensors(written), opset)
@@ -245,7 +247,7 @@ def _metadata(
         for (path, value), shape in zip(paths, program.shapes, strict=True)
     )
     guards, notes = tuple(dict.fromkeys((*int8.guards, *program.guards))), program.notes
-    _, out_spec = pytree.tree_flatten(outputs)
+    _, out_spec = pytree.tree_flatten(without_names(outputs))
     if int8.metadata is not None:  # it was loaded from a file, whose metadata serve where the caller gives none
         labels = int8.metadata.labels if labels is None else labels
         preprocessing = int8.metadata.preprocessing if preprocessing is None else preprocessing
@@ -269,6 +271,27 @@ def _metadata(
         guards=guards,
         notes=notes,
     )
+
+
+def _check_values(inputs: Mapping[str, Any], outputs: Any, format: Format) -> None:
+    """Refuse what a file has no place for.
+
+    Raises:
+        ValueError: where an input or a result is no tensor.
+    """
+    for name, value in inputs.items():
+        odd = next((leaf for leaf in pytree.tree_leaves(value) if not isinstance(leaf, Tensor)), None)
+        if odd is not None:
+            raise ValueError(
+                f"the network takes {odd!r} in its input {name!r}, and a file takes tensors alone: call the network "
+                f"with the tensors that it computes with, or name the part of it that takes tensors"
+            )
+    for value in pytree.tree_leaves(outputs):
+        if not isinstance(value, Tensor) and not (value is None and format.name == "pt2"):
+            raise ValueError(
+                f"the network returns {value!r} beside tensors, and a file of the format {format.name!r} gives tensors "
+                f"alone: leave it out of the results of the forward, or name the part of the network that does"
+            )
 
 
 def _check_json(preprocessing: Mapping[str, Any]) -> None:

@@ -33,7 +33,7 @@ class StandIn(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            original = _original(self)
+            original = original_of(self)
             if original is None or name.startswith(("__", "_lq")):
                 raise
             try:
@@ -60,13 +60,13 @@ class StandIn(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != _ORIGINAL}
 
 
-def _original(module: nn.Module) -> nn.Module | None:
+def original_of(module: nn.Module) -> nn.Module | None:
     reference = module.__dict__.get(_ORIGINAL)
     return None if reference is None else reference()
 
 
 def _container(module: nn.Module) -> Any:
-    original = _original(module)
+    original = original_of(module)
     if original is None:
         raise TypeError(f"{type(module).__name__!r} object is no container")
     return original

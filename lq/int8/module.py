@@ -11,13 +11,15 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
 from lq.graph.capture.signature import CallSignature
 from lq.graph.codegen import compile_graph
 from lq.graph.eager import never_compiled
+from lq.graph.forward import QUANTIZERS
 from lq.graph.qdq import constant_qparams
-from lq.graph.stand_in import StandIn
+from lq.graph.stand_in import StandIn, original_of
 from lq.int8.graph_state import graph_from_state, graph_state
 from lq.int8.onednn import LoweredGraph, Packed, lower
 from lq.int8.plans import Plans, sizes
@@ -219,8 +221,14 @@ class Int8Module(StandIn):
         paths, _ = tree_flatten_with_path(dict(zip(self._input_names, inputs, strict=True)))
         tensors = {input_name(path): leaf for path, leaf in paths if isinstance(leaf, Tensor)}
         check_guards(self.guards, {name: tensor.shape for name, tensor in tensors.items()})
-        if self.metadata is not None and len(tensors) == len(self.metadata.tensors):
-            self.metadata.check(list(tensors.values()))
+        if self.metadata is None:
+            return
+        if len(tensors) != len(self.metadata.tensors):
+            raise TypeError(
+                f"this network takes the tensors {', '.join(spec.name for spec in self.metadata.tensors)}; got "
+                f"{len(tensors)}"
+            )
+        self.metadata.check(list(tensors.values()))
 
     def _function(self, inputs: Sequence[Any]) -> Callable[..., Any]:
         on_cpu = all(leaf.device.type == "cpu" for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
@@ -263,9 +271,26 @@ class Int8Module(StandIn):
         super()._apply(fn, recurse)
         return self
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As any module's. Where it stands in a float module's place, that one's own weights change nothing: a callback
+        puts the average that INT8 was made of in place once more.
+
+        Raises:
+            RuntimeError: where they are other float weights, which no ranges are known for, or keys are missing.
+        """
+        original = original_of(self)
+        if original is not None and not set(self.state_dict()) <= set(state_dict):
+            held = {name: v for name, v in original.state_dict().items() if not name.startswith(f"{QUANTIZERS}.")}
+            if set(held) == set(state_dict):
+                if all(torch.equal(v.cpu(), state_dict[name].cpu()) for name, v in held.items()):
+                    return _IncompatibleKeys([], [])
+                raise RuntimeError(
+                    f"these are float weights of the {type(original).__name__} that this INT8 network stands in for, "
+                    f"and other ones than it was made of: it has ranges for those alone. Convert these with "
+                    f"lq.quantize_checkpoint, or remove the callback that loads them after fit"
+                )
         self._compiled.clear()
-        return super().load_state_dict(*args, **kwargs)
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # Also called when a parent module loads; packed weights made from the old tensors must go.

@@ -20,6 +20,15 @@ _ENUM = "__enum__"
 _MAX_DEPTH = 64
 
 
+def without_names(values: Any) -> Any:
+    """``values`` with plain tuples for named ones, whose classes a text cannot name."""
+    if isinstance(values, tuple):
+        return tuple(map(without_names, values))
+    if type(values) is dict:
+        return {key: without_names(value) for key, value in values.items()}
+    return [without_names(value) for value in values] if type(values) is list else values
+
+
 def load_treespec(text: str) -> pytree.TreeSpec:
     """What ``torch.utils._pytree.treespec_dumps`` wrote.
 

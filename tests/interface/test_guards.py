@@ -173,8 +173,57 @@ def test_inputs_that_belong_together(tmp_path: Path) -> None:
         loaded(**arguments(3, 2))
 
 
+class Sized(nn.Module):
+    """Computes with a size of the features, which is an expression of the image's."""
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        self.conv, self.fc, self.head = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Linear(8, 4), head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.head(self.conv(x).relu()))
+
+
+HEADS: dict[str, Any] = {
+    "kernel": lambda x: F.avg_pool2d(x, x.size(3)).mean((2, 3)),
+    "unbind": lambda x: sum(row.mean(2) for row in x.unbind(2)),
+    "split": lambda x: sum(rows.mean((2, 3)) for rows in x.split(4, 2)),
+    "linspace": lambda x: x.mean((2, 3)) * torch.linspace(0, 1, x.shape[2]).square().sum(),
+    "window": lambda x: x.mean((2, 3)) * torch.hann_window(x.shape[2]).sum(),
+    "coordinates": lambda x: (x * torch.linspace(-1, 1, x.shape[2]).view(1, 1, -1, 1)).mean((2, 3)),
+}
+
+
+@pytest.mark.parametrize("head", list(HEADS))
+def test_a_size_that_a_function_of_torch_takes_as_a_number(head: str, tmp_path: Path) -> None:
+    model = Sized(HEADS[head]).eval()
+    lq.calibrate(lq.prepare(model, noise(2, size=32), target="x86_avx2"), [noise(4, size=32)])
+    lq.export(model, tmp_path / "int8.pt2")
+    for run in (lq.convert(model), lq.load(tmp_path / "int8.pt2")):
+        x = noise(4, size=32, seed=5)
+        with torch.no_grad():
+            assert torch.allclose(torch.as_tensor(run(x)), model(x), atol=1e-2)
+        for size in (24, 40):
+            with pytest.raises(ValueError, match=r"size\('x', [23]\)|must have the shape"):
+                run(noise(4, size=size))
+
+
+@pytest.mark.parametrize(
+    "pool", [lambda x: F.avg_pool2d(x, (x.size(-2), x.size(-1))), lambda x: F.avg_pool2d(x, x.shape[2:])]
+)
+def test_a_pooling_of_everything_takes_any_size(pool: Any, tmp_path: Path) -> None:
+    model = Sized(lambda x: pool(x.clamp(min=1e-6).pow(3)).pow(1 / 3).flatten(1)).eval()
+    lq.calibrate(lq.prepare(model, noise(2, size=32), target="x86_avx2"), [noise(4, size=32)])
+    lq.export(model, tmp_path / "int8.pt2")
+    for run in (lq.convert(model), lq.load(tmp_path / "int8.pt2")):
+        for size in (32, 24, 40):
+            x = noise(4, size=size, seed=5)
+            with torch.no_grad():
+                assert torch.allclose(torch.as_tensor(run(x)), model(x), atol=2e-2)
+
+
 class Views(nn.Module):
-    """Several views of each of two objects, along the axis that is elsewhere that of the channels."""
+    """Several views of each of two objects, in batches of one, along the axis that channels lie on elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,18 +236,60 @@ class Views(nn.Module):
         return self.head(torch.cat([features[:number].mean(0), features[number:].mean(0)]))
 
 
-def test_the_second_axis_where_no_convolution_reads_it() -> None:
-    def views(number: int) -> Tensor:
-        return noise(number, seed=number)[None]
+class Bag(nn.Module):
+    """A bag of images as a batch of one, which it takes out of the batch."""
 
-    model = Views().eval()
-    lq.calibrate(lq.prepare(model, (views(2), views(3)), target="x86_avx2"), [(views(2), views(3))])
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.attention, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 1), nn.Linear(8, 1)
+
+    def forward(self, bag: Tensor) -> Tensor:
+        features = self.conv(bag.squeeze(0)).relu().mean((2, 3))
+        return self.head(self.attention(features).T.softmax(1) @ features)
+
+
+class Frames(nn.Module):
+    """Mixes the frames of a grey film, which lie where channels do elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        number = x.shape[1]
+        features = self.conv(x.reshape(-1, 1, *x.shape[2:])).relu().mean((2, 3))
+        return self.head(features.view(-1, number, 8).mean(1))
+
+
+def views(number: int) -> Tensor:
+    return noise(number, seed=number)[None]
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "others"),
+    [
+        (Views(), (views(2), views(3)), [(views(4), views(3)), (views(2), views(5)), (views(1), views(1))]),
+        (Bag(), (views(4),), [(views(2),), (views(7),)]),
+    ],
+)
+def test_numbers_of_views(model: nn.Module, example: Any, others: list[Any]) -> None:
+    model.eval()
+    lq.calibrate(lq.prepare(model, example, target="x86_avx2"), [example])
+    int8 = lq.convert(model)
+    for arguments in (example, *others):
+        with torch.no_grad():
+            assert torch.allclose(int8(*arguments), model(*arguments), atol=1e-2)
+
+
+def test_the_second_axis_where_no_convolution_reads_it() -> None:
+    model = Frames().eval()
+    films = noise(4, seed=3)
+    lq.calibrate(lq.prepare(model, films, target="x86_avx2"), [films])
     int8 = lq.convert(model)
     with torch.no_grad():
-        assert torch.allclose(int8(views(2), views(3)), model(views(2), views(3)), atol=1e-3)
-    for a, b in ((4, 3), (2, 5), (1, 1)):
-        with pytest.raises(ValueError, match=r"it was made for inputs with size\('[ab]', 1\) == [23]"):
-            int8(views(a), views(b))
+        assert torch.allclose(int8(films), model(films), atol=1e-2)
+    with pytest.raises(ValueError, match=r"it was made for inputs with size\('x', 1\) == 3"):
+        int8(films[:, :2])
 
 
 def test_guards_run_nothing_but_arithmetic() -> None:

@@ -133,7 +133,7 @@ def validate_engines(
         if contender.engine.runtime in (EAGER, IN_PROCESS) or contender.run is None:
             continue
         if staged.parts:
-            note = "not validated: the steps call the network part by part, and the file runs it as a whole"
+            note = "not validated: the steps call the network part by part, and the file runs all parts at once"
             contender.engine = replace(contender.engine, note=contender.engine.note or note)
             continue
         if time.perf_counter() - begun + float_seconds > VALIDATION_SECONDS:

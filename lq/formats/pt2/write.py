@@ -21,6 +21,7 @@ from lq.graph.qdq import constant_qparams
 from lq.int8.module import Int8Module
 from lq.interface.guards import compile_guard, fixes_the_batch, input_name
 from lq.interface.metadata import KEY, Metadata
+from lq.interface.treespecs import without_names
 from lq.util.causes import first_line
 from lq.util.files import write_archive
 from lq.util.quiet import quiet
@@ -108,7 +109,10 @@ def export_program(model: Int8Module, *, free_sizes: bool) -> Program:
         ValueError: where the network cannot be exported (a submodule with control flow that depends on data stays
             Python code); the message has torch's reason.
     """
-    module = fx.GraphModule(model, _without_circular_padding(constant_qparams(model.graph, model)))
+    graph = _without_circular_padding(constant_qparams(model.graph, model))
+    output = graph.output_node()
+    output.args = (without_names(output.args[0]),)
+    module = fx.GraphModule(model, graph)
 
     fixed_batch = any(map(fixes_the_batch, model.guards))
 

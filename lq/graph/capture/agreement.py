@@ -126,7 +126,7 @@ def capture_faithfully(module: nn.Module, inputs: Mapping[str, Any], settings: M
     Raises:
         CaptureError: where the forward cannot be captured, or differs in the module's own code.
     """
-    inputs = _two_samples(inputs)
+    inputs = _two_samples(module, inputs, settings)
     captured = _capture_faithfully(module, inputs, settings, batch=None)
     if not any(map(fixes_the_batch, captured.guards)):
         return captured
@@ -156,14 +156,22 @@ def _names(inputs: Mapping[str, Any]) -> list[str]:
 _UNCOMMON = 97
 
 
-def _two_samples(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs, or a single sample repeated: torch.export treats a size of one as fixed."""
+def _two_samples(module: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs, or a single sample repeated: torch.export treats a size of one as fixed.
+
+    Not where the forward takes a single one alone, such as a bag of images that it takes out of the batch.
+    """
     tensors = [leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, Tensor)]
     if not all(tensor.dim() > 1 and len(tensor) == 1 for tensor in tensors):
         return dict(inputs)
-    return {
-        name: tree_map(lambda v: torch.cat([v, v]) if isinstance(v, Tensor) else v, v) for name, v in inputs.items()
-    }
+    two = {name: tree_map(lambda v: torch.cat([v, v]) if isinstance(v, Tensor) else v, v) for name, v in inputs.items()}
+    try:
+        with preserved(module), torch.no_grad():
+            args, kwargs = call_arguments(module, two, settings)
+            module(*args, **kwargs)
+    except Exception:
+        return dict(inputs)
+    return two
 
 
 def _capture_faithfully(

@@ -97,6 +97,12 @@ def _batches_of(size: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _refusal(module: nn.Module, error: Exception) -> CaptureError:
+    if "not a known type" in str(error):
+        return CaptureError(
+            f"the forward of {type(module).__name__} takes or returns an object that torch.export does not look into: "
+            f"{reason(error)}. Register its class, a dataclass with torch.export.register_dataclass(cls), or use a "
+            f"tuple or a dict; or quantize only a part of the model by naming it"
+        )
     return CaptureError(
         f"the forward of {type(module).__name__} cannot be captured as a graph: {reason(error)}. "
         f"Move the part that depends on data into a submodule of its own (that one then stays in float), or "

@@ -14,6 +14,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import traceback
 from torch.fx.experimental import _config as _fx_config
 from torch.fx.experimental import proxy_tensor
+from torch.nn import functional
 
 from lq.graph.capture import leaves
 from lq.graph.capture.calls import UNKNOWN, CallTracker, FollowedForward
@@ -114,6 +115,9 @@ class Exporter(CallTracker):
     ) -> Any:
         if function == _DATA:
             return args[0].detach()  # the same tensor without its history, which torch.export can follow
+        if _pools_all(function, args, kwargs):
+            # The kernel would be a constant: a pooling of everything, such as GeM's, takes any size so.
+            function, args, kwargs = functional.adaptive_avg_pool2d, (args[0], 1), {}
         before = self._number_of_guards()
         with traceback.annotate({"lq_path": self.path, "lq_module": self.module_position}):
             result = function(*args, **kwargs)
@@ -125,6 +129,21 @@ class Exporter(CallTracker):
             if node is not None:
                 node.meta.setdefault("custom", {})["lq_position"] = position
         return result
+
+
+def _pools_all(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call is an average pooling of the whole image, whose size varies."""
+    if function is not functional.avg_pool2d or not args or not isinstance(args[0], Tensor):
+        return False
+    given = dict(zip(("kernel_size", "stride"), args[1:], strict=False)) | kwargs
+    kernel, stride = given.get("kernel_size"), given.get("stride")
+    if len(args) > 3 or not set(given) <= {"kernel_size", "stride"} or not isinstance(kernel, (tuple, list)):
+        return False
+    sizes: list[Any] = list(args[0].shape[-2:])
+    if len(kernel) != 2 or not all(isinstance(size, torch.SymInt) for size in (*kernel, *sizes)):
+        return False
+    same = [a.node.expr == b.node.expr for a, b in zip(kernel, sizes, strict=True)]
+    return all(same) and stride is None
 
 
 def _node_of(value: Tensor) -> fx.Node | None:
@@ -168,8 +187,9 @@ def export(call: Call, tensors: tuple[Tensor, ...], exporter: Exporter) -> Expor
 
     def axes(value: Tensor, free_sizes: bool) -> dict[int, Any]:
         free = range(value.dim()) if free_sizes else range(min(value.dim(), 1))
-        # torch.export treats a size of one specially: an example of that size would fix it.
-        return {axis: Dim.AUTO for axis in free if axis != 1 and value.shape[axis] > 1}
+        # torch.export treats a size of one specially: an example of that size would fix it. The second axis has the
+        # channels, but where there are more than those, a batch and an image: views or frames.
+        return {axis: Dim.AUTO for axis in free if (axis != 1 or value.dim() > 4) and value.shape[axis] > 1}
 
     attempts = (True, False)
     for free_sizes in attempts:
