@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,18 @@ def import_openvino() -> Any:
     return import_optional("openvino", "OpenVINO", "openvino")
 
 
+@cache
+def core() -> Any:
+    """The one ``Core`` of this process, which is never freed.
+
+    Each has a stack for signal handlers of its own, which it makes the process's (2026.4: the CPU plugin, on CPUs with
+    AVX-512), and puts the former one back when it is freed. Of two that are freed in the order in which they were made,
+    the second puts back what the first has freed: the next signal, as that of a DataLoader's worker that ends, then
+    kills the process or overwrites what has come to lie there.
+    """
+    return import_openvino().Core()
+
+
 #: Compiles the file in the first argument for the shapes in the second.
 _COMPILE = """
 import json, sys
@@ -50,8 +63,7 @@ class OpenVinoModel(InferenceModel):
     runtime = "openvino"
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        ov = import_openvino()
-        self._core = ov.Core()
+        self._core = core()
         try:
             self._model = self._core.read_model(str(path))
         except Exception as error:
