@@ -28,10 +28,9 @@ from lq.callback.rehearsal import rehearse
 from lq.callback.result import QuantizationResult
 from lq.callback.settings import HasSettings, QuantizationSettings
 from lq.callback.steps.calls import has_weighted_layers
-from lq.callback.steps.looking import begin_training, check_trained, find_as_called, first_train_batches
+from lq.callback.steps.looking import begun_copy, check_trained, find_as_called, first_train_batches
 from lq.callback.steps.own_setup import after_own_setup, waits_for_setup
 from lq.callback.steps.stages import StagedUnit, attach, staged_unit
-from lq.callback.steps.twin import twin_of
 from lq.callback.support import check_alone, check_trainer
 from lq.callback.training import all_reduce_ranges, training_share
 from lq.callback.validated import ValidatedWeights
@@ -82,7 +81,7 @@ class QuantizationCallback(HasSettings, Callback):
             one whose INT8 outputs are nearest to float on held-out calibration batches. QAT takes ``"moving_average"``
             (its default) or ``"minmax"``.
         overrides: layers that are quantized in another way, or None for a module that stays in float, by the names of
-            modules in the quantized submodule: ``{"layer4": {"weight_bits": 6}, "fc": None}``; see :func:`lq.prepare`.
+            modules in the network: ``{"layer4": {"weight_bits": 6}, "fc": None}``; see :func:`lq.prepare`.
         observer_freeze: share of QAT's steps after which the activations' ranges stay fixed, or None for never.
         batch_norm_freeze: share of QAT's steps after which batch norm statistics stay fixed, or None for never.
         convert: whether to convert at the end; without it QAT leaves the prepared model, PTQ does nothing.
@@ -376,7 +375,7 @@ class QuantizationCallback(HasSettings, Callback):
         if is_prepared(staged.unit):
             forward = staged.prepared_forward
             here = (forward.mode, forward.target, forward.overrides)
-            if self.mode == "qat" and here == ("qat", self.target, self.overrides):
+            if self.mode == "qat" and here == ("qat", self.target, staged.overrides(self.overrides)):
                 set_state(staged.unit, _TRAINING)
                 return
             if not was_int8:
@@ -388,15 +387,6 @@ class QuantizationCallback(HasSettings, Callback):
             staged.to_float()
         if self.mode == "qat":
             self._prepare_for_training(trainer, staged)
-
-    @staticmethod
-    def _begun_copy(staged: StagedUnit) -> StagedUnit | None:
-        """A copy on which the hooks before the first step have run, where the step needs them."""
-        twin = twin_of(staged.pl_module) if staged.needs_hooks else None
-        if twin is None:
-            return None
-        begin_training(twin)
-        return staged_unit(twin)
 
     def _prepare_for_training(self, trainer: Trainer, staged: StagedUnit) -> None:
         batch = next(iter(first_train_batches(trainer, staged, 1, take=True)), None)
@@ -412,7 +402,7 @@ class QuantizationCallback(HasSettings, Callback):
                 mode="qat",
                 observer=self.calibrator,
                 overrides=self.overrides,
-                like=self._begun_copy(staged),
+                like=begun_copy(staged),
             )
         name = type(staged.unit).__name__
         rank_zero_info(f"lq: {name} trains with fake-quantizers for target {self.target}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import CombinedLoader
 
 from lq.callback.settings import QuantizationSettings
 from lq.callback.steps.batches import validation_dataloaders
@@ -65,17 +66,22 @@ def run_settings(settings: QuantizationSettings, trainer: Any, paths: Sequence[s
 
 
 def _data_name(loader: Any, trainer: Any) -> str:
-    """The data set's class and length, as far as they can be told."""
-    if isinstance(loader, (list, tuple)) and len(loader) == 1:
-        loader = loader[0]
-    if loader is None:
+    """Class and length of the data set, or of each, as far as they can be told."""
+    loaders = loader.iterables if isinstance(loader, CombinedLoader) else loader
+    several = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
+    names = [_set_name(each) for each in (several if isinstance(several, (list, tuple)) else [several])]
+    if loader is None or not names:
         return "none"
+    name, datamodule = "; ".join(names), _datamodule(trainer)
+    return name if datamodule is None else f"{type(datamodule).__name__} ({name})"
+
+
+def _set_name(loader: Any) -> str:
     dataset = getattr(loader, "dataset", loader)
     name = type(dataset).__name__
-    with suppress(TypeError):
+    with suppress(Exception):  # a length is the user's own code
         name += f", {len(dataset)} samples"
-    datamodule = _datamodule(trainer)
-    return name if datamodule is None else f"{type(datamodule).__name__} ({name})"
+    return name
 
 
 def _datamodule(trainer: Trainer) -> Any:

@@ -60,7 +60,7 @@ def prepare_for_batch(
             target=target,
             mode=mode,
             observer=observer,
-            overrides=overrides,
+            overrides=staged.overrides(overrides),
         )
     )
 

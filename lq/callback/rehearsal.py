@@ -20,14 +20,14 @@ from lq.callback.preparation import check_batch, prepare_for_batch
 from lq.callback.settings import QuantizationSettings
 from lq.callback.steps.batches import batches_of
 from lq.callback.steps.evaluation import evaluate
-from lq.callback.steps.looking import begin_training, find_as_called, first_train_batches
+from lq.callback.steps.looking import begin_training, begun_copy, find_as_called, first_train_batches
 from lq.callback.steps.running import run_unit
 from lq.callback.steps.stages import StagedUnit, staged_unit
 from lq.callback.steps.twin import twin_of
 from lq.callback.steps.unnoticed import can_be_read_again, unnoticed
 from lq.deployment.export import export
 from lq.deployment.formats import FORMATS
-from lq.util.distributed import agreed
+from lq.util.distributed import agreed, gathered
 from lq.util.modes import evaluating
 from lq.util.quiet import quiet
 from lq.workflow.calibrate import AUTO, calibrate_and_compare
@@ -67,8 +67,9 @@ def rehearse(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -
     with isolate_rng():
         if settings.mode == "ptq":
             find_as_called(trainer, staged, batches[0], settings.overrides)
-            if given is not None:
-                check_batch(staged, calibration[0])
+            with agreed("looking at the calibration data"):
+                if given is not None:
+                    check_batch(begun_copy(staged) or staged, calibration[0])
     if rehearses:
         _rehearse_on_a_copy(settings, trainer, staged, calibration)
     elif settings.overrides.specs:
@@ -79,7 +80,13 @@ def _check_overrides(settings: QuantizationSettings, staged: StagedUnit, batch: 
     """Find a name that matches nothing."""
     with isolate_rng():
         prepare_for_batch(
-            staged, batch, target=settings.target, mode="ptq", observer="minmax", overrides=settings.overrides
+            staged,
+            batch,
+            target=settings.target,
+            mode="ptq",
+            observer="minmax",
+            overrides=settings.overrides,
+            like=begun_copy(staged),
         )
         staged.to_float()
 
@@ -101,7 +108,7 @@ def _rehearse_on_a_copy(settings: QuantizationSettings, trainer: Any, staged: St
     began = time.perf_counter()
     with isolate_rng():
         twin = twin_of(staged.pl_module)
-        if twin is None:
+        if not all(gathered(twin is not None)):
             _log.info(
                 "lq: no rehearsal: %s cannot be copied, and what fails in the conversion fails after the training",
                 type(staged.pl_module).__name__,

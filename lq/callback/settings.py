@@ -14,6 +14,7 @@ from lq.deployment.formats import FORMATS, FormatName
 from lq.numerics.calibrators import get_calibrator
 from lq.schemes.overrides import LayerSpec, Overrides
 from lq.schemes.targets import AUTO_TARGET, Target, get_target
+from lq.tuning.goal import check_count
 from lq.tuning.judged import check_runtime
 from lq.workflow.calibrate import AUTO
 from lq.workflow.prepare import Mode
@@ -123,9 +124,14 @@ class QuantizationSettings:
         if max_drop is not None:
             _check_max_drop(max_drop, max_drop_seconds, mode, evaluate)
             check_runtime(max_drop_runtime, "max_drop_runtime")
-            for name, least in (("max_drop_float_layers", max_drop_float_layers), ("max_drop_epochs", max_drop_epochs)):
-                if least is not None and least < 0:
-                    raise ValueError(f"{name}={least} must be at least 0")
+            if max_drop_float_layers is not None:
+                check_count("max_drop_float_layers", max_drop_float_layers, "at least 0, or None for no limit")
+            check_count("max_drop_epochs", max_drop_epochs, "at least 0")
+        else:
+            given = {"max_drop_float_layers": max_drop_float_layers, "max_drop_epochs": max_drop_epochs or None}
+            for name, value in given.items():
+                if value is not None:
+                    raise ValueError(f"{name}={value!r} says how max_drop is reached, and there is none: give max_drop")
         if weights not in (None, *get_args(Weights)):
             raise ValueError(f"weights={weights!r} is unknown; choose 'best' or 'last', or None for the default")
         formats = default_formats() if export is None else tuple(export)

@@ -280,10 +280,10 @@ def _check_values(inputs: Mapping[str, Any], outputs: Any, format: Format) -> No
         ValueError: where an input or a result is no tensor.
     """
     for name, value in inputs.items():
-        odd = next((leaf for leaf in pytree.tree_leaves(value) if not isinstance(leaf, Tensor)), None)
-        if odd is not None:
+        odd = [leaf for leaf in pytree.tree_leaves(value) if not isinstance(leaf, Tensor)]
+        if odd:
             raise ValueError(
-                f"the network takes {odd!r} in its input {name!r}, and a file takes tensors alone: call the network "
+                f"the network takes {odd[0]!r} in its input {name!r}, and a file takes tensors alone: call the network "
                 f"with the tensors that it computes with, or name the part of it that takes tensors"
             )
     for value in pytree.tree_leaves(outputs):

@@ -234,7 +234,7 @@ class Int8Module(StandIn):
         on_cpu = all(leaf.device.type == "cpu" for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
         kernels = self.execution == "kernels" or (self.execution == "auto" and on_cpu and has_onednn_int8())
         # TorchScript's tracer, which loggers draw a model's graph with, does not take the arguments of the kernels.
-        kernels = kernels and not torch._C._get_tracing_state() is not None
+        kernels = kernels and torch._C._get_tracing_state() is None
         key = "kernels" if kernels else "simulation"
         if key not in self._compiled:
             # Concurrent threads get the same one.

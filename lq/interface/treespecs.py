@@ -24,9 +24,10 @@ def without_names(values: Any) -> Any:
     """``values`` with plain tuples for named ones, whose classes a text cannot name."""
     if isinstance(values, tuple):
         return tuple(map(without_names, values))
-    if type(values) is dict:
+    # Subclasses too: a graph's own are immutable.
+    if isinstance(values, dict):
         return {key: without_names(value) for key, value in values.items()}
-    return [without_names(value) for value in values] if type(values) is list else values
+    return [without_names(value) for value in values] if isinstance(values, list) else values
 
 
 def load_treespec(text: str) -> pytree.TreeSpec:

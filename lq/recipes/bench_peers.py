@@ -39,7 +39,6 @@ from torch import Tensor, nn
 
 import lq
 from lq.deployment.formats import RUNTIMES, best_format
-from lq.engines.openvino import core as openvino_core
 from lq.errors import CompilerError, ConfigError, ContenderError
 from lq.recipes.blocks.config import field, main
 from lq.timing.race import Measurement, race
@@ -192,7 +191,7 @@ def nncf(name: str, size: int, threads: int) -> Model:
 
     with tempfile.TemporaryDirectory() as folder:
         _float_onnx(name, size, f"{folder}/float.onnx")
-        core = openvino_core()
+        core = ov.Core()
         x = images(size, 8)
         quantized = nncf.quantize(core.read_model(f"{folder}/float.onnx"), nncf.Dataset([x.numpy()]))
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}

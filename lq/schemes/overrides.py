@@ -118,6 +118,24 @@ class Overrides:
                     f"overrides: {pattern!r} matches nothing in the model; similar are {', '.join(map(repr, near))}"
                 )
 
+    def within(self, path: str, names: Iterable[str]) -> Overrides:
+        """The same for a model that has the one which the patterns were written for at ``path``.
+
+        Args:
+            path: what stands before the names of that part.
+            names: of the whole model's tensors and layers. A pattern that matches one of them is left as it is.
+        """
+        known = list(names)
+
+        def moved(pattern: str) -> str:
+            longer = f"{path}.{pattern}"
+            is_whole = any(_matches(pattern, name) for name in known)
+            # What its first part names is enough: the rest may be of a tensor.
+            begins = f"{path}.{pattern.partition('.')[0]}"
+            return longer if not is_whole and any(_matches(begins, name) for name in known) else pattern
+
+        return Overrides(tuple((moved(pattern), spec) for pattern, spec in self.specs)) if path else self
+
     def as_dict(self) -> dict[str, dict[str, Any] | None]:
         """The overrides as plain values, as :meth:`of` takes them."""
         return {name: None if spec is None else spec.as_dict() for name, spec in self.specs}

@@ -71,6 +71,7 @@ class Builder:
         judge: gives a network as the engine runs that is to judge it; by default in process.
         fine_tune: trains the model, which rounds to the ranges it was calibrated with; None where it may not be
             trained.
+        trained_with: the module that holds the model, where more than the model is trained.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Builder:
         observed: Callable[[Any], Any] | None = None,
         judge: Judge | None = None,
         fine_tune: Callable[[], Any] | None = None,
+        trained_with: nn.Module | None = None,
     ) -> None:
         self.model = model
         self.judge = judge or Judge(IN_PROCESS)
@@ -92,10 +94,12 @@ class Builder:
         self._observed = observed or forward
         self._rounding_seconds = rounding_seconds
         self._fine_tune = fine_tune
+        self._whole = model if trained_with is None else trained_with
         self._own = prepared_forward(model).overrides
         self._equalized: tuple[dict[str, Tensor], dict[str, Observer]] | None = None
         self._rounded: dict[tuple[str, bool], dict[str, Tensor]] = {}
         self._trained: dict[str, Tensor] | None = None
+        self._around: dict[str, Tensor] = {}
 
     @property
     def fine_tunes(self) -> bool:
@@ -116,6 +120,17 @@ class Builder:
             int8 = convert(self.model, self._target)
             return int8, self.judge.network(self.model, int8)
 
+    @contextmanager
+    def surroundings(self, choice: Choice) -> Iterator[None]:
+        """Inside, what lies around the model is as it was trained with it, where ``choice`` has it trained."""
+        before = self._outside()
+        try:
+            if choice.fine_tuned:
+                load(self._whole, self._around)
+            yield
+        finally:
+            load(self._whole, before)
+
     def ranking(self, choice: Choice, seconds: float | None) -> list[str]:
         """The layers that run in INT8 by the noise that each makes alone in the outputs, the largest first.
 
@@ -135,6 +150,8 @@ class Builder:
         for name, quantizer in activation_quantizers(self.model).items():
             quantizer.observer = before[name].observer
         self._apply(choice)
+        if choice.fine_tuned:
+            load(self._whole, self._around)
 
     @contextmanager
     def _made(self, choice: Choice) -> Iterator[None]:
@@ -171,7 +188,7 @@ class Builder:
             weights = {name: tensor.clone() for name, tensor in tensors_of(self.model).items()}
             self._equalized = weights, {name: quantizer.observer for name, quantizer in quantizers.items()}
         weights, observers = self._equalized
-        _load(self.model, weights)
+        load(self.model, weights)
         for name, quantizer in quantizers.items():
             quantizer.observer = observers[name]
 
@@ -179,10 +196,27 @@ class Builder:
         """Once: of one choice, for the others are evaluated by then."""
         if self._trained is None:
             assert self._fine_tune is not None
-            with keeping_modes(self.model), torch.enable_grad():
-                self._fine_tune()
+            before = self._outside()
+            home = next((tensor.device for tensor in tensors_of(self.model).values()), torch.device("cpu"))
+            try:
+                with keeping_modes(self.model), torch.enable_grad():
+                    self._fine_tune()
+            finally:
+                # The calibration data are where the model was; and training fills memory with gradients.
+                self._whole.to(home)
+                self._whole.zero_grad(set_to_none=True)
+                self._around = self._outside()
+                load(self._whole, before)
             self._trained = {name: tensor.clone() for name, tensor in tensors_of(self.model).items()}
-        _load(self.model, self._trained)
+        load(self.model, self._trained)
+
+    def _outside(self) -> dict[str, Tensor]:
+        """The tensors of what lies around the model."""
+        if self._whole is self.model:
+            return {}
+        inside = {id(tensor) for tensor in [*self.model.parameters(), *self.model.buffers()]}
+        tensors = [*self._whole.named_parameters(), *self._whole.named_buffers()]
+        return {name: tensor.detach().clone() for name, tensor in tensors if id(tensor) not in inside}
 
     def _round(self, choice: Choice) -> None:
         """Learned once, and left out again of the layers that stay in float."""
@@ -194,10 +228,10 @@ class Builder:
             )
             after = tensors_of(self.model).items()
             self._rounded[key] = {name: new.clone() for name, new in after if not torch.equal(new, before[name])}
-            _load(self.model, before)
+            load(self.model, before)
         overrides = _and_in_float(self._own, choice.float_layers)
         rounded = self._rounded[key].items()
-        _load(self.model, {name: new for name, new in rounded if not overrides.in_float(name.rpartition(".")[0])})
+        load(self.model, {name: new for name, new in rounded if not overrides.in_float(name.rpartition(".")[0])})
 
 
 def keep_in_float(model: nn.Module, layers: Sequence[str]) -> None:
@@ -222,7 +256,8 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors if not name.startswith(f"{QUANTIZERS}.")}
 
 
-def _load(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+def load(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Write ``values`` into the tensors of those names, in place."""
     own = tensors_of(model)
     for name, value in values.items():
         own[name].copy_(value)
@@ -235,6 +270,6 @@ def _keeping_weights_and_statistics(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        _load(model, before)
+        load(model, before)
         for quantizer, observer in observers.items():
             quantizer.observer = observer

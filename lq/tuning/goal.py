@@ -4,6 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
+
+
+def check_count(name: str, value: Any, range_: str) -> None:
+    """Refuse what is no whole number from 0 on.
+
+    Raises:
+        ValueError: with ``name`` and ``range_``, what is allowed in words.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name}={value!r} must be a whole number, {range_}")
 
 
 @dataclass(frozen=True)
@@ -38,8 +49,8 @@ class Goal:
             )
         if self.seconds is not None and not self.seconds > 0:
             raise ValueError(f"seconds={self.seconds} must be above 0, or None for no limit")
-        if self.max_float_layers is not None and self.max_float_layers < 0:
-            raise ValueError(f"max_float_layers={self.max_float_layers} must be at least 0, or None for no limit")
+        if self.max_float_layers is not None:
+            check_count("max_float_layers", self.max_float_layers, "at least 0, or None for no limit")
 
     def allowed_drop(self, float_metric: float) -> float:
         """``max_drop`` in the metric's own units.

@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lq.errors import MissingRuntimeError
 from lq.results.tuning import TuningStep
 from lq.tuning.builder import LEARNED_ROUNDING, Choice, tensors_of
+from lq.tuning.judged import check_runtime
+from lq.util.distribution import package_version
 from lq.util.files import write_text
 from lq.workflow.prepare import prepared_forward
 
@@ -41,17 +44,17 @@ class Journal:
         self._steps: dict[Choice, TuningStep] = {}
         if not path.exists():
             return
+        written = _read(path)
+        if written.get("key") != key:
+            return
         try:
-            written = json.loads(path.read_text(encoding="utf-8"))
-            is_ours = written["format"] == _FORMAT
-        except (ValueError, TypeError, KeyError):
-            is_ours = False
-        if not is_ours:
-            raise ValueError(f"{str(path)!r} holds no steps of a search, and would be replaced: name another file")
-        if written["key"] == key:
-            self.runtime = written["runtime"]
-            for values in written["steps"]:
-                self._keep(TuningStep.from_dict(values))
+            steps = [TuningStep.from_dict(values) for values in written["steps"]]
+            check_runtime(written["runtime"], "runtime")
+        except (ValueError, TypeError, KeyError, MissingRuntimeError):  # of a machine with other engines
+            return
+        self.runtime = written["runtime"]
+        for step in steps:
+            self._keep(step)
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -80,6 +83,27 @@ class Journal:
         self._steps[Choice(step.calibrator, step.methods, step.float_layers)] = step
 
 
+def check_journal(path: Path) -> None:
+    """Refuse a file that is there, and is none that a :class:`Journal` may replace.
+
+    Raises:
+        ValueError: where that is so.
+    """
+    if path.exists():
+        _read(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        is_ours = written["format"] == _FORMAT
+    except (OSError, ValueError, TypeError, KeyError):
+        is_ours = False
+    if not is_ours:
+        raise ValueError(f"journal={str(path)!r} holds no steps of a search, and would be replaced: name another file")
+    return dict(written)
+
+
 def search_key(model: nn.Module, about: Mapping[str, Any]) -> str:
     """A hash of the parameters and buffers of ``model`` and of what else decides about the steps.
 
@@ -88,7 +112,7 @@ def search_key(model: nn.Module, about: Mapping[str, Any]) -> str:
         about: values whose ``repr`` tells two searches apart.
     """
     forward = prepared_forward(model)
-    settings = {**about, "target": forward.target, "overrides": forward.overrides}
+    settings = {**about, "target": forward.target, "overrides": forward.overrides, "version": package_version()}
     digest = hashlib.sha256(repr(sorted(settings.items())).encode())
     for name, tensor in tensors_of(model).items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

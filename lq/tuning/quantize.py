@@ -24,7 +24,7 @@ from lq.schemes.overrides import OverridesLike
 from lq.schemes.targets import AUTO_TARGET, Target
 from lq.tuning.builder import METHODS, Builder
 from lq.tuning.goal import Goal
-from lq.tuning.journal import Journal, search_key
+from lq.tuning.journal import Journal, check_journal, search_key
 from lq.tuning.judged import Judge, check_runtime
 from lq.tuning.search import Search
 from lq.util.modes import evaluating
@@ -150,6 +150,8 @@ def quantize(
         raise ValueError(f"rounding_seconds={rounding_seconds} must be above 0")
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be at least 1, or None for all of them")
+    if journal is not None:
+        check_journal(Path(journal))
     kept = _first_batches(batches, num_samples)
     example = _example(model, kept[0]) if example_inputs is None else example_inputs
     prepared = prepare(copy.deepcopy(model), example, target=target, overrides=overrides)

@@ -73,6 +73,7 @@ class Search:
             raise ValueError(f"{self.goal.metric_name} of the float model is {self.float_metric}: it must be finite")
         self._steps: list[TuningStep] = []
         self._int8: tuple[int, Int8Module] | None = None
+        self._kept_methods: Choice | None = None
         self._reserved = 1 if self.builder.fine_tunes else 0
         if self.journal is not None and self.journal.runtime is not None:
             self.builder.judge.runtime = self.journal.runtime
@@ -102,55 +103,66 @@ class Search:
         return tuning, _choice(self._steps[index]), int8
 
     def _try_all(self, scores: Mapping[str, float]) -> None:
-        for name in _promising(scores):
-            change = ", ".join([f"calibrator {name}", *map(_words, self.always)])
-            if self._meets(Choice(name, self.always), change):
+        limit: _LimitError | None = None
+        try:
+            for name in _promising(scores):
+                change = ", ".join([f"calibrator {name}", *map(_words, self.always)])
+                if self._meets(Choice(name, self.always), change):
+                    return
+            best = self._steps[self._best]
+            self._kept_methods = _choice(best)
+            if self._try_methods(best.drop) or self._try_layers(self._kept_methods):
                 return
-        best = self._steps[self._best]
-        chosen = self._try_methods(_choice(best), best.drop)
-        if chosen is None or self._try_layers(chosen) or not self.builder.fine_tunes:
+        except _LimitError as reason:
+            if self._met or not self._reserved:
+                raise
+            limit = reason
+        if not self.builder.fine_tunes:
             return
         self._reserved = 0
         self._check_limits()
+        chosen = self._kept_methods or replace(_choice(self._steps[self._best]), float_layers=())
         try:
-            self._meets(replace(chosen, fine_tuned=True), "fine-tuned with fake-quantizers")
+            met = self._meets(replace(chosen, fine_tuned=True), "fine-tuned with fake-quantizers")
+        except _LimitError:
+            raise
         except Exception as error:  # the user's own code: what was found before it stands
             _log.warning("lq: fine-tuning failed, and is left out: %s: %s", type(error).__name__, error)
+            met = False
+        if limit is not None and not met:
+            raise limit
 
-    def _try_methods(self, choice: Choice, drop: float) -> Choice | None:
-        """``choice`` with the methods that help; None where one of them is enough."""
+    def _try_methods(self, drop: float) -> bool:
+        """Keep the methods that help; whether one of them is enough."""
         for method in self.where_needed:
+            choice = self._kept_methods
+            assert choice is not None
             methods = (*choice.methods, method)
             if not self.builder.applies(method):
                 continue
             if self._meets(replace(choice, methods=methods), ", ".join(map(_words, methods))):
-                return None
+                return True
             gained = drop - self._steps[-1].drop
             if gained >= WORTH * drop:
-                choice, drop = replace(choice, methods=methods), self._steps[-1].drop
-        return choice
+                self._kept_methods, drop = replace(choice, methods=methods), self._steps[-1].drop
+        return False
 
     def _try_layers(self, choice: Choice) -> bool:
         """Whether it is met with some layers in float."""
         most = self.goal.max_float_layers
         if most == 0:
             return False
-        try:
-            self._check_limits()
-            left = self._seconds_left()
-            ranking = self.builder.ranking(choice, None if left is None else SENSITIVITY_SHARE * left)
+        self._check_limits()
+        left = self._seconds_left()
+        ranking = self.builder.ranking(choice, None if left is None else SENSITIVITY_SHARE * left)
 
-            @functools.cache
-            def meets(layers: tuple[str, ...]) -> bool:
-                return self._meets(replace(choice, float_layers=layers), f"{_shown(layers)} in float")
+        @functools.cache
+        def meets(layers: tuple[str, ...]) -> bool:
+            return self._meets(replace(choice, float_layers=layers), f"{_shown(layers)} in float")
 
-            # One stays in INT8: with all in float there would be no INT8 network.
-            candidates = ranking[:-1] if most is None else ranking[: min(most, len(ranking) - 1)]
-            return bool(candidates) and fewest(candidates, meets) is not None
-        except _LimitError:
-            if self._met or not self._reserved:
-                raise
-            return False
+        # One stays in INT8: with all in float there would be no INT8 network.
+        candidates = ranking[:-1] if most is None else ranking[: min(most, len(ranking) - 1)]
+        return bool(candidates) and fewest(candidates, meets) is not None
 
     def _meets(self, choice: Choice, change: str) -> bool:
         """Evaluate a network; whether it meets the goal."""
@@ -171,7 +183,8 @@ class Search:
     def _evaluated(self, choice: Choice, change: str) -> tuple[TuningStep, Int8Module]:
         begun = time.monotonic()
         int8, network = self.builder.int8(choice)
-        metric = float(self.evaluate(network))
+        with self.builder.surroundings(choice):
+            metric = float(self.evaluate(network))
         drop = metric - self.float_metric if self.goal.smallest else self.float_metric - metric
         step = TuningStep(
             change,

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import distributed as dist
 
 #: Longer than any conversion or evaluation that the others wait for; if a process dies, its connections break.
 _PATIENCE = timedelta(days=7)
 
+T = TypeVar("T")
 
 _is_alone: ContextVar[bool] = ContextVar("_is_alone", default=False)
 
@@ -34,6 +35,22 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def gathered(value: T) -> list[T]:
+    """What every process has for ``value``, in their order; all of them have to call it."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    group = _new_group()
+    dist.all_gather_object(values, value, group=group)
+    dist.destroy_process_group(group)
+    return values
+
+
+def _new_group() -> Any:
+    # Waiting takes as long as the slowest process, but a GPU's collectives give up after minutes.
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+
 @contextmanager
 def agreed(what: str) -> Iterator[None]:
     """Leave the body together: every process waits for the others, and if one fails, all do.
@@ -50,8 +67,7 @@ def agreed(what: str) -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    # Waiting takes as long as the slowest process, but a GPU's collectives give up after minutes.
-    group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    group = _new_group()
     failure: BaseException | None = None
     try:
         yield

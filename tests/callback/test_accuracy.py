@@ -156,7 +156,7 @@ def test_mistakes_are_told_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_drop_seconds=0 must be above 0"):
         quantization(tmp_path, max_drop=1, max_drop_seconds=0)
     for name in ("max_drop_float_layers", "max_drop_epochs"):
-        with pytest.raises(ValueError, match=f"{name}=-1 must be at least 0"):
+        with pytest.raises(ValueError, match=f"{name}=-1 must be a whole number, at least 0"):
             quantization(tmp_path, max_drop=1, **{name: -1})
     with pytest.raises(ValueError, match="max_drop=1 is for mode='ptq'"):
         quantization(tmp_path, max_drop=1, mode="qat")

@@ -105,5 +105,7 @@ def test_no_more_layers_stay_in_float_than_may(most: int) -> None:
 
 
 def test_a_number_of_layers_below_none() -> None:
-    with pytest.raises(ValueError, match="max_float_layers=-1 must be at least 0, or None for no limit"):
+    with pytest.raises(
+        ValueError, match="max_float_layers=-1 must be a whole number, at least 0, or None for no limit"
+    ):
         lq.quantize(network(), BATCHES, explained(network()), max_drop=8, max_float_layers=-1)

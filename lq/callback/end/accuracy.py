@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lq.callback.steps.stages import StagedUnit
 from lq.deployment.engine_module import IN_PROCESS
 from lq.deployment.formats import FORMATS
 from lq.results.tuning import Tuning, TuningStep
-from lq.tuning.builder import BIAS_CORRECTION, EQUALIZATION, Builder, keep_in_float
+from lq.tuning.builder import BIAS_CORRECTION, EQUALIZATION, Builder, keep_in_float, load, tensors_of
 from lq.tuning.goal import Goal
 from lq.tuning.journal import Journal, search_key
 from lq.tuning.judged import FASTEST, Judge
@@ -130,19 +131,27 @@ def keep_accuracy(
 def forget(journal: Journal | None) -> None:
     """Remove the file of a search whose network is converted."""
     if journal is not None:
-        journal.path.unlink(missing_ok=True)
+        with suppress(OSError):  # no reason to give a conversion up
+            journal.path.unlink(missing_ok=True)
 
 
 def _take_over(trainer: Any, staged: StagedUnit, tuning: Tuning | None) -> None:
     """Bring the unit to what the first process, the one with ``tuning``, has made of its own."""
     unit: Any = staged.unit
-    device = staged.pl_module.device
-    sent = None if tuning is None else (tuning.float_layers, unit.cpu().state_dict())
-    layers, state = trainer.strategy.broadcast(sent)
+    pl_module: Any = staged.pl_module
+    device = pl_module.device
+    sent = None
+    if tuning is not None:
+        # Training changes what lies around the unit as well.
+        around = tensors_of(pl_module.cpu()) if tuning.steps[tuning.chosen].fine_tuned else {}
+        sent = tuning.float_layers, unit.cpu().state_dict(), around
+    layers, state, around = trainer.strategy.broadcast(sent)
     if tuning is None:
         keep_in_float(unit.cpu(), layers)
         unit.load_state_dict(state)
-    unit.to(device)
+        own = tensors_of(pl_module.cpu())
+        load(pl_module, {name: value for name, value in around.items() if name in own})
+    pl_module.to(device)
 
 
 def _journal(
@@ -152,9 +161,17 @@ def _journal(
     root = str(trainer.default_root_dir)
     if "://" in root:
         return None
-    name, _ = judged_by(settings, trainer)
-    about = {"metric": name, "float": f"{float_metrics.get(name, 0.0):.6g}", "runtime": settings.max_drop_runtime}
-    key = search_key(staged.unit, about | {"formats": settings.export, "epochs": settings.max_drop_epochs})
+    name, smallest = judged_by(settings, trainer)
+    limits = (settings.calibrator, settings.calibration_batches, settings.calibration_samples)
+    about = {
+        "metric": (name, smallest),
+        "float": f"{float_metrics.get(name, 0.0):.6g}",
+        "runtime": settings.max_drop_runtime,
+        "formats": settings.export,
+        "epochs": settings.max_drop_epochs,
+        "calibration": limits,
+    }
+    key = search_key(staged.unit, about)
     journal = Journal(Path(root) / f".lq-search-{key[:16]}.json", key)
     if len(journal):
         rank_zero_info(f"lq: {len(journal)} steps of a search that was interrupted are taken from {journal.path}")
@@ -199,6 +216,11 @@ def _search(
         with evaluating(pl_module):
             return run_unit(staged, batch, staged.calibrated_with)
 
+    def train() -> None:
+        limit = settings.max_drop_seconds
+        left = None if limit is None else max(1.0, limit - (time.monotonic() - search.begun))
+        fine_tune(trainer, pl_module, settings.max_drop_epochs, left)
+
     scores = {settings.calibrator: 0.0}  # the only one there is
     if comparison is not None:
         scores = {calibrator: values[SQNR] for calibrator, values in comparison.scores.items()}
@@ -213,7 +235,8 @@ def _search(
             settings.target,
             observed=observe,
             judge=_judge(settings, staged),
-            fine_tune=partial(fine_tune, trainer, pl_module, epochs) if epochs else None,
+            fine_tune=train if epochs else None,
+            trained_with=pl_module,
         )
         methods = (BIAS_CORRECTION, EQUALIZATION)
         search = Search(

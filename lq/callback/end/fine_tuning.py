@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,7 +12,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lq.callback.steps.batches import train_dataloaders
-from lq.callback.steps.evaluation import REPEATED, as_it_is, plain_trainer_class
+from lq.callback.steps.evaluation import REPEATED, as_it_is, one_device, plain_trainer_class
+from lq.callback.steps.idle import same_attributes
 from lq.util.modes import keeping_modes
 from lq.util.quiet import quiet
 
@@ -42,7 +45,16 @@ class _Gently(Callback):
                 submodule.eval()
 
 
-def fine_tune(trainer: Any, pl_module: Any, epochs: int) -> None:
+def _batches_in_an_epoch(trainer: Any) -> int | float:
+    """As in the training, also of data without an end, which ``max_steps`` or a time had ended."""
+    limit: int | float = trainer.limit_train_batches
+    if math.isfinite(trainer.num_training_batches) or isinstance(limit, int):
+        return limit
+    seen = trainer.fit_loop.epoch_loop.batch_progress.total.completed
+    return max(1, seen // max(1, trainer.current_epoch)) if seen else limit
+
+
+def fine_tune(trainer: Any, pl_module: Any, epochs: int, seconds: float | None = None) -> None:
     """Train a module whose unit is prepared for some epochs more, on one device, by its own ``training_step``.
 
     A Trainer of its own does it, with the precision, clipping and accumulation of ``trainer`` and without its
@@ -52,21 +64,27 @@ def fine_tune(trainer: Any, pl_module: Any, epochs: int) -> None:
         trainer: the Trainer, after training.
         pl_module: the LightningModule.
         epochs: how many.
+        seconds: after how many it ends sooner; None for no limit.
     """
     rank_zero_info(f"lq: training with fake-quantizers for {epochs} epochs, at 1/100 of the learning rate")
-    accelerator = type(trainer.accelerator).__name__.removesuffix("Accelerator").lower()
     try:
-        with quiet(*REPEATED), as_it_is(pl_module), keeping_modes(pl_module), torch.compiler.set_stance("force_eager"):
+        with (
+            quiet(*REPEATED),
+            as_it_is(pl_module),
+            keeping_modes(pl_module),
+            same_attributes(pl_module),
+            torch.compiler.set_stance("force_eager"),
+        ):
             tuner = plain_trainer_class(trainer)(
-                accelerator=accelerator,
-                devices=1,
+                **one_device(trainer),
                 max_epochs=epochs,
+                max_time=None if seconds is None else timedelta(seconds=seconds),
                 # The weights are in float32 by now, whatever they were trained in.
                 precision=trainer.precision if str(trainer.precision).endswith("-mixed") else "32-true",
                 gradient_clip_val=trainer.gradient_clip_val,
                 gradient_clip_algorithm=trainer.gradient_clip_algorithm,
                 accumulate_grad_batches=trainer.accumulate_grad_batches,
-                limit_train_batches=trainer.limit_train_batches,
+                limit_train_batches=_batches_in_an_epoch(trainer),
                 limit_val_batches=0,
                 callbacks=[_Gently()],
                 logger=False,

@@ -187,10 +187,11 @@ def _calibrate(
             first = next(batches, None)
             if first is None:
                 raise CalibrationError("the calibration dataloader (by default the train dataloader) gave no batch")
-            is_given = settings.calibration_dataloader is not None
-            if not staged.is_found:
-                find_as_called(trainer, staged, first, settings.overrides, is_given=is_given)
-            unit = staged.unit
+        is_given = settings.calibration_dataloader is not None
+        if not staged.is_found:
+            find_as_called(trainer, staged, first, settings.overrides, is_given=is_given)
+        unit = staged.unit
+        with agreed("preparing"):
             # All calibrators but this one need histograms.
             calibrators = {settings.calibrator, *settings.overrides.calibrators}
             observer = "minmax" if calibrators == {"minmax"} else "histogram"

@@ -52,9 +52,15 @@ def _combined(loaders: Any) -> Iterator[Any]:
 
 
 def _are_loaders(items: Sequence[Any]) -> bool:
-    """Whether these are dataloaders, to be read side by side, and not batches."""
+    """Whether these are dataloaders, to be read side by side, and not batches, which may be containers as well."""
     leaves = tree_leaves(list(items))
-    return all(hasattr(leaf, "__iter__") and not isinstance(leaf, (Tensor, np.ndarray, str, bytes)) for leaf in leaves)
+    return bool(leaves) and all(isinstance(leaf, (DataLoader, CombinedLoader)) or _is_loader(leaf) for leaf in leaves)
+
+
+def _is_loader(value: Any) -> bool:
+    """Whether it is some other kind of dataloader: it can be iterated over, but is no container of values."""
+    is_values = isinstance(value, (Tensor, np.ndarray, str, bytes, Mapping)) or hasattr(value, "__getitem__")
+    return not is_values and hasattr(value, "__iter__")
 
 
 def _transferred(batches: Iterable[Any], pl_module: Any) -> Iterator[Any]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lq.graph.ops import WEIGHTED_MODULES
@@ -21,6 +22,9 @@ COMPILED = "_orig_mod"
 
 #: A tensor, and how often it had been written to.
 _Seen = tuple[Tensor, int]
+
+#: What makes the same values of a tensor, where it keeps the type.
+_MOVES = frozenset({Tensor.clone, Tensor.contiguous, Tensor.cpu, Tensor.cuda, Tensor.detach, Tensor.float, Tensor.to})
 
 #: The values of calls are kept down to this depth: that of a LightningModule's forward and of what it calls.
 _VALUES_DEPTH = 2
@@ -128,11 +132,13 @@ class Call:
             yield from call.paths()
 
     def only_passes_on(self) -> bool:
-        """Whether the one call within it takes nothing but what this one takes, and returns nothing that this one does
-        not return as it is: whatever lies around it is no part of the network, a loss say.
+        """Whether there is one call within it, which takes nothing but what this one takes, and returns nothing that
+        this one does not return as it is: whatever lies around it is no part of the network, a loss say.
 
         By the tensors themselves: a mean of zero or a temperature of one may be another after training.
         """
+        if len(self.inner) != 1:
+            return False
         pairs = zip(self.values, self.inner[0].values, strict=True)
         return all(any(a is b and at == then for b, then in own) for own, inner in pairs for a, at in inner)
 
@@ -152,23 +158,38 @@ def merge(calls: list[Call], others: Sequence[Call]) -> None:
             merge(same.inner, other.inner)
 
 
-class CallTree:
-    """Keeps which calls are made within which, and the values of the outermost and of those within them."""
+class CallTree(TorchFunctionMode):
+    """Keeps which calls are made within which, and the values of the outermost and of those within them.
+
+    A tensor that was only laid out otherwise or moved to another device, while this mode is on, counts as the same.
+    """
 
     def __init__(self) -> None:
+        super().__init__()
         self.calls: list[Call] = []
         self._running: list[Call] = []
+        self._moved: dict[int, tuple[_Seen, _Seen]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        first = self._seen(args[0]) if func in _MOVES and isinstance(args[0], Tensor) else None
+        output = func(*args, **(kwargs or {}))
+        if first is not None and output is not args[0] and output.dtype == args[0].dtype:
+            self._moved[id(output)] = (output, _version(output)), first
+        return output
 
     def begin_again(self) -> None:
         """Forget what was seen: the step is run once more."""
         self.calls.clear()
         self._running.clear()
+        self._moved.clear()
 
     def begin(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = Call(path)
         (self._running[-1].inner if self._running else self.calls).append(call)
         if len(self._running) < _VALUES_DEPTH:
-            call.values[0].extend(_tensors((args, kwargs)))
+            call.values[0].extend(self._tensors((args, kwargs)))
         self._running.append(call)
 
     def end(self, path: str, output: Any) -> None:
@@ -176,11 +197,18 @@ class CallTree:
             call = self._running.pop()  # what was left by an exception comes first
             if call.path == path:
                 if len(self._running) < _VALUES_DEPTH:
-                    call.values[1].extend(_tensors(output))
+                    call.values[1].extend(self._tensors(output))
                 return
 
+    def _tensors(self, values: Any) -> list[_Seen]:
+        return [self._seen(leaf) for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
-def _tensors(values: Any) -> list[_Seen]:
-    return [
-        (leaf, -1 if leaf.is_inference() else leaf._version) for leaf in tree_leaves(values) if isinstance(leaf, Tensor)
-    ]
+    def _seen(self, tensor: Tensor) -> _Seen:
+        moved, original = self._moved.get(id(tensor), (None, None))
+        if original is not None and moved is not None and moved[0] is tensor and moved[1] == _version(tensor):
+            return original
+        return tensor, _version(tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -32,13 +32,12 @@ def evaluate(trainer: Any, pl_module: Any, limit_batches: int | float | None = N
     dataloaders = validation_dataloaders(trainer)
     if dataloaders is None or not is_overridden("validation_step", pl_module):
         return {}
-    accelerator = type(trainer.accelerator).__name__.removesuffix("Accelerator").lower()
     limit = trainer.limit_val_batches if limit_batches is None else limit_batches
     # A look at a few batches comes before training.
     reading = nullcontext() if limit_batches is None else unnoticed(dataloaders)
     try:
         with reading:
-            return validate(pl_module, dataloaders, accelerator, limit, plain_trainer_class(trainer))
+            return validate(pl_module, dataloaders, one_device(trainer), limit, plain_trainer_class(trainer))
     finally:
         pl_module.trainer = trainer
 
@@ -46,7 +45,7 @@ def evaluate(trainer: Any, pl_module: Any, limit_batches: int | float | None = N
 def validate(
     pl_module: Any,
     dataloaders: Any,
-    accelerator: str = "cpu",
+    device: Mapping[str, Any] | None = None,
     limit_batches: int | float = 1.0,
     trainer_class: type[Any] = Trainer,
 ) -> dict[str, float]:
@@ -54,11 +53,17 @@ def validate(
 
     A Trainer of its own does it, one device, no loggers, no checkpoints: metrics, callbacks and progress of any other
     stay as they are.
+
+    Args:
+        pl_module: the LightningModule.
+        dataloaders: as a Trainer takes them.
+        device: ``accelerator`` and ``devices`` of that Trainer; by default a CPU.
+        limit_batches: how many batches, or what share of them.
+        trainer_class: of that Trainer.
     """
     with quiet(*REPEATED), as_it_is(pl_module), torch.compiler.set_stance("force_eager"):
         judge = trainer_class(
-            accelerator=accelerator,
-            devices=1,
+            **(device or {"accelerator": "cpu", "devices": 1}),
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -88,6 +93,13 @@ def as_it_is(pl_module: Any) -> Iterator[None]:
             del pl_module.__dict__[name]
             if hook is not None:
                 setattr(pl_module, name, hook)
+
+
+def one_device(trainer: Any) -> dict[str, Any]:
+    """``accelerator`` and ``devices`` of a Trainer that runs on the one device that this process trained on."""
+    accelerator = type(trainer.accelerator).__name__.removesuffix("Accelerator").lower()
+    index = trainer.strategy.root_device.index
+    return {"accelerator": accelerator, "devices": 1 if index is None else [index]}
 
 
 def plain_trainer_class(trainer: Any) -> type[Any]:

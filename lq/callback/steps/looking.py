@@ -18,7 +18,7 @@ from lq.callback.steps.calls import Call, CallTree, Step, has_weighted_layers, m
 from lq.callback.steps.evaluation import is_overridden
 from lq.callback.steps.idle import run_idle, same_attributes
 from lq.callback.steps.running import add_note, call_step, run_unit
-from lq.callback.steps.stages import StagedUnit, attach
+from lq.callback.steps.stages import StagedUnit, attach, staged_unit
 from lq.callback.steps.twin import twin_of
 from lq.callback.steps.unit import Unit, around, unit_of_calls
 from lq.callback.steps.unnoticed import can_be_read_again, unnoticed
@@ -26,6 +26,7 @@ from lq.deployment.export import export
 from lq.errors import CaptureError
 from lq.schemes.overrides import Overrides
 from lq.schemes.targets import X86
+from lq.util.distributed import agreed, alone, gathered
 from lq.util.modes import evaluating
 from lq.util.quiet import quiet
 from lq.workflow.calibrate import calibrate
@@ -39,6 +40,8 @@ def find_as_called(
 ) -> None:
     """Find the unit as the user's steps call it, by a look at each of them; the module notices nothing of that.
 
+    Every process has to call it, and all take what the first one finds.
+
     Args:
         trainer: the Trainer, for its validation data.
         staged: the unit, in float.
@@ -50,6 +53,24 @@ def find_as_called(
         ValueError: where the steps never call what is to be quantized.
         CalibrationError: where ``training_step`` cannot take a batch that is given.
     """
+    with agreed("looking at the steps"):
+        _find(trainer, staged, batch, overrides, is_given)
+    staged.use(*gathered(staged.found)[0])
+    name = type(staged.pl_module).__name__
+    if staged.parts:
+        rank_zero_info(
+            f"lq: the steps of {name} call {', '.join(map(repr, staged.parts))} on their own: each is quantized by "
+            f"itself, and what lies between them stays float. So it is in the files, which take the inputs of each and "
+            f"give its results; for a file of one network call it in one piece, as self(x) or as a module of its own"
+        )
+    if not staged.is_judged:
+        rank_zero_warn(
+            f"lq: validation_step of {name} does not call {staged.path!r}, which is quantized: its metrics say nothing "
+            f"of INT8. Name what it calls with QuantizationCallback(module='...')"
+        )
+
+
+def _find(trainer: Any, staged: StagedUnit, batch: Any, overrides: Overrides, is_given: bool) -> None:
     pl_module = staged.pl_module
     training, validation, error = _calls_in_steps(trainer, staged, batch)
     unit: Unit | None = None
@@ -65,18 +86,6 @@ def find_as_called(
         raise error
     assert unit is not None
     staged.use(unit if staged.name is not None else _with_forward(staged, unit, training, validation, batch, overrides))
-    name = type(pl_module).__name__
-    if staged.parts:
-        rank_zero_info(
-            f"lq: the steps of {name} call {', '.join(map(repr, staged.parts))} on their own: each is quantized by "
-            f"itself, and what lies between them stays float. So it is in the files, which take the inputs of each and "
-            f"give its results; for a file of one network call it in one piece, as self(x) or as a module of its own"
-        )
-    if not staged.is_judged:
-        rank_zero_warn(
-            f"lq: validation_step of {name} does not call {staged.path!r}, which is quantized: its metrics say nothing "
-            f"of INT8. Name what it calls with QuantizationCallback(module='...')"
-        )
 
 
 def _with_forward(
@@ -117,10 +126,12 @@ def _try(staged: StagedUnit, unit: Unit, batch: Any, overrides: Overrides) -> No
     twin = twin_of(staged.pl_module)
     if twin is None:
         raise CaptureError(f"{type(staged.pl_module).__name__} cannot be copied")
+    if staged.needs_hooks:
+        begin_training(twin)
     trial = attach(twin, None)
     trial.use(unit)
-    # torch says at length what it cannot capture.
-    with quiet("lq", "torch"), isolate_rng(), tempfile.TemporaryDirectory() as folder:
+    # torch says at length what it cannot capture. The other processes may have left by another way.
+    with alone(), quiet("lq", "torch"), isolate_rng(), tempfile.TemporaryDirectory() as folder:
         prepare_for_batch(trial, batch, target=X86, mode="ptq", observer="minmax", overrides=overrides)
         with evaluating(twin):
             calibrate(trial.unit, [batch], forward=lambda each: run_unit(trial, each, trial.calibrated_with))
@@ -164,6 +175,15 @@ def _calls_in_steps(
     return training, validation, error
 
 
+def begun_copy(staged: StagedUnit) -> StagedUnit | None:
+    """The unit of a copy on which the hooks before the first step have run, where the step needs them; else None."""
+    twin = twin_of(staged.pl_module) if staged.needs_hooks else None
+    if twin is None:
+        return None
+    begin_training(twin)
+    return staged_unit(twin)
+
+
 def begin_training(twin: Any) -> None:
     """Call the hooks that come before the first training step, as far as they can do without a loop.
 
@@ -201,7 +221,7 @@ def _look(pl_module: Any, step: Step, batch: Any, *, trains: bool = False) -> tu
         if trains:
             pl_module.train()
         try:
-            with watched(modules, tree):
+            with watched(modules, tree), tree:
                 run_idle(pl_module, run)
         except Exception as error:
             failure = error

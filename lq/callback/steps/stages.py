@@ -13,6 +13,7 @@ from lq.graph.parts import PartsForward
 from lq.graph.stand_in import StandIn
 from lq.int8.module import Int8Module
 from lq.int8.parts import split
+from lq.schemes.overrides import Overrides
 from lq.workflow.prepare import Mode, PreparedForward, is_prepared, prepared_forward, unprepare
 
 Stage = Literal["float", "prepared", "int8"]
@@ -71,15 +72,33 @@ class StagedUnit:
         """Whether the steps have been looked at."""
         return self._unit is not None
 
-    def use(self, unit: Unit) -> None:
+    @property
+    def found(self) -> tuple[Unit, bool]:
+        """What was found of the steps, for :meth:`use` in other processes.
+
+        Raises:
+            ValueError: where they were not looked at.
+        """
+        if self._unit is None:
+            raise ValueError(f"the steps of {type(self.pl_module).__name__} were not looked at")
+        return self._unit, self.needs_hooks
+
+    def use(self, unit: Unit, needs_hooks: bool | None = None) -> None:
         """Take what the steps call for the unit, which is in float."""
         self._unit = unit
+        self.needs_hooks = self.needs_hooks if needs_hooks is None else needs_hooks
         self._path = unit.paths[0] if len(unit.paths) == 1 else ""
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Paths of the parts that the steps call on their own; none where the unit is called as a whole."""
         return self._unit.paths if self._unit is not None and len(self._unit.paths) > 1 else ()
+
+    def overrides(self, given: Overrides) -> Overrides:
+        """What the user says of layers, whose names are those in the network also where more than that is the unit."""
+        if self._unit is None or not self._unit.network:
+            return given
+        return given.within(self._unit.network, (name for name, _ in self.pl_module.named_modules() if name))
 
     @property
     def calls(self) -> Mapping[Step, int]:

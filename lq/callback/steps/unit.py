@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -20,10 +20,12 @@ class Unit:
         paths: of one submodule, or of several that the steps call apart from one another; ``("",)`` is the
             LightningModule itself.
         calls: how often a step calls them; a step that is not in it was not looked at.
+        network: the one submodule with layers, where what lies around it is a part of the unit as well; else ``""``.
     """
 
     paths: tuple[str, ...]
     calls: dict[Step, int] = field(default_factory=dict)
+    network: str = ""
 
     @property
     def calibrated_with(self) -> Step:
@@ -112,25 +114,25 @@ def around(unit: Unit, training: Sequence[Call], validation: Sequence[Call] | No
 
     Returns:
         That unit, and why it cannot be quantized, or ``""``: it takes or returns another number of tensors than
-        ``unit``, or a step calls ``unit`` without it. None where the steps call nothing else than ``unit``, or the
-        forward only passes on what it takes and gets.
+        ``unit``, or a step calls ``unit`` without it. None where no step calls the LightningModule itself, its forward
+        calls other networks as well, or it only passes on what it takes and gets.
     """
     if len(unit.paths) != 1 or unit.paths == ("",):
         return None
     steps = [calls for calls in (validation, training) if calls]
     wholes = [call for calls in steps for call in calls if not call.path]
-    if not wholes or any([inner.path for inner in call.inner] != list(unit.paths) for call in wholes):
+    if not wholes or any({inner.path for inner in call.inner} != set(unit.paths) for call in wholes):
         return None
     # What only training does is no part of the network: what validation calls decides, where it calls this forward.
     calls = [call for call in steps[0] if not call.path] or wholes
     if all(call.only_passes_on() for call in calls):
         return None
     reason = ""
-    if len(wholes) < sum(map(len, steps)):
+    if any(_entries([call], path) for calls in steps for call in calls if call.path for path in unit.paths):
         reason = f"the steps also call {unit.paths[0]!r} without it"
     elif not all(call.is_like(call.inner[0]) for call in calls):
         reason = f"it takes or returns other tensors than {unit.paths[0]!r} does"
-    return _unit(("",), training, validation), reason
+    return replace(_unit(("",), training, validation), network=unit.paths[0]), reason
 
 
 def _unit(paths: tuple[str, ...], training: Sequence[Call], validation: Sequence[Call] | None) -> Unit:

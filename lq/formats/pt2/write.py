@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from lq.errors import GuardError
-from lq.graph.capture.exporter import any_size
+from lq.graph.capture.exporter import any_size, has_channels
 from lq.graph.qdq import constant_qparams
 from lq.int8.module import Int8Module
 from lq.interface.guards import compile_guard, fixes_the_batch, input_name
@@ -120,7 +120,7 @@ def export_program(model: Int8Module, *, free_sizes: bool) -> Program:
         if not isinstance(value, Tensor):
             return None
         axes = {"sizes": range(value.dim()), "batch": range(min(value.dim(), 1)), "none": ()}[free]
-        return dict.fromkeys((axis for axis in axes if axis != 1), Dim.AUTO)
+        return dict.fromkeys((axis for axis in axes if not has_channels(axis, value)), Dim.AUTO)
 
     def dynamic_axes(value: Any, free: str) -> Any:
         axes = free_axes(value, free)
@@ -211,7 +211,8 @@ def _fixed_by_the_network(
         f"{shape[axis]}, because the network cannot be computed with any other"
         for (path, value), shape in zip(paths, shapes, strict=True)
         for axis in free_axes(value) or ()
-        if shape[axis] is not None
+        # That features have a number goes without saying.
+        if shape[axis] is not None and (axis, len(shape)) != (1, 2)
     )
 
 

@@ -167,7 +167,7 @@ def _two_samples(module: nn.Module, inputs: Mapping[str, Any], settings: Mapping
     two = {name: tree_map(lambda v: torch.cat([v, v]) if isinstance(v, Tensor) else v, v) for name, v in inputs.items()}
     try:
         with preserved(module), torch.no_grad():
-            args, kwargs = call_arguments(module, two, settings)
+            args, kwargs = call_arguments(module, _clones(two), settings)
             module(*args, **kwargs)
     except Exception:
         return dict(inputs)

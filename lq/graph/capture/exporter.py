@@ -182,14 +182,19 @@ def any_size() -> AbstractContextManager[Any]:
     return settings
 
 
+def has_channels(axis: int, value: Tensor) -> bool:
+    """Whether ``axis`` is that of an image's channels, whose number is no size that varies. Of fewer axes it may be a
+    sequence's length, of more the number of views or frames."""
+    return axis == 1 and value.dim() == 4
+
+
 def export(call: Call, tensors: tuple[Tensor, ...], exporter: Exporter) -> ExportedProgram:
     """``call`` as a program, with sizes as free as the network allows."""
 
     def axes(value: Tensor, free_sizes: bool) -> dict[int, Any]:
         free = range(value.dim()) if free_sizes else range(min(value.dim(), 1))
-        # torch.export treats a size of one specially: an example of that size would fix it. The second axis has the
-        # channels, but where there are more than those, a batch and an image: views or frames.
-        return {axis: Dim.AUTO for axis in free if (axis != 1 or value.dim() > 4) and value.shape[axis] > 1}
+        # torch.export treats a size of one specially: an example of that size would fix it.
+        return {axis: Dim.AUTO for axis in free if not has_channels(axis, value) and value.shape[axis] > 1}
 
     attempts = (True, False)
     for free_sizes in attempts:
