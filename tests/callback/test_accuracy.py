@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 import lq
-from helpers.classifiers import Wrapped, loader
+from helpers.classifiers import Wrapped, images, loader
 from helpers.fits import fit, quantization
 from helpers.quantized import TARGET
 from lq import QuantizationCallback, QuantizationResult
@@ -267,3 +268,63 @@ def test_a_search_that_was_killed_goes_on(tmp_path: Path) -> None:
     run(whole, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
     assert model.evaluations == whole.evaluations - kept
     assert not list(tmp_path.glob(".lq-search-*.json"))
+
+
+class Scaled(Wrapped):
+    """Parameters of its own behind the network, which a fine-tuning trains along with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(4))
+        self.seen = 0
+        self.rate = 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x) * self.scale
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen += 1
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.rate, momentum=0.9)
+
+    def on_train_end(self) -> None:
+        self.rate = 1e5  # from now on, training does nothing but harm
+
+
+def test_a_fine_tuning_that_is_not_taken_leaves_nothing_behind(tmp_path: Path) -> None:
+    model = Scaled()
+    settings: dict[str, Any] = {"max_drop": 0.0, "max_drop_metric": "val_loss", "max_drop_float_layers": 0}
+    settings["overrides"] = {"*": {"weight_bits": 2}}
+    callback = quantization(tmp_path, module="model", max_drop_epochs=1, **settings)
+    early = EarlyStopping("val_loss", mode="min", patience=9)
+    with pytest.warns(UserWarning, match="falls short"):
+        trainer = fit(model, tmp_path, callback, callbacks=[early])
+    assert callback.result is not None and callback.result.tuning is not None
+    tuning = callback.result.tuning
+    assert tuning.steps[-1].fine_tuned and not tuning.step.fine_tuned
+    assert model.scale.abs().max() < 10 and model.seen == 2 * trainer.num_training_batches
+    (metrics,) = trainer.validate(model, loader(seed=1), verbose=False)
+    assert metrics["val_loss"] == pytest.approx(tuning.step.metric, rel=1e-4)
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        x, y = images(16)
+        while True:
+            yield from zip(x, y, strict=True)
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+def test_fine_tuning_with_data_that_never_end(tmp_path: Path) -> None:
+    class Counted(Broken):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            steps.append(batch_idx)
+
+    steps: list[int] = []
+    arguments: dict[str, Any] = {"max_drop": 0.0, "max_drop_metric": "val_acc", "max_drop_float_layers": 0}
+    callback = quantization(tmp_path, max_drop_epochs=2, calibration_batches=2, **arguments)
+    with pytest.warns(UserWarning, match="falls short"):
+        fit(Counted(), tmp_path, callback, epochs=-1, max_steps=5, data=DataLoader(Endless(), 8), val_check_interval=5)
+    assert steps == [*range(5)] * 3

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
-from helpers.classifiers import Wrapped, images
+from helpers.classifiers import Wrapped, images, network
 from helpers.fits import fit, quantization
 
 
@@ -170,3 +170,71 @@ def test_stochastic_depth(mode: Any, tmp_path: Path) -> None:
         assert len([layer for layer in callback.result.report.layers if layer.precision == "int8"]) == 6
         x = images(8, seed=5)[0]
         assert torch.allclose(lq.load(tmp_path / "int8" / "int8.pt2")(x), model(x), atol=1e-5)
+
+
+class Twice(Around):
+    """Calls its network for the image and for its mirror image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.model(x) + self.model(x.flip(-1))).softmax(1)
+
+
+class Taught(Around):
+    """Has a teacher, which only training asks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = network().requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), self.teacher(batch[0]).softmax(1))
+
+
+class Begun(Around):
+    """Scales images by what a hook sets before the first step."""
+
+    def on_train_epoch_start(self) -> None:
+        self.gain = 1.5
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0] * self.gain), batch[1])
+
+
+@pytest.mark.support("Modules", "A `forward` with mirrored images, a teacher, or what hooks set: all of it is exported")
+@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@pytest.mark.parametrize("cls", [Twice, Taught, Begun])
+def test_forwards_as_a_whole(cls: Any, mode: Any, tmp_path: Path) -> None:
+    model = cls()
+    fit(model, tmp_path, quantization(tmp_path, mode=mode, export=[], rehearse=True))
+    x = images(8, seed=5)[0]
+    expected = model(x)
+    assert torch.allclose(lq.load(tmp_path / "int8" / "int8.pt2")(x), expected, atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(cls.forward(model.eval(), x), expected, atol=0.1)
+
+
+class Laid(Wrapped):
+    """Moves and lays out images, which computes nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.to(self.device).contiguous(memory_format=torch.channels_last)).clone()
+
+
+def test_layouts_and_devices_are_no_part_of_the_network(tmp_path: Path) -> None:
+    model = Laid()
+    fit(model, tmp_path, quantization(tmp_path, export=[]))
+    assert isinstance(model.model, lq.Int8Module)
+
+
+@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@pytest.mark.parametrize("name", ["3", "model.3"])
+def test_layers_have_the_names_that_they_have_in_the_network_too(name: str, mode: Any, tmp_path: Path) -> None:
+    callback = quantization(tmp_path, mode=mode, export=[], rehearse=True, overrides={name: None})
+    model = Around()
+    fit(model, tmp_path, callback)
+    assert callback.result is not None
+    float_layers = callback.result.report.float_layers
+    assert [layer.name for layer in float_layers if "overrides" in layer.reason] == ["model.3"]
+    fit(model, tmp_path, callback)  # it trains on, prepared as it is
+    with pytest.raises(ValueError, match="overrides: '33' matches nothing in the model; similar are"):
+        fit(Around(), tmp_path, quantization(tmp_path, mode=mode, module="model", overrides={"33": None}))

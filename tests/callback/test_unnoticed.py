@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import warnings
+from collections import UserDict, defaultdict, deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, seed_everything
 from lightning.pytorch.utilities import CombinedLoader
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset, default_collate
 
 from helpers.classifiers import Wrapped, images
 from helpers.fits import fit, quantization
@@ -140,4 +145,99 @@ def test_training_is_what_it_would_have_been(name: str, tmp_path: Path) -> None:
 def test_fake_quantizers_take_combined_batches(name: str, tmp_path: Path) -> None:
     callback = quantization(tmp_path, mode="qat", rehearse=True, export=[], evaluate=False)
     fit(Trained(), tmp_path, callback, data=LOADERS[name]())
+    assert callback.result is not None
+
+
+class Proxy:
+    """Answers whatever it is asked for with an exception of its own."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ConnectionError(name)
+
+
+class Labelled(Dataset[Any]):
+    """Labels in a file that cannot be written to, images that are read when they are asked for, and a remote object."""
+
+    def __init__(self, folder: Path) -> None:
+        np.save(folder / "labels.npy", Y.numpy())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.labels = torch.from_numpy(np.load(folder / "labels.npy", mmap_mode="r"))
+        for index in range(16):
+            Image.fromarray(np.full((8, 8, 3), index * 10, np.uint8)).save(folder / f"{index}.png")
+        self.images = [Image.open(folder / f"{index}.png") for index in range(16)]
+        self.proxy = Proxy()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(np.array(self.images[index])).permute(2, 0, 1) / 255, self.labels[index]
+
+
+def test_what_cannot_be_put_back_is_left_alone(tmp_path: Path) -> None:
+    data = Labelled(tmp_path)
+    callback = quantization(tmp_path, rehearse=True, evaluate=False, calibrator="minmax", export=[])
+    fit(Wrapped(), tmp_path, callback, data=DataLoader(data, 8))
+    assert callback.result is not None and torch.equal(data.labels, Y)
+
+
+class Collates:
+    """State in all the places that code puts it in."""
+
+    def __init__(self) -> None:
+        self.recent: deque[int] = deque(maxlen=3)
+        self.counts: defaultdict[str, int] = defaultdict(int)
+        self.rng = random.Random(1)
+        self.set: set[int] = set()
+
+    def collate(self, samples: list[Any], noise: random.Random) -> Any:
+        self.counts["calls"] += 1
+        self.recent.append(self.counts["calls"])
+        self.set.add(len(self.set))
+        shift = sum(self.recent) + len(self.set) + self.rng.random() + noise.random()
+        x, y = default_collate(samples)
+        return x + shift, y
+
+
+def test_state_in_what_a_loader_calls(tmp_path: Path) -> None:
+    seen: list[list[Tensor]] = []
+    for callback in (None, quantization(tmp_path, rehearse=True, evaluate=False, calibrator="minmax", export=[])):
+        collates, counter = Collates(), itertools.count()
+        noise = random.Random(2)
+        batches: list[Tensor] = []
+
+        class Kept(Wrapped):
+            def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+                batches.append(batch[0].clone())  # noqa: B023
+
+        data = DataLoader(TensorDataset(X, Y), 16, collate_fn=partial(collates.collate, noise=noise))
+        fit(Kept(), tmp_path, callback, data=data)
+        seen.append(batches)
+        assert next(counter) == 0
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+@pytest.mark.support("Training", "Several validation dataloaders")
+def test_several_validation_sets(tmp_path: Path) -> None:
+    class Several(Wrapped):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            super().validation_step(batch, batch_idx)
+
+    loaders = [DataLoader(TensorDataset(X[:count], Y[:count]), 16) for count in (32, 48)]
+    callback = quantization(tmp_path, rehearse=True, evaluate=True, analyze=True, export=[])
+    fit(Several(), tmp_path, callback, data=LOADERS["shuffled"](), validation=[loaders])
+    assert callback.result is not None
+    assert callback.result.settings["validation data"] == "TensorDataset, 32 samples; TensorDataset, 48 samples"
+    assert {"val_acc/dataloader_idx_0", "val_acc/dataloader_idx_1"} <= set(callback.result.float_side.metrics)
+
+
+def test_calibration_batches_in_containers_of_ones_own(tmp_path: Path) -> None:
+    class Keyed(Wrapped):
+        def logits(self, batch: Any) -> tuple[Tensor, Tensor]:
+            return (self(batch["x"]), batch["y"]) if isinstance(batch, UserDict) else super().logits(batch)
+
+    batches = [UserDict(x=X[:16], y=Y[:16]), UserDict(x=X[16:32], y=Y[16:32])]
+    callback = quantization(tmp_path, rehearse=True, evaluate=False, export=[], calibration_dataloader=batches)
+    fit(Keyed(), tmp_path, callback)
     assert callback.result is not None

@@ -315,3 +315,38 @@ def test_guards_run_nothing_but_arithmetic() -> None:
     ):
         with pytest.raises(GuardError):
             compile_guard(text)
+
+
+class Sequences(nn.Module):
+    """Features of each step of a sequence, read by linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.first(x))).mean(1)
+
+
+class Signals(Sequences):
+    """The same, by convolutions over the steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(8, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.first(x.transpose(1, 2))).mean(2))
+
+
+@pytest.mark.parametrize("cls", [Sequences, Signals])
+def test_sequences_of_any_length(cls: type[nn.Module], tmp_path: Path) -> None:
+    model = cls().eval()
+    x, longer = torch.randn(4, 10, 8), torch.randn(3, 17, 8)
+    with torch.no_grad():
+        expected = model(longer)
+    lq.calibrate(lq.prepare(model, x, target="x86_avx2"), [x])
+    int8 = lq.convert(model)
+    lq.export(int8, tmp_path / "int8.pt2")
+    for computed in (int8(longer), lq.load(tmp_path / "int8.pt2")(longer)):
+        assert torch.allclose(computed, expected, atol=0.1 * float(expected.abs().max()))

@@ -102,3 +102,23 @@ def test_a_folder_that_cannot_be_written_to_ends_nothing(tmp_path: Path, caplog:
     (tmp_path / "file").write_text("")
     quantized, _ = search(network(), journal=tmp_path / "file" / "search.json")
     assert quantized.tuning.met and "the steps are not kept" in caplog.text
+
+
+def test_another_file_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    def evaluate(network: nn.Module) -> float:
+        raise AssertionError("too late")
+
+    for path in (tmp_path, tmp_path / "notes.json"):
+        if path != tmp_path:
+            path.write_text("{}")
+        with pytest.raises(ValueError, match=r"journal='.*' holds no steps of a search, and would be replaced"):
+            lq.quantize(network(), BATCHES, evaluate, max_drop=8, journal=path)
+
+
+@pytest.mark.parametrize("change", [{"steps": [{"unknown": 1}]}, {"runtime": "tpu"}, {"steps": None}])
+def test_steps_of_another_machine_or_version_are_made_again(change: dict[str, Any], tmp_path: Path) -> None:
+    model, path = break_layers(network(), BROKEN[:1]), tmp_path / "steps.json"
+    expected, evaluations = search(model, journal=path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    again, as_often = search(model, journal=path)
+    assert as_often == evaluations and again.tuning.float_layers == expected.tuning.float_layers

@@ -109,3 +109,29 @@ def test_a_number_of_layers_below_none() -> None:
         ValueError, match="max_float_layers=-1 must be a whole number, at least 0, or None for no limit"
     ):
         lq.quantize(network(), BATCHES, explained(network()), max_drop=8, max_float_layers=-1)
+
+
+@pytest.mark.parametrize("most", [3, 4, 5])
+def test_an_evaluation_is_left_for_it_also_where_methods_take_the_others(most: int) -> None:
+    model = network(2)
+    arguments = {"max_drop": 0, "overrides": FEW_BITS, "fine_tune": distil, "max_evaluations": most}
+    tuning = lq.quantize(model, BATCHES, explained(model), **arguments).tuning
+    assert tuning.evaluations == most and tuning.steps[-1].fine_tuned
+    assert tuning.met or tuning.ended == f"max_evaluations={most} is reached"
+
+
+def test_a_model_that_training_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fine_tune(student: nn.Module) -> None:
+        distil(student)
+        student.double()  # a device that there is none of here, in small
+
+    model = network(2)
+    arguments = {"max_drop": 0, "overrides": FEW_BITS, "max_float_layers": 0, **ONE_CALIBRATOR}
+    quantized = lq.quantize(model, BATCHES, explained(model), fine_tune=fine_tune, **arguments)
+    assert all(p.grad is None for p in quantized.model.parameters())
+
+
+@pytest.mark.parametrize("value", [1.5, "2", True])
+def test_a_number_of_layers_that_is_none(value: object) -> None:
+    with pytest.raises(ValueError, match=f"max_float_layers={value!r} must be a whole number"):
+        lq.quantize(network(), BATCHES, lambda _: 1.0, max_drop=1, max_float_layers=value)

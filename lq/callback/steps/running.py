@@ -77,9 +77,8 @@ def unit_arguments(
     Raises:
         ValueError: where the step never calls the unit.
     """
-    with same_attributes(staged.pl_module):  # looking is no step of the training
-        calls = _Calls(stop_before=0 if staged.parts else 1, stop_after=_number(staged, step))
-        _run(staged, batch, step, calls)
+    calls = _Calls(stop_before=0 if staged.parts else 1, stop_after=_number(staged, step))
+    _run(staged, batch, step, calls)
     if staged.parts:
         return (), {"parts": {path: [list(args), kwargs] for path, (args, kwargs) in calls.arguments.items()}}
     return calls.arguments[staged.path]
@@ -117,7 +116,7 @@ def _run(staged: StagedUnit, batch: Any, step: Step, calls: _Calls) -> None:
         call_step(pl_module, step, batch)
 
     try:
-        with watched(modules, calls):
+        with watched(modules, calls), same_attributes(pl_module):  # this is no step of the training
             run_idle(pl_module, run)
     except _AllCalledError:
         return
