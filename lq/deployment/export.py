@@ -141,7 +141,7 @@ def export(
     chosen.check_dependencies(verify)
     if preprocessing is not None:
         _check_json(preprocessing)
-    int8 = _network(model, chosen, target)
+    int8 = network_for(model, chosen, target)
     ensure_writable_dir(path.parent, "path")
     inputs = _samples(int8, samples)
     with torch.no_grad():
@@ -181,8 +181,17 @@ def _format(path: Path, name: FormatName | None) -> Format:
     return format
 
 
-def _network(model: nn.Module, format: Format, target: str | Target | None) -> Int8Module:
-    """The network for the file: as its target wants it."""
+def network_for(model: nn.Module, format: Format, target: str | Target | None = None) -> Int8Module:
+    """The network for a file: as its target wants it.
+
+    Args:
+        model: see :func:`export`.
+        format: of the file.
+        target: see :func:`export`.
+
+    Raises:
+        ValueError: where the model is not converted or calibrated, or was converted for another target.
+    """
     resolved = None if target is None else get_target(target)
     if isinstance(model, Int8Module):
         own = "" if model.report is None else model.report.target

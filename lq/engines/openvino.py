@@ -32,7 +32,7 @@ def import_openvino() -> Any:
 
 
 @cache
-def core() -> Any:
+def _core(openvino: Any) -> Any:
     """The one ``Core`` of this process, which is never freed.
 
     Each has a stack for signal handlers of its own, which it makes the process's (2026.4: the CPU plugin, on CPUs with
@@ -40,7 +40,7 @@ def core() -> Any:
     the second puts back what the first has freed: the next signal, as that of a DataLoader's worker that ends, then
     kills the process or overwrites what has come to lie there.
     """
-    return import_openvino().Core()
+    return openvino.Core()
 
 
 #: Compiles the file in the first argument for the shapes in the second.
@@ -63,7 +63,7 @@ class OpenVinoModel(InferenceModel):
     runtime = "openvino"
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        self._core = core()
+        self._core = _core(import_openvino())
         try:
             self._model = self._core.read_model(str(path))
         except Exception as error:

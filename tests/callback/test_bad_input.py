@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +96,14 @@ def test_nan_in_calibration_leaves_the_float_model(tmp_path: Path) -> None:
 
 def test_interrupt_in_calibration_leaves_the_float_model(tmp_path: Path) -> None:
     class Interrupted(Wrapped):
-        steps_left = math.inf
-
         def on_train_end(self) -> None:
-            self.steps_left = 2
+            self.calibrated: list[int] = []
 
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            self.steps_left -= 1
-            if self.steps_left < 0:
-                raise KeyboardInterrupt
+            if hasattr(self, "calibrated"):
+                self.calibrated.append(batch_idx)
+                if len(self.calibrated) > 2:
+                    raise KeyboardInterrupt
             return super().training_step(batch, batch_idx)
 
     model = Interrupted()

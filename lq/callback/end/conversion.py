@@ -21,10 +21,11 @@ from lq.callback.end.stopwatch import Stopwatch
 from lq.callback.outputs import NETWORK, OTHER_FORMATS, OUTPUTS, PAGE, RESULT
 from lq.callback.result import QuantizationResult, Side
 from lq.callback.steps.batches import repeat_samples
+from lq.callback.steps.between import Between
 from lq.callback.steps.stages import StagedUnit
 from lq.charts.predictions import Predictions
 from lq.deployment.engine_module import IN_PROCESS, EngineModule
-from lq.deployment.export import ExportResult, export, pays_off
+from lq.deployment.export import ExportResult, export, network_for, pays_off
 from lq.deployment.formats import FORMATS, FormatName
 from lq.int8.module import Int8Module
 from lq.results.report import slower_text
@@ -79,6 +80,7 @@ class Conversion:
         inspect: looks at the prepared unit and its INT8 network, given the layers' times where there are some; None not
             to.
         settings: what to tell of the run.
+        between: what the steps compute between the parts of the network, where they call it so and that is a graph.
     """
 
     output_dir: Path | None
@@ -96,6 +98,7 @@ class Conversion:
     tuning: Tuning | None = None
     inspect: Callable[[Int8Module, list[dict[str, float]] | None], Findings] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    between: Callable[[], Between | None] = lambda: None
 
     def run(self, staged: StagedUnit, float_metrics: dict[str, float]) -> Outcome:
         """Write, measure, and put INT8 in the unit's place.
@@ -136,7 +139,9 @@ class Conversion:
         unit, watch = staged.unit.cpu(), self.watch
         with watch.stage("conversion"):
             int8 = convert(unit, self.target)
-        exports, failure = self._export(unit, int8, folder)
+        with watch.stage("export"):
+            between = self.between()
+        exports, failure = self._export(unit, int8, folder, between)
         forward = staged.prepared_forward
         if has_onednn_int8() and not has_vnni() and self.target.weight.quant_max > 64:
             rank_zero_warn(
@@ -144,7 +149,7 @@ class Conversion:
                 f"{self.target} rounded to 7 bits, where their sums cannot overflow; the saved model keeps 8 bits. "
                 f"To deploy on such CPUs, train or calibrate for them: QuantizationCallback(target='x86_avx2')"
             )
-        engines, times = self._measure(staged, int8, exports)
+        engines, times = self._measure(staged, int8, exports, None if between is None else between.inputs)
         predictions = self._judge(staged, int8, engines)
         findings = Findings()
         if self.inspect is not None:
@@ -190,13 +195,17 @@ class Conversion:
         write_text(folder / RESULT, result.to_json())
         return Outcome(result, failure, findings), exports
 
-    def _export(self, unit: nn.Module, int8: Int8Module, folder: Path) -> tuple[list[ExportResult], Exception | None]:
+    def _export(
+        self, unit: nn.Module, int8: Int8Module, folder: Path, between: Between | None
+    ) -> tuple[list[ExportResult], Exception | None]:
         """The files, and what failed beside ``int8.pt2``; a file that was not asked for is left out with a warning."""
         exports: list[ExportResult] = []
 
         def write(name: FormatName) -> None:
             format = FORMATS[name]
-            network = int8 if format.placed is None else unit
+            network: nn.Module = int8 if format.placed is None else unit
+            if between is not None:
+                network = between.network(int8 if format.placed is None else network_for(unit, format))
             written = export(
                 network, folder / format.file, format=name, labels=self.labels, preprocessing=self.preprocessing
             )
@@ -219,14 +228,18 @@ class Conversion:
         return exports, None
 
     def _measure(
-        self, staged: StagedUnit, int8: Int8Module, exports: list[ExportResult]
+        self,
+        staged: StagedUnit,
+        int8: Int8Module,
+        exports: list[ExportResult],
+        file_inputs: Mapping[str, Any] | None,
     ) -> tuple[dict[str, Contender], list[dict[str, float]] | None]:
         """Every engine with its size, and with ``evaluate`` how long it takes, CPU against CPU: there INT8 kernels run,
         also after a fit on a GPU. The times of the layers are those for one sample."""
         unit = staged.unit
         times = None
         with self.watch.stage("timing"):
-            engines = contenders(unit, int8, exports)
+            engines = contenders(unit, int8, exports, file_inputs)
             if self.evaluate is not None:
                 time_engines(unit, int8, engines, BATCH_SIZE)
                 with warns_on_failure("timing the layers"):

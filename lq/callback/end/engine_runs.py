@@ -39,19 +39,27 @@ class Contender:
     Args:
         engine: what is known of it.
         run: takes the forward's inputs, by name, and none of its settings; None where it could not be loaded.
+        inputs: examples of these, where they are others than the unit's.
     """
 
     engine: Engine
     run: Callable[..., Any] | None
+    inputs: Mapping[str, Any] | None = None
 
 
-def contenders(unit: nn.Module, int8: Int8Module, exports: Sequence[ExportResult]) -> list[Contender]:
+def contenders(
+    unit: nn.Module,
+    int8: Int8Module,
+    exports: Sequence[ExportResult],
+    file_inputs: Mapping[str, Any] | None = None,
+) -> list[Contender]:
     """The float model as it is and folded, INT8 in process, and each file on each engine that is installed for it.
 
     Args:
         unit: prepared, on the CPU.
         int8: what it was converted to.
         exports: what was written of it.
+        file_inputs: examples of what the files take, where that is not what the unit does.
     """
     with unprepared(unit):
         eager = Engine(EAGER, size_bytes=_state_bytes(unit))
@@ -72,7 +80,8 @@ def contenders(unit: nn.Module, int8: Int8Module, exports: Sequence[ExportResult
                 continue
             try:
                 # As many threads as the float model has.
-                engines.append(Contender(engine, load(written.path, runtime, threads=torch.get_num_threads())))
+                model = load(written.path, runtime, threads=torch.get_num_threads())
+                engines.append(Contender(engine, model, file_inputs))
             except Exception as error:
                 engines.append(Contender(replace(engine, note=_reason(error)), None))
     return engines
@@ -87,10 +96,9 @@ def time_engines(unit: nn.Module, int8: Int8Module, engines: Sequence[Contender]
         engines: with the network loaded.
         batch_size: samples in the batch.
     """
-    inputs = int8.example_inputs
     with unprepared(unit), evaluating(unit):
-        one = _time(engines, repeat_samples(inputs, 1), 1)
-        many = _time(engines, repeat_samples(inputs, batch_size), batch_size)
+        one = _time(engines, int8.example_inputs, 1)
+        many = _time(engines, int8.example_inputs, batch_size)
     for contender in engines:
         runtime = contender.engine.runtime
         contender.engine = replace(contender.engine, latency=one.get(runtime), batch=many.get(runtime))
@@ -101,14 +109,16 @@ def _time(engines: Sequence[Contender], inputs: Mapping[str, Any], batch_size: i
     for contender in engines:
         if contender.run is None:
             continue
+        own = inputs if contender.inputs is None else contender.inputs
+        run = partial(contender.run, **repeat_samples(own, batch_size))
         try:
             with torch.no_grad():
-                contender.run(**inputs)
-            running[contender.engine.runtime] = contender.run
+                run()
+            running[contender.engine.runtime] = run
         except Exception as error:
             note = f"a call with {batch_size} sample{'s' * (batch_size > 1)} failed: {_reason(error)}"
             contender.engine = replace(contender.engine, note=contender.engine.note or note)
-    return measure(running, inputs, batch_size)
+    return measure(running, {}, batch_size)
 
 
 def validate_engines(

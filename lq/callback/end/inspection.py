@@ -134,7 +134,7 @@ def inspect_unit(
         fit_begun: when, see :meth:`~lq.callback.settings.QuantizationSettings.analysis_seconds`.
     """
     unit, findings = staged.unit, Findings()
-    step, batches = _samples(settings, trainer, staged)
+    step, batches = validation_samples(settings, trainer, staged)
     if not batches:
         rank_zero_info("lq: there are no data to analyze the layers with")
     with warns_on_failure("reading the graph"):
@@ -159,7 +159,7 @@ def inspect_unit(
     return findings
 
 
-def _samples(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -> tuple[Step, list[Any]]:
+def validation_samples(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -> tuple[Step, list[Any]]:
     """A few samples, and the step that takes them: of the validation data, which the ranges were not made of."""
     pl_module: Any = staged.pl_module
     step: Step = "training_step"

@@ -60,8 +60,7 @@ def find_as_called(
     if staged.parts:
         rank_zero_info(
             f"lq: the steps of {name} call {', '.join(map(repr, staged.parts))} on their own: each is quantized by "
-            f"itself, and what lies between them stays float. So it is in the files, which take the inputs of each and "
-            f"give its results; for a file of one network call it in one piece, as self(x) or as a module of its own"
+            f"itself, and what lies between them stays float"
         )
     if not staged.is_judged:
         rank_zero_warn(
