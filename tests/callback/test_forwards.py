@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import lq
 from helpers.classifiers import Wrapped, images, network
@@ -238,3 +239,35 @@ def test_layers_have_the_names_that_they_have_in_the_network_too(name: str, mode
     fit(model, tmp_path, callback)  # it trains on, prepared as it is
     with pytest.raises(ValueError, match="overrides: '33' matches nothing in the model; similar are"):
         fit(Around(), tmp_path, quantization(tmp_path, mode=mode, module="model", overrides={"33": None}))
+
+
+class Named(Wrapped):
+    """Its network takes the whole batch, with the names of the files, and so does what it calls."""
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = network()
+
+        def forward(self, batch: Any) -> dict[str, Any]:
+            return {"logits": self.layers(batch["image"]), "name": batch["name"]}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = self.Network()
+
+    def logits(self, batch: Any) -> tuple[Tensor, Tensor]:
+        return self.model(batch)["logits"], batch["label"]
+
+
+@pytest.mark.support("Modules", "A network that takes the whole batch, names of files and all: the one in it")
+@pytest.mark.parametrize("mode", ["ptq", "qat"])
+def test_a_network_that_takes_names_as_well(mode: Any, tmp_path: Path) -> None:
+    x, y = images(64)
+    samples = [{"image": x[i], "label": y[i], "name": f"{i}.png"} for i in range(64)]
+    data = DataLoader(samples, 16)  # type: ignore[arg-type]
+    model = Named()
+    callback = quantization(tmp_path, mode=mode, export=[], rehearse=True, evaluate=True)
+    fit(model, tmp_path, callback, data=data, validation=[data])
+    assert isinstance(model.model.layers, lq.Int8Module)
+    assert torch.equal(lq.load(tmp_path / "int8" / "int8.pt2")(x), model.model.layers(x))

@@ -119,11 +119,13 @@ class Call:
         path: of the module.
         inner: the calls within it.
         values: the tensors that it takes and that it returns, each with how often it had been written to by then.
+        takes_text: whether there is text within the lists and dicts that it takes, such as the names of files.
     """
 
     path: str
     inner: list[Call] = field(default_factory=list)
     values: tuple[list[_Seen], list[_Seen]] = field(default_factory=lambda: ([], []))
+    takes_text: bool = False
 
     def paths(self) -> Iterator[str]:
         """Its own and those of all calls within."""
@@ -186,7 +188,8 @@ class CallTree(TorchFunctionMode):
         self._moved.clear()
 
     def begin(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = Call(path)
+        containers = [value for value in (*args, *kwargs.values()) if not isinstance(value, str)]
+        call = Call(path, takes_text=any(isinstance(leaf, str) for leaf in tree_leaves(containers)))
         (self._running[-1].inner if self._running else self.calls).append(call)
         if len(self._running) < _VALUES_DEPTH:
             call.values[0].extend(self._tensors((args, kwargs)))

@@ -75,7 +75,8 @@ def unit_of_calls(
 
     It is what :func:`find_unit` says where all calls of its layers go through it. Where a step calls parts of it on
     their own, these are the unit, each for itself, so that INT8 computes whatever the step does. What validation judges
-    decides where training and validation call different networks (an average, a student and its teacher).
+    decides where training and validation call different networks (an average, a student and its teacher). Of a module
+    that takes text as well, such as a whole batch with the names of its files, it is the network within.
 
     Args:
         pl_module: the LightningModule.
@@ -87,6 +88,8 @@ def unit_of_calls(
         ValueError: where no step calls what is to be quantized, or what they call cannot be told apart.
     """
     whole = find_unit(pl_module, name)
+    while name is None and (inner := _network_within(whole, [*training, *(validation or ())])):
+        whole = inner
     steps = {"training_step": training, "validation_step": validation}
     seen = [calls for calls in steps.values() if calls is not None]
     if not any(_entries(calls, whole) for calls in seen):
@@ -179,6 +182,14 @@ def _parts(
     chosen = set().union(*(parts for parts in pieces.values() if not judged or judged & parts))
     order = [path for path, _ in pl_module.named_modules()]
     return tuple(sorted(chosen, key=order.index))
+
+
+def _network_within(path: str, calls: Sequence[Call]) -> str | None:
+    """The one network that a module calls which takes text beside tensors: no file takes any."""
+    if not any(call.takes_text for call in _calls_of(calls, path)):
+        return None
+    inner = _inner(calls, path)
+    return inner.pop() if len(inner) == 1 else None
 
 
 def _entries(calls: Sequence[Call], whole: str) -> list[str]:
