@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lq.deployment.formats import FORMATS, FormatName
 from lq.schemes.overrides import LayerSpec
 from lq.schemes.targets import AUTO_TARGET, get_target
 from lq.util.archives import check_torch_archive
+from lq.util.causes import first_line
 from lq.util.file_sets import recover
 from lq.util.files import ensure_writable_dir
 from lq.workflow.saved_preparation import target_of
@@ -86,14 +88,22 @@ def quantize_checkpoint(
         What INT8 cost and bought, and where the files are.
 
     Raises:
-        ValueError: where an argument is not one of its choices, the checkpoint is damaged, or it needs data and there
-            are none.
-        TypeError: where ``model`` is no LightningModule.
+        ValueError: where an argument is not one of its choices, the checkpoint is damaged or holds pickled objects
+            that ``weights_only`` does not allow, or it needs data and there are none.
+        TypeError: where ``model`` is no LightningModule, or a class of which none can be made without arguments that
+            the checkpoint does not hold.
         FileNotFoundError: where there is no such file.
     """
     path = Path(checkpoint)
     check_torch_archive(path)
-    loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only is not False)
+    try:
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only is not False)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{str(path)!r} holds pickled objects, such as hyperparameters that are no plain values; they may run code "
+            f"when they are loaded. Where you trust it: lq.quantize_checkpoint(..., weights_only=False) ("
+            f"{first_line(error)})"
+        ) from error
     section = section_of(loaded)
     preparation = None if section is None else section["preparation"]
     if preparation is None and data is None:
@@ -132,7 +142,13 @@ def quantize_checkpoint(
         FORMATS[format].check_dependencies(True)
     pl_module: Any = getattr(model, COMPILED, model)  # what torch.compile wraps
     if isinstance(model, type):
-        pl_module = model.load_from_checkpoint(path, map_location="cpu", weights_only=weights_only is not False)
+        try:
+            pl_module = model.load_from_checkpoint(path, map_location="cpu", weights_only=weights_only is not False)
+        except TypeError as error:
+            raise TypeError(
+                f"no {cls.__name__} can be made of what is in {str(path)!r} ({first_line(error)}); give the "
+                f"module itself: lq.quantize_checkpoint({str(path)!r}, {cls.__name__}(...), ...)"
+            ) from error
     pl_module.configure_model()
     staged = attach(pl_module, module)
     pl_module.on_load_checkpoint(loaded)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import shlex
 import sys
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -34,7 +36,9 @@ def tell_how_to_finish(
         _log.error("lq: %s %s", happened, what)
         return
     resume = "" if training_ended else f"To go on training: trainer.fit(model, ckpt_path={path!r}). "
-    by_hand = [_call(settings, pl_module, path), *_command(settings, pl_module, path)]
+    by_hand = [_call(settings, pl_module, path)]
+    if not _missing(pl_module) and not _is_pickled(path):
+        by_hand += _command(settings, pl_module, path)
     _log.error("lq: %s %s %r. %sTo convert it as it is:\n    %s", happened, note, path, resume, "\n    ".join(by_hand))
 
 
@@ -58,8 +62,30 @@ def _trained_weights(settings: QuantizationSettings, trainer: Any, output_dir: P
 
 
 def _call(settings: QuantizationSettings, pl_module: Any, path: str) -> str:
+    name, missing = type(pl_module).__name__, _missing(pl_module)
+    model = f"{name}({', '.join(f'{each}=...' for each in missing)})" if missing else name
     data = f", data, target={settings.target.name!r}" if settings.mode == "ptq" else ""
-    return f"lq.quantize_checkpoint({path!r}, {type(pl_module).__name__}{data})"
+    pickled = ", weights_only=False" if _is_pickled(path) else ""
+    return f"lq.quantize_checkpoint({path!r}, {model}{data}{pickled})"
+
+
+def _missing(pl_module: Any) -> list[str]:
+    """The arguments that a module of its class cannot be made without, and that no checkpoint holds."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = list(inspect.signature(type(pl_module).__init__).parameters.values())[1:]
+    needed = [p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
+    return [name for name in needed if name not in pl_module.hparams]
+
+
+def _is_pickled(path: str) -> bool:
+    """Whether a checkpoint holds more than plain values."""
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError:
+        return True
+    except Exception:  # a remote path, say: this is no place to fail
+        return False
+    return False
 
 
 def _command(settings: QuantizationSettings, pl_module: Any, path: str) -> list[str]:

@@ -7,6 +7,7 @@ import logging
 import re
 import resource
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +273,39 @@ def test_quantize_checkpoint_says_what_it_needs(tmp_path: Path) -> None:
         lq.quantize_checkpoint(tmp_path / "no.ckpt", Wrapped)
     with pytest.raises(ValueError, match="target='arm' is unknown"):
         lq.quantize_checkpoint(path, Wrapped, train_data(), target="arm")
+
+
+class Given(Wrapped):
+    """Is given its network, and keeps what it needs to be made again only as far as it may."""
+
+    def __init__(self, net: Any = None, optimizer: Any = None, *, keeps: bool = False) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False, **({} if keeps else {"ignore": ["net", "optimizer"]}))
+        self.model = self.model if net is None else net
+
+
+class Required(Given):
+    def __init__(self, net: Any) -> None:
+        super().__init__(net)
+
+
+def test_a_module_that_a_checkpoint_cannot_make(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = trainer(tmp_path, quantization(tmp_path), StopBehind(BATCHES + 1), every_epoch(tmp_path), epochs=3)
+    interrupted(run, Required(Wrapped().model), train_data())
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    assert f"lq.quantize_checkpoint({str(path)!r}, Required(net=...), data" in caplog.text
+    assert "python -m lq.recipes.quantize_checkpoint" not in caplog.text
+    with pytest.raises(TypeError, match=r"no Required can be made of .*'net'.*, Required\(\.\.\.\), \.\.\.\)"):
+        lq.quantize_checkpoint(path, Required, train_data(), evaluate=False)
+    assert lq.quantize_checkpoint(path, Required(Wrapped().model), train_data(), evaluate=False, analyze=False).artifact
+
+
+def test_a_checkpoint_with_pickled_objects(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = trainer(tmp_path, quantization(tmp_path), StopBehind(BATCHES + 1), every_epoch(tmp_path), epochs=3)
+    interrupted(run, Given(None, partial(torch.optim.Adam, lr=1e-3), keeps=True), train_data())
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    assert f"lq.quantize_checkpoint({str(path)!r}, Given, data, target='x86_avx2', weights_only=False)" in caplog.text
+    with pytest.raises(ValueError, match="holds pickled objects, .* Where you trust it: .*weights_only=False"):
+        lq.quantize_checkpoint(path, Given, train_data(), evaluate=False)
+    result = lq.quantize_checkpoint(path, Given, train_data(), evaluate=False, analyze=False, weights_only=False)
+    assert lq.load(result.artifact)(images(4)[0]).shape == (4, 4)
