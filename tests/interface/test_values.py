@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import lq
 from helpers.quantized import noise
@@ -142,3 +143,32 @@ def test_a_sliced_parameter(target: str) -> None:
         expected = model(x)
     lq.calibrate(lq.prepare(model, x[:2], target=target), [x])
     assert torch.allclose(lq.convert(model)(x), expected, atol=0.1 * float(expected.abs().max()))
+
+
+class BySizes(nn.Module):
+    """Computes with sizes, by what ``function`` makes of a feature map."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.layers, self.function = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 4, 3)), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layers(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "notes"),
+    [
+        (lambda h: h.mean((2, 3)) / h.size(0) ** 0.5, 0),
+        (lambda h: h.mean((2, 3)) * h.shape[2] ** -0.5, 0),
+        (lambda h: F.interpolate(h, (round(h.shape[2] * 0.5), round(h.shape[3] * 0.5))).mean((2, 3)), 1),
+    ],
+    ids=["root of the batch", "root of the height", "rounded"],
+)
+def test_arithmetic_with_sizes_in_a_program(function: Any, notes: int, tmp_path: Path) -> None:
+    model, x = BySizes(function).eval(), noise(4, size=16)
+    lq.calibrate(lq.prepare(model, x[:2], target="x86_avx2"), [x])
+    int8 = lq.convert(model)
+    lq.export(int8, tmp_path / "int8.pt2")
+    loaded = lq.load(tmp_path / "int8.pt2")
+    assert torch.equal(loaded(x[:3]), int8(x[:3])) and len(loaded.metadata.notes) == notes

@@ -235,13 +235,13 @@ def _check_node(node: ast.expr, in_power: bool = False) -> None:
             values = [each.value.value for each in assumptions if isinstance(each.value, ast.Constant)]
             if _SYMBOL.fullmatch(name) and len(values) == len(assumptions) and set(values) <= {True, False}:
                 return
-        case ast.Call(func=ast.Name(id="Float"), args=[ast.Constant(value=str(digits))]):
-            if re.fullmatch(r"[-+\d.e]{1,40}", digits):
+        case ast.Call(func=ast.Name(id="Float"), args=[ast.Constant(value=str(digits))], keywords=precision):
+            if re.fullmatch(r"[-+\d.e]{1,40}", digits) and all(_integer(each.value, 1000) for each in precision):
                 return
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if _SYMPY.fullmatch(name):
             is_power = "Pow" in name or "Shift" in name
             # A power of powers of large numbers would be computed when it is read.
-            if not is_power or (not in_power and _integer(args[-1], _MAX_EXPONENT)):
+            if not is_power or (not in_power and _is_exponent(args[-1])):
                 for argument in args:
                     _check_node(argument, in_power or is_power)
                 return
@@ -251,6 +251,15 @@ def _check_node(node: ast.expr, in_power: bool = False) -> None:
             return
     if not _integer(node, 2**64):
         raise ValueError(ast.unparse(node))
+
+
+def _is_exponent(node: ast.expr) -> bool:
+    match node:
+        case ast.Call(func=ast.Name(id="Float"), args=[ast.Constant(value=str(digits))]):
+            return bool(re.fullmatch(r"[-+\d.e]{1,40}", digits)) and abs(float(digits)) <= _MAX_EXPONENT
+        case ast.Constant(value=float(value)):
+            return abs(value) <= _MAX_EXPONENT
+    return _integer(node, _MAX_EXPONENT)
 
 
 def _integer(node: ast.expr, largest: int) -> bool:

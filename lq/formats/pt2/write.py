@@ -135,6 +135,9 @@ def export_program(model: Int8Module, *, free_sizes: bool) -> Program:
                 dynamic_shapes=tuple(tree_map(partial(dynamic_axes, free=free), value) for value in inputs.values()),
                 strict=False,
             )
+        for node in exported.graph.nodes:
+            if node.op == "call_function" and getattr(node.target, "__module__", "") == "builtins":
+                raise ValueError(f"{node.target.__name__}() of a size cannot be written to a program")
         shapes, guards = _sizes(exported, inputs)
         if not any(node.op == "call_module" for node in module.graph.nodes):
             # What operators ask of sizes (which memory format, how to broadcast) they ask again when they run, and
