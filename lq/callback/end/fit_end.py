@@ -182,6 +182,12 @@ def _between(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -
         return None
     step, samples = validation_samples(settings, trainer, staged)
     name = f"{step} of {type(staged.pl_module).__name__}"
+    if not samples:
+        rank_zero_info(
+            f"lq: the files take the inputs of {', '.join(map(repr, staged.parts))} one by one: what {name} computes "
+            f"between them can be seen with data only, and there are none"
+        )
+        return None
     try:
         between = between_parts(staged, step, samples[0])
     except Exception as error:
