@@ -31,7 +31,6 @@ from lq.tuning.bias_correction import correct_bias
 from lq.tuning.equalization import equalize
 from lq.tuning.learned_rounding import learn_rounding
 from lq.tuning.quantize import Quantized, quantize
-from lq.tuning.range_search import search_ranges
 from lq.workflow.calibrate import calibrate
 from lq.workflow.comparison import CalibratorComparison, compare_calibrators
 from lq.workflow.convert import convert
@@ -100,7 +99,6 @@ __all__ = [
     "register_rounding",
     "report",
     "save_statistics",
-    "search_ranges",
     "unprepare",
 ]
 

@@ -22,7 +22,6 @@ from lq.tuning.bias_correction import correct_bias
 from lq.tuning.equalization import can_equalize, equalize
 from lq.tuning.judged import Judge
 from lq.tuning.learned_rounding import learn_rounding
-from lq.tuning.range_search import search_ranges
 from lq.util.modes import keeping_modes
 from lq.workflow.calibrate import calibrate
 from lq.workflow.comparison import keeping_ranges
@@ -30,18 +29,10 @@ from lq.workflow.convert import convert
 from lq.workflow.prepare import activation_quantizers, prepare, prepared_forward, simulate, unprepare
 from lq.workflow.recalibrate import recalibrate
 
-BIAS_CORRECTION, EQUALIZATION, RANGE_SEARCH, LEARNED_ROUNDING = (
-    "bias_correction",
-    "equalization",
-    "range_search",
-    "learned_rounding",
-)
+BIAS_CORRECTION, EQUALIZATION, LEARNED_ROUNDING = "bias_correction", "equalization", "learned_rounding"
 
 #: In the order they are tried, the quickest first.
-METHODS = (BIAS_CORRECTION, EQUALIZATION, RANGE_SEARCH, LEARNED_ROUNDING)
-
-#: What ends by the clock, and so gives another network the next time.
-TIMED = (RANGE_SEARCH, LEARNED_ROUNDING)
+METHODS = (BIAS_CORRECTION, EQUALIZATION, LEARNED_ROUNDING)
 
 #: The order of the layers follows from sums over all positions and outputs: few samples are enough.
 _SENSITIVITY_SAMPLES = 16
@@ -76,7 +67,6 @@ class Builder:
         forward: runs the model on one batch, see :func:`lq.calibrate`.
         target: the engine family to convert for; by default the one the model was prepared for.
         rounding_seconds: how long learned rounding may take.
-        range_seconds: how long the range search may take.
         observed: runs the model on one batch to calibrate it, where that is another thing: a step that calls it twice.
         judge: gives a network as the engine runs that is to judge it; by default in process.
         fine_tune: trains the model, which rounds to the ranges it was calibrated with; None where it may not be
@@ -91,7 +81,6 @@ class Builder:
         forward: Callable[[Any], Any],
         target: Target | None = None,
         rounding_seconds: float = 120.0,
-        range_seconds: float = 60.0,
         observed: Callable[[Any], Any] | None = None,
         judge: Judge | None = None,
         fine_tune: Callable[[], Any] | None = None,
@@ -104,13 +93,11 @@ class Builder:
         self._target = target
         self._observed = observed or forward
         self._rounding_seconds = rounding_seconds
-        self._range_seconds = range_seconds
         self._fine_tune = fine_tune
         self._whole = model if trained_with is None else trained_with
         self._own = prepared_forward(model).overrides
         self._equalized: tuple[dict[str, Tensor], dict[str, Observer]] | None = None
         self._rounded: dict[tuple[str, bool], dict[str, Tensor]] = {}
-        self._ranges: dict[tuple[str, bool, bool], dict[str, tuple[Tensor, Tensor]]] = {}
         self._trained: dict[str, Tensor] | None = None
         self._around: dict[str, Tensor] = {}
 
@@ -185,8 +172,6 @@ class Builder:
         simulate(self.model)
         if LEARNED_ROUNDING in choice.methods:
             self._round(choice)
-        if RANGE_SEARCH in choice.methods:
-            self._search_ranges(choice)
         if BIAS_CORRECTION in choice.methods:
             correct_bias(self.model, self._batches, forward=self._forward)
         if choice.fine_tuned:
@@ -232,18 +217,6 @@ class Builder:
         inside = {id(tensor) for tensor in [*self.model.parameters(), *self.model.buffers()]}
         tensors = [*self._whole.named_parameters(), *self._whole.named_buffers()]
         return {name: tensor.detach().clone() for name, tensor in tensors if id(tensor) not in inside}
-
-    def _search_ranges(self, choice: Choice) -> None:
-        """Found once, with as few layers in float as are tried first."""
-        key = (choice.calibrator, EQUALIZATION in choice.methods, LEARNED_ROUNDING in choice.methods)
-        quantizers = activation_quantizers(self.model)
-        if key not in self._ranges:
-            search_ranges(self.model, self._batches, seconds=self._range_seconds, forward=self._forward, progress=False)
-            self._ranges[key] = {name: (q.scale.clone(), q.zero_point.clone()) for name, q in quantizers.items()}
-        for name, (scale, zero_point) in self._ranges[key].items():
-            if name in quantizers:
-                quantizers[name].scale.copy_(scale)
-                quantizers[name].zero_point.copy_(zero_point)
 
     def _round(self, choice: Choice) -> None:
         """Learned once, and left out again of the layers that stay in float."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from lq.errors import MissingRuntimeError
 from lq.results.tuning import TuningStep
-from lq.tuning.builder import TIMED, Choice, tensors_of
+from lq.tuning.builder import LEARNED_ROUNDING, Choice, tensors_of
 from lq.tuning.judged import check_runtime
 from lq.util.distribution import package_version
 from lq.util.files import write_text
@@ -78,7 +78,7 @@ class Journal:
 
     def _keep(self, step: TuningStep) -> None:
         # What is learnt or trained is another network the next time.
-        if step.fine_tuned or set(TIMED) & set(step.methods):
+        if step.fine_tuned or LEARNED_ROUNDING in step.methods:
             return
         self._steps[Choice(step.calibrator, step.methods, step.float_layers)] = step
 

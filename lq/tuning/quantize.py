@@ -68,8 +68,6 @@ def quantize(
     overrides: OverridesLike | None = None,
     bias_correction: bool | None = None,
     equalization: bool | None = None,
-    range_search: bool | None = False,
-    range_seconds: float = 60.0,
     learned_rounding: bool | None = False,
     rounding_seconds: float = 120.0,
     max_float_layers: int | None = None,
@@ -109,9 +107,6 @@ def quantize(
         bias_correction: whether the mean error of each layer goes into its bias, see :func:`lq.correct_bias`: True for
             every network, None for where it is needed and helps, False for none.
         equalization: likewise, whether channels get similar ranges, see :func:`lq.equalize`.
-        range_search: likewise, whether the activations' ranges are tuned together, by what the outputs gain, see
-            :func:`lq.search_ranges`. By default not, for it takes minutes.
-        range_seconds: how long that may take.
         learned_rounding: likewise, whether each weight is rounded the way its layer's outputs gain from, see
             :func:`lq.learn_rounding`. By default not, for it takes minutes.
         rounding_seconds: how long that may take.
@@ -151,9 +146,8 @@ def quantize(
     begun = time.monotonic()
     goal = Goal(max_drop, max_evaluations, seconds, max_float_layers=max_float_layers)
     check_runtime(runtime)
-    for name, limit in (("rounding_seconds", rounding_seconds), ("range_seconds", range_seconds)):
-        if not limit > 0:
-            raise ValueError(f"{name}={limit} must be above 0")
+    if not rounding_seconds > 0:
+        raise ValueError(f"rounding_seconds={rounding_seconds} must be above 0")
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be at least 1, or None for all of them")
     if journal is not None:
@@ -181,11 +175,10 @@ def quantize(
         kept,
         run,
         rounding_seconds=rounding_seconds,
-        range_seconds=range_seconds,
         judge=Judge(runtime),
         fine_tune=None if fine_tune is None else lambda: fine_tune(prepared.train()),
     )
-    wanted = dict(zip(METHODS, (bias_correction, equalization, range_search, learned_rounding), strict=True))
+    wanted = dict(zip(METHODS, (bias_correction, equalization, learned_rounding), strict=True))
     always = tuple(name for name, value in wanted.items() if value)
     where_needed = tuple(name for name, value in wanted.items() if value is None)
     search = Search(builder, judge, float_metric, goal, always, where_needed, _tell, steps, begun)
