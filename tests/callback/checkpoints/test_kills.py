@@ -25,6 +25,9 @@ EVERY = {"epochs": {}, "batches": {"every_n_train_steps": 2}}
 #: lq: it counts the epochs wrongly from then on, and trains one of them twice. Such a run is not killed again.
 KILLED_AGAIN = {"epochs": True, "batches": False}
 
+#: How often a run is killed beyond what is asked for, until one had written a checkpoint by then.
+_MORE = 20
+
 
 class Began(Callback):
     """Tells when training begins: preparing takes as long as all of these epochs, and most kills are to come after."""
@@ -90,12 +93,17 @@ def test_killed_runs_go_on_exactly(mode: str, every: str, tmp_path: Path, pytest
     seconds = uninterrupted(whole, mode, every)
     moments = random.Random(f"{mode} {every}")
     seen_checkpoints, kills, runs = False, 0, 0
-    while kills < wanted:
+
+    def is_enough() -> bool:
+        # On another machine the moments are others: some run has to be killed after its first checkpoint.
+        return kills >= wanted and (seen_checkpoints or kills >= wanted + _MORE)
+
+    while not is_enough():
         # A run that has got to its end makes place for another one.
         runs += 1
         folder = tmp_path / str(runs)
         folder.mkdir()
-        while not (folder / "done").exists() and kills < wanted:
+        while not (folder / "done").exists() and not is_enough():
             (folder / "began").unlink(missing_ok=True)
             process = start(run_to_the_end, folder, mode, every, output=folder / "output")
             while not (folder / "began").exists() and process.is_alive():
@@ -118,5 +126,5 @@ def test_killed_runs_go_on_exactly(mode: str, every: str, tmp_path: Path, pytest
         assert_same(found, expected)
         # Killed in the conversion, it had no epoch left to have metrics of.
         assert found_metrics in (metrics, {})
-    assert kills == wanted
+    assert kills >= wanted
     assert seen_checkpoints
