@@ -164,7 +164,8 @@ def test_equalisation_takes_the_place_of_layers_in_float() -> None:
 
 def test_methods_that_are_always_on_are_in_every_step_and_in_the_model() -> None:
     model = network(2)
-    few_bits = {"layer0": {"weight_bits": 3}, "layer1": {"weight_bits": 3}}
+    # Rounding is learned for some seconds, in which one machine learns more than another: the rest is float anyway.
+    few_bits = {"layer0": {"weight_bits": 3}, "layer1": {"weight_bits": 3}, "stem": None, "fc": None}
     metric = explained(model)
     quantized = lq.quantize(
         model,
