@@ -262,12 +262,14 @@ class Named(Wrapped):
 
 @pytest.mark.support("Modules", "A network that takes the whole batch, names of files and all: the one in it")
 @pytest.mark.parametrize("mode", ["ptq", "qat"])
-def test_a_network_that_takes_names_as_well(mode: Any, tmp_path: Path) -> None:
+def test_a_network_that_takes_names_as_well(mode: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     x, y = images(64)
     samples = [{"image": x[i], "label": y[i], "name": f"{i}.png"} for i in range(64)]
     data = DataLoader(samples, 16)  # type: ignore[arg-type]
     model = Named()
     callback = quantization(tmp_path, mode=mode, export=[], rehearse=True, evaluate=True)
-    fit(model, tmp_path, callback, data=data, validation=[data])
+    with caplog.at_level(logging.INFO):
+        fit(model, tmp_path, callback, data=data, validation=[data])
+    assert "takes text beside tensors, which no file does: 'model.layers' in it is what is quantized" in caplog.text
     assert isinstance(model.model.layers, lq.Int8Module)
     assert torch.equal(lq.load(tmp_path / "int8" / "int8.pt2")(x), model.model.layers(x))

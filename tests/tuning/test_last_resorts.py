@@ -120,14 +120,11 @@ def test_an_evaluation_is_left_for_it_also_where_methods_take_the_others(most: i
     assert tuning.met or tuning.ended == f"max_evaluations={most} is reached"
 
 
-def test_a_model_that_training_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fine_tune(student: nn.Module) -> None:
-        distil(student)
-        student.double()  # a device that there is none of here, in small
-
+def test_no_gradients_are_left() -> None:
     model = network(2)
     arguments = {"max_drop": 0, "overrides": FEW_BITS, "max_float_layers": 0, **ONE_CALIBRATOR}
-    quantized = lq.quantize(model, BATCHES, explained(model), fine_tune=fine_tune, **arguments)
+    quantized = lq.quantize(model, BATCHES, explained(model), fine_tune=distil, **arguments)
+    assert quantized.tuning.steps[-1].fine_tuned
     assert all(p.grad is None for p in quantized.model.parameters())
 
 

@@ -20,7 +20,7 @@ from lq.callback.steps.idle import run_idle, same_attributes
 from lq.callback.steps.running import add_note, call_step, run_unit
 from lq.callback.steps.stages import StagedUnit, attach, staged_unit
 from lq.callback.steps.twin import twin_of
-from lq.callback.steps.unit import Unit, around, unit_of_calls
+from lq.callback.steps.unit import Unit, around, find_unit, network_within, unit_of_calls
 from lq.callback.steps.unnoticed import can_be_read_again, unnoticed
 from lq.deployment.export import export
 from lq.errors import CaptureError
@@ -84,6 +84,12 @@ def _find(trainer: Any, staged: StagedUnit, batch: Any, overrides: Overrides, is
         add_note(error, type(staged.unit).__name__, "training_step")
         raise error
     assert unit is not None
+    outer = find_unit(pl_module, staged.name)
+    if staged.name is None and network_within(outer, [*training, *(validation or ())]):
+        rank_zero_info(
+            f"lq: {outer or type(pl_module).__name__!r} takes text beside tensors, which no file does: "
+            f"{', '.join(map(repr, unit.paths))} in it is what is quantized and exported"
+        )
     staged.use(unit if staged.name is not None else _with_forward(staged, unit, training, validation, batch, overrides))
 
 

@@ -88,7 +88,7 @@ def unit_of_calls(
         ValueError: where no step calls what is to be quantized, or what they call cannot be told apart.
     """
     whole = find_unit(pl_module, name)
-    while name is None and (inner := _network_within(whole, [*training, *(validation or ())])):
+    while name is None and (inner := network_within(whole, [*training, *(validation or ())])):
         whole = inner
     steps = {"training_step": training, "validation_step": validation}
     seen = [calls for calls in steps.values() if calls is not None]
@@ -184,7 +184,7 @@ def _parts(
     return tuple(sorted(chosen, key=order.index))
 
 
-def _network_within(path: str, calls: Sequence[Call]) -> str | None:
+def network_within(path: str, calls: Sequence[Call]) -> str | None:
     """The one network that a module calls which takes text beside tensors: no file takes any."""
     if not any(call.takes_text for call in _calls_of(calls, path)):
         return None
