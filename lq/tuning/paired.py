@@ -55,12 +55,36 @@ class PairedRun:
         self.float_values: dict[fx.Node, Chunks] = {}
         self.int8_values: dict[fx.Node, Chunks] = {}
 
-    def compute(self, node: fx.Node, values: Mapping[fx.Node, Chunks], index: int) -> Any:
-        """What a node makes of the ``index``-th chunk of ``values``, with the model's parameters as they are."""
+    @property
+    def chunks(self) -> int:
+        """How many chunks of samples there are."""
+        return len(self._inputs)
+
+    def evaluate(self, node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
+        """What a node makes of what ``read`` gives for the nodes that it reads."""
         captured = self.analysis.captured
-        return run_node(
-            node, lambda read: values[read][index], self.model, lambda target: captured.read(self.model, target)
-        )
+        return run_node(node, read, self.model, lambda target: captured.read(self.model, target))
+
+    def float_value(self, node: fx.Node, index: int) -> Any:
+        """What a node made of the ``index``-th chunk, or will make where the inputs have no part in it."""
+        return self._value(node, self.float_values, {}, index)
+
+    def int8_value(self, node: fx.Node, index: int) -> Any:
+        """The same in INT8: rounded."""
+        return self._value(node, self.int8_values, self.roundings.whole.weights, index)
+
+    def round_weight(self, node: fx.Node, value: Tensor) -> None:
+        """Let INT8 have ``value`` for the weight that ``node`` reads."""
+        self.roundings.whole.weights[node] = value
+        if node in self.int8_values:
+            self.int8_values[node] = [value] * self.chunks
+
+    def _value(self, node: fx.Node, values: Mapping[fx.Node, Chunks], weights: Mapping[fx.Node, Tensor], i: int) -> Any:
+        if node in values:
+            return values[node][i]
+        if node in weights:
+            return weights[node]
+        return self.evaluate(node, lambda read: self._value(read, values, weights, i))
 
     @torch.no_grad()
     def run(
@@ -92,7 +116,7 @@ class PairedRun:
                 if before is not None and node in before:
                     before[node]()
                 if node in whole.weights:
-                    values = [whole.weights[node]] * len(self._inputs)
+                    values = [whole.weights[node]] * self.chunks
                 elif node.op == "placeholder":
                     values = self.float_values[node]
                 else:
@@ -107,8 +131,8 @@ class PairedRun:
 
     def _of_all(self, node: fx.Node, values: Mapping[fx.Node, Chunks]) -> Chunks:
         if node.op == "get_attr":  # the same for all
-            return [self.compute(node, values, 0)] * len(self._inputs)
-        return [self.compute(node, values, index) for index in range(len(self._inputs))]
+            return [self.evaluate(node, lambda read: values[read][0])] * self.chunks
+        return [self.evaluate(node, lambda read: values[read][index]) for index in range(self.chunks)]  # noqa: B023
 
     def _affordable(self, num_samples: int) -> int:
         tensors = [value for value in self.analysis.values.values() if isinstance(value, Tensor) and value.dim()]

@@ -180,11 +180,13 @@ def test_before_a_relu6_a_channel_stays_below_six() -> None:
     assert torch.allclose(outputs(model, ALL), outputs(float_model, ALL), rtol=1e-4, atol=1e-4)
 
 
-def test_learned_rounding_takes_neighbours_on_the_grid_that_the_outputs_err_less_with() -> None:
+@pytest.mark.parametrize("together", ["layers", "blocks"])
+def test_learned_rounding_takes_neighbours_on_the_grid_that_the_outputs_err_less_with(together: Any) -> None:
     float_model = network(2)
     layers = ["stem.0", *(f"layer{i}.conv{j}" for i in (0, 1) for j in (1, 2)), "fc"]
     model = calibrated(float_model, overrides={name: {"weight_bits": 3} for name in layers})
-    learnt = lq.learn_rounding(copy.deepcopy(model), BATCHES, iterations=200, progress=False)
+    learnt = lq.learn_rounding(copy.deepcopy(model), BATCHES, iterations=200, together=together, progress=False)
+    assert all(parameter.grad is None for parameter in learnt.parameters())
     outputs(learnt)
     changed = 0
     for name in layers:
@@ -256,5 +258,7 @@ def test_mistakes() -> None:
         lq.learn_rounding(model, BATCHES, iterations=0)
     with pytest.raises(ValueError, match="seconds=0 must be above 0"):
         lq.learn_rounding(model, BATCHES, seconds=0)
+    with pytest.raises(ValueError, match="together='network' must be 'layers' or 'blocks'"):
+        lq.learn_rounding(model, BATCHES, together="network")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="is not prepared"):
         lq.equalize(network(1), BATCHES)
