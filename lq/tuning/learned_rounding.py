@@ -47,8 +47,8 @@ def learn_rounding(
     what comes before makes it, rounded already. Outputs are those of a layer after batch norm and activation, or
     those of a residual block, all of whose weights are then learned together, its own activations rounded (Li et al.
     2021, "BRECQ: Pushing the limit of post-training quantization by block reconstruction", section 3.2, without the
-    weighting by gradients). Where the error on all samples is no smaller than with the nearest values these are kept. It
-    pays off with few bits; with 8, mostly in depthwise networks. A layer with a rounding of the user's own (see
+    weighting by gradients). Where the error on all samples is no smaller than with the nearest values, these are kept.
+    It pays off with few bits; with 8, mostly in depthwise networks. A layer with a rounding of the user's own (see
     :func:`lq.register_rounding`) keeps that.
 
     Args:
