@@ -216,6 +216,11 @@ def _check_integers(what: str, pairs: Iterable[tuple[str, Tensor, Tensor]]) -> N
             )
 
 
+def _flat_like(wanted: Tensor, actual: Tensor) -> Tensor:
+    """``actual`` without the height and width of 1 that a pool leaves, where ``wanted`` is a mean that has none."""
+    return actual.flatten(1) if actual.shape == (*wanted.shape, 1, 1) else actual
+
+
 def _check_values(what: str, pairs: Iterable[tuple[str, Tensor, QuantizedTensor]]) -> None:
     """Compare what layers computed from given integers, before it is rounded, with the simulation's.
 
@@ -361,6 +366,9 @@ def check_onnx(
         raise UnreadableError("onnxruntime", error) from error
     names = [value.name for value in apart.graph.output]
     results = {name: torch.from_numpy(value) for name, value in zip(names, session.run(None, feeds), strict=True)}
+    for name in computed:
+        for value in {read[name], computed[name]} & results.keys():
+            results[value] = _flat_like(wanted[name].integers, results[value])
     what, ends = "the ONNX file", {name: name.removesuffix(".quantized") for name in computed}
     _check_integers(what, ((ends[name], results[output], wanted[name].integers) for name, output in computed.items()))
     _check_values(

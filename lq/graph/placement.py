@@ -321,9 +321,9 @@ class _Placer:
                 continue
             if not self.kinds or chain.op.kind is not OpKind.CONV or is_result(chain.end):
                 continue
-            # An engine that fuses no operators into its convolutions has INT8 ones where their outputs are INT8. On
-            # the grid of a concatenation that alone reads them a ReLU would be a step of its own.
-            if chain.clamp is not None or not chain.end.users.keys() <= concats:
+            # An engine that fuses no operators into its convolutions has INT8 ones where their outputs are INT8, on
+            # one grid. On that of a concatenation that alone reads them a ReLU would be a step of its own.
+            if chain.clamp is not None or _next(chain.end) not in concats:
                 wanted.add(chain.end)
         for node in self.graph.nodes:
             # Pooling an INT8 kernel's output: reading it as INT8 lets the kernel before write INT8.

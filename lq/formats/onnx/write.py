@@ -82,6 +82,7 @@ def to_onnx(
     _name_free_sizes(model)
     _pool_globally(onnx, model)
     _rename_quantized(model, sites)
+    _pad_in_convolutions(onnx, model)
     if int32_bias:
         _quantize_biases(onnx, model)
     model.producer_name = "lq"
@@ -125,16 +126,108 @@ def _name_free_sizes(model: Any) -> None:
 
 def _pool_globally(onnx: Any, model: Any) -> None:
     """Means over height and width as the pool that they are: engines have an INT8 kernel for that."""
-    shapes = {value.name: value.type.tensor_type.shape.dim for value in (*model.graph.value_info, *model.graph.input)}
-    initializers = {value.name: value for value in model.graph.initializer}
-    for node in model.graph.node:
+    graph = model.graph
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in (*graph.value_info, *graph.input)}
+    initializers = {value.name: value for value in graph.initializer}
+    for index, node in reversed(list(enumerate(graph.node))):
         if node.op_type != "ReduceMean" or len(node.input) < 2 or node.input[1] not in initializers:
             continue
         settings = {attribute.name: attribute.i for attribute in node.attribute}
         axes = {int(axis) % 4 for axis in onnx.numpy_helper.to_array(initializers[node.input[1]])}
-        if len(shapes.get(node.input[0], ())) == 4 and axes == {2, 3} and settings.get("keepdims", 1):
-            node.op_type = "GlobalAveragePool"
-            del node.input[1:], node.attribute[:]
+        if len(shapes.get(node.input[0], ())) != 4 or axes != {2, 3}:
+            continue
+        node.op_type = "GlobalAveragePool"
+        del node.input[1:], node.attribute[:]
+        if not settings.get("keepdims", 1):
+            _flatten(onnx, graph, index)
+
+
+def _flatten(onnx: Any, graph: Any, index: int) -> None:
+    """Give a pool the flat output that a mean has: of its integers, where the output is quantized and nothing else."""
+    pool = graph.node[index]
+    output, pooled = pool.output[0], f"{pool.output[0]}.pooled"
+    pool.output[0] = pooled
+    after = []
+    readers = [node for node in graph.node if output in node.input]
+    if [reader.op_type for reader in readers] == ["QuantizeLinear"]:
+        (quantize,) = readers
+        grid, integers = quantize.input[1:], quantize.output[0]
+        for node in graph.node:
+            node.input[:] = [f"{integers}.flat" if name == integers else name for name in node.input]
+        quantize.output[0] = f"{integers}.flat"  # the same once more: rounded is what the pool gives
+        after.append(onnx.helper.make_node("QuantizeLinear", [pooled, *grid], [integers], f"{pooled}.quantize"))
+        pooled = f"{integers}.dequantized"
+        after.append(onnx.helper.make_node("DequantizeLinear", [integers, *grid], [pooled], f"{pooled}.node"))
+        for value in [value for value in graph.value_info if value.name == integers]:
+            graph.value_info.remove(value)  # of another shape
+    after.append(onnx.helper.make_node("Flatten", [pooled], [output], f"{output}.flatten"))
+    for node in reversed(after):
+        graph.node.insert(index + 1, node)
+
+
+def _pad_in_convolutions(onnx: Any, model: Any) -> None:
+    """Zeros that are added before a convolution as its own padding, which may be unequal in ONNX.
+
+    Beside an operator less that saves a quantization: a padded tensor is one on the grid of what it was made of.
+    """
+    graph = model.graph
+    initializers = {value.name: onnx.numpy_helper.to_array(value) for value in graph.initializer}
+    made_by = {name: node for node in graph.node for name in node.output}
+
+    def grid(node: Any) -> list[Any]:
+        return [initializers[name].tolist() if name in initializers else name for name in node.input[1:]]
+
+    for conv in [node for node in graph.node if node.op_type == "Conv"]:
+        settings = {attribute.name: attribute for attribute in conv.attribute}
+        if "auto_pad" in settings and settings["auto_pad"].s != b"NOTSET":
+            continue
+        steps = [made_by.get(conv.input[0])]
+        while len(steps) < 4 and steps[-1] is not None:
+            steps.append(made_by.get(steps[-1].input[0]))
+        if steps[-1] is None:
+            continue
+        if [step.op_type for step in steps] != ["DequantizeLinear", "QuantizeLinear", "Pad", "DequantizeLinear"]:
+            continue
+        dequantize, quantize, pad, source = steps
+        amounts = _zeros(pad, initializers)
+        if amounts is None or not (grid(dequantize) == grid(quantize) == grid(source)):
+            continue
+        own = list(settings["pads"].ints) if "pads" in settings else [0] * (len(amounts) - 4)
+        half = len(amounts) // 2
+        if any(amounts[:2] + amounts[half : half + 2]) or min(amounts) < 0:
+            continue
+        sides = amounts[2:half] + amounts[half + 2 :]
+        if "pads" in settings:
+            conv.attribute.remove(settings["pads"])
+        conv.attribute.append(onnx.helper.make_attribute("pads", [a + b for a, b in zip(own, sides, strict=True)]))
+        conv.input[0] = source.output[0]
+    _drop_unread_nodes(graph)
+
+
+def _zeros(pad: Any, initializers: dict[str, Any]) -> list[int] | None:
+    """How many zeros a Pad adds before each axis, then after each; None where that is not known, or not zeros."""
+    mode = next((attribute.s for attribute in pad.attribute if attribute.name == "mode"), b"constant")
+    inputs = [*pad.input, "", ""][1:4]
+    if mode != b"constant" or inputs[0] not in initializers or inputs[2]:
+        return None
+    if inputs[1] and (inputs[1] not in initializers or initializers[inputs[1]].any()):
+        return None
+    return [int(amount) for amount in initializers[inputs[0]]]
+
+
+def _drop_unread_nodes(graph: Any) -> None:
+    results = {value.name for value in graph.output}
+    while True:
+        read = results.union(*(node.input for node in graph.node))
+        unread = [node for node in graph.node if not read.intersection(node.output)]
+        if not unread:
+            break
+        for node in unread:
+            graph.node.remove(node)
+    made = {name for node in graph.node for name in node.output}
+    kept = [value for value in graph.value_info if value.name in made]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
 
 
 def _rename_quantized(model: Any, sites: list[str]) -> None:
