@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lq.callback.steps.batches import first_samples
 from lq.callback.steps.calls import Step
@@ -23,6 +23,9 @@ from lq.util.modes import evaluating
 from lq.workflow.prepare import Mode, prepare
 
 _log = logging.getLogger("lq")
+
+#: What autocast computes in.
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def prepare_for_batch(
@@ -52,6 +55,8 @@ def prepare_for_batch(
         CalibrationError: where ``training_step`` cannot take a batch that is.
     """
     args, kwargs = first_samples(_arguments_for(like or staged, batch, is_given))
+    if staged.parts:
+        args, kwargs = _in_dtype_of(staged.unit, (args, kwargs))
     staged.prepare_with(
         partial(
             prepare,
@@ -63,6 +68,14 @@ def prepare_for_batch(
             overrides=staged.overrides(overrides),
         )
     )
+
+
+def _in_dtype_of(unit: nn.Module, arguments: Any) -> Any:
+    """``arguments`` for a unit in float32 that a region of autocast gives values in 16 bits: it is prepared outside."""
+    dtypes = {parameter.dtype for parameter in unit.parameters() if parameter.is_floating_point()}
+    if dtypes != {torch.float32}:
+        return arguments
+    return tree_map(lambda v: v.float() if isinstance(v, Tensor) and v.dtype in _HALF else v, arguments)
 
 
 def tell_of_a_change(staged: StagedUnit) -> None:

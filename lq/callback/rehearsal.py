@@ -10,23 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lq.callback.description import class_names, normalization
 from lq.callback.end.accuracy import check_measured
+from lq.callback.end.joining import joined_in_step
 from lq.callback.outputs import NETWORK
 from lq.callback.preparation import check_batch, prepare_for_batch
 from lq.callback.settings import QuantizationSettings
-from lq.callback.steps.batches import batches_of
-from lq.callback.steps.evaluation import evaluate
+from lq.callback.steps.batches import batches_of, first_samples, validation_batches, validation_dataloaders
+from lq.callback.steps.between import Between
+from lq.callback.steps.calls import Step
+from lq.callback.steps.evaluation import evaluate, is_overridden
 from lq.callback.steps.looking import begin_training, begun_copy, find_as_called, first_train_batches
 from lq.callback.steps.running import run_unit
 from lq.callback.steps.stages import StagedUnit, staged_unit
 from lq.callback.steps.twin import twin_of
 from lq.callback.steps.unnoticed import can_be_read_again, unnoticed
-from lq.deployment.export import export
+from lq.deployment.export import export, network_for
 from lq.deployment.formats import FORMATS
+from lq.int8.module import Int8Module
 from lq.util.distributed import agreed, gathered
 from lq.util.modes import evaluating
 from lq.util.quiet import quiet
@@ -120,7 +125,7 @@ def _rehearse_on_a_copy(settings: QuantizationSettings, trainer: Any, staged: St
             _calibrate(settings, staged_unit(twin), batches)
             with agreed("rehearsing the conversion"):
                 if trainer.is_global_zero:
-                    _convert(settings, trainer, staged_unit(twin))
+                    _convert(settings, trainer, staged_unit(twin), batches)
     seconds = time.perf_counter() - began
     rank_zero_info(f"lq: what follows the training was rehearsed in {seconds:.1f} s")
 
@@ -152,10 +157,11 @@ def _calibrate(settings: QuantizationSettings, staged: StagedUnit, batches: list
         )
 
 
-def _convert(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -> None:
+def _convert(settings: QuantizationSettings, trainer: Any, staged: StagedUnit, batches: list[Any]) -> None:
     pl_module: Any = staged.pl_module
     unit = staged.unit.cpu()
     int8 = convert(unit, settings.target)
+    between = _between(trainer, staged, int8, batches)
     about: dict[str, Any] = {"labels": class_names(trainer), "preprocessing": normalization(trainer)}
     with tempfile.TemporaryDirectory() as folder:
         for name in dict.fromkeys((NETWORK, *settings.export)):
@@ -163,9 +169,26 @@ def _convert(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -
             # What nobody asked for is left out at the end where it fails.
             if not format.takes_long and name not in settings.optional_formats:
                 network = int8 if format.placed is None else unit
+                if between is not None:
+                    network = between.network(int8 if format.placed is None else network_for(unit, format))
                 export(network, Path(folder) / format.file, format=name, **about)
     staged.put_int8(int8)
     if settings.evaluate:
         metrics = evaluate(trainer, pl_module, limit_batches=1)
         if settings.max_drop is not None:
             check_measured(settings, trainer, metrics)
+
+
+def _between(trainer: Any, staged: StagedUnit, int8: Int8Module, batches: list[Any]) -> Between | None:
+    """What the steps compute between the parts that they call, as it will be seen at the end."""
+    if not staged.parts:
+        return None
+    step: Step = "training_step"
+    loaders = validation_dataloaders(trainer)
+    if is_overridden("validation_step", staged.pl_module) and staged.is_judged and can_be_read_again(loaders):
+        with unnoticed(loaders):
+            validation = list(itertools.islice(validation_batches(trainer, staged.pl_module), BATCHES))
+        if validation:
+            step, batches = "validation_step", validation
+    batches = [first_samples(batch) for batch in batches]
+    return joined_in_step(staged, step, move_data_to_device(batches, torch.device("cpu")), int8)

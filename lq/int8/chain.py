@@ -6,13 +6,13 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_flatten_with_path
 
 from lq.graph.parts import PARTS
 from lq.int8.module import Int8Module
-from lq.interface.guards import fixes_the_batch, input_name
+from lq.interface.guards import check_guards, fixes_the_batch, input_name
 
 #: What the tensors that are read between the parts are called in the joined network.
 _BETWEEN = "lq_between_{}"
@@ -23,6 +23,7 @@ def joined(
     graph: fx.Graph,
     read: Callable[[str], Any],
     inputs: Mapping[str, Any],
+    calls: Mapping[str, Any],
     guards: tuple[str, ...] = (),
 ) -> Int8Module:
     """One network of the parts of ``int8`` and of ``graph``, which calls them.
@@ -35,13 +36,16 @@ def joined(
         graph: of ATen operators, with a call of each part by its path.
         read: gives the tensor that a ``get_attr`` node of ``graph`` reads.
         inputs: example inputs, by the names of its placeholders.
+        calls: what ``graph`` gives each part for them, as ``[args, kwargs]`` by path.
         guards: the conditions on their sizes under which ``graph`` holds.
 
     Raises:
-        ValueError: where a part takes one batch size alone.
+        ValueError: where a part takes one batch size alone, or other sizes than it is given.
     """
-    if any(map(fixes_the_batch, int8.guards)):
-        raise ValueError("a part of the network takes one batch size alone")
+    for guard in filter(fixes_the_batch, int8.guards):
+        raise ValueError(f"a part of the network takes batches of one size alone: {guard}")
+    paths, _ = tree_flatten_with_path({PARTS: dict(calls)})
+    check_guards(int8.guards, {input_name(way): value.shape for way, value in paths if isinstance(value, Tensor)})
     root = nn.Module()
     for name, child in int8.named_children():
         root.add_module(name, child)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_flatten_with_path
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_structure, tree_unflatten
 
 from lq.graph.parts import PARTS
 from lq.graph.stand_in import StandIn
 from lq.int8.module import Int8Module
-from lq.interface.guards import input_name
+from lq.interface.guards import input_name, inputs_of
 
 
 class Int8Part(StandIn):
@@ -35,7 +34,16 @@ class Int8Part(StandIn):
                 f"the INT8 network in place of {self.path!r} was made for calls of the form {expected}; got "
                 f"{_fixed(call)}"
             )
-        return self.network(**{PARTS: {self.path: call}})
+        return self.network(**{PARTS: {self.path: self._in_dtype_of_example(call)}})
+
+    def _in_dtype_of_example(self, call: Any) -> Any:
+        """A region of autocast around the part gives it values in 16 bits."""
+        example, given = (tree_leaves(values) for values in (self.network.example_inputs[PARTS][self.path], call))
+        leaves = [
+            one.to(other.dtype) if isinstance(one, Tensor) and one.is_floating_point() else one
+            for one, other in zip(given, example, strict=True)
+        ]
+        return tree_unflatten(leaves, tree_structure(call))
 
 
 def _fixed(call: Any) -> str:
@@ -74,6 +82,6 @@ def _network(int8: Int8Module, path: str) -> Int8Module:
         network.fix_call(int8._signature, int8.settings)
     inputs, _ = tree_flatten_with_path(network.example_inputs)
     names = {input_name(way) for way, _ in inputs}
-    network.guards = tuple(guard for guard in int8.guards if set(re.findall(r"size\('([^']*)'", guard)) <= names)
+    network.guards = tuple(guard for guard in int8.guards if inputs_of(guard) <= names)
     network.report = int8.report
     return network

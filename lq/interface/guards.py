@@ -98,6 +98,11 @@ def input_name(path: tuple[Any, ...]) -> str:
     return "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
 
 
+def inputs_of(guard: str) -> set[str]:
+    """The names of the inputs that a guard is about."""
+    return set(re.findall(r"size\('([^']*)'", guard))
+
+
 def fixes_the_batch(guard: str) -> bool:
     """Whether a guard holds for only one batch size."""
     return re.fullmatch(r"size\(.*, 0\) == \d+", guard) is not None

@@ -98,7 +98,7 @@ class Conversion:
     tuning: Tuning | None = None
     inspect: Callable[[Int8Module, list[dict[str, float]] | None], Findings] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    between: Callable[[], Between | None] = lambda: None
+    between: Callable[[Int8Module], Between | None] = lambda int8: None
 
     def run(self, staged: StagedUnit, float_metrics: dict[str, float]) -> Outcome:
         """Write, measure, and put INT8 in the unit's place.
@@ -140,7 +140,7 @@ class Conversion:
         with watch.stage("conversion"):
             int8 = convert(unit, self.target)
         with watch.stage("export"):
-            between = self.between()
+            between = self.between(int8)
         exports, failure = self._export(unit, int8, folder, between)
         forward = staged.prepared_forward
         if has_onednn_int8() and not has_vnni() and self.target.weight.quant_max > 64:

@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lq.callback.averages import averages_buffers, refresh_averaged_ranges
 from lq.callback.description import class_names, normalization, run_settings
 from lq.callback.end.accuracy import forget, keep_accuracy, keeping
 from lq.callback.end.conversion import Conversion, Outcome
-from lq.callback.end.inspection import Findings, inspect_unit, validation_samples
+from lq.callback.end.inspection import Findings, inspect_unit
+from lq.callback.end.joining import joined_files
 from lq.callback.end.predictions import compare_predictions
 from lq.callback.end.stopwatch import Stopwatch
 from lq.callback.end.weights import choose_weights, copied_weights, load_weights
 from lq.callback.preparation import prepare_for_batch
 from lq.callback.settings import QuantizationSettings
 from lq.callback.steps.batches import calibration_batches
-from lq.callback.steps.between import Between, between_parts
 from lq.callback.steps.evaluation import evaluate
 from lq.callback.steps.looking import find_as_called
 from lq.callback.steps.running import run_unit
@@ -32,7 +32,6 @@ from lq.callback.steps.stages import StagedUnit
 from lq.callback.validated import ValidatedWeights, differs
 from lq.errors import CalibrationError
 from lq.interface.metadata import dtype_name
-from lq.util.causes import first_line
 from lq.util.distributed import agreed
 from lq.util.modes import evaluating
 from lq.workflow.calibrate import calibrate_and_compare
@@ -164,7 +163,7 @@ def _quantize(
         tuning=tuning,
         inspect=partial(inspect_unit, settings, trainer, staged, fit_begun=fit_begun) if settings.analyze else None,
         settings=run_settings(settings, trainer, staged.parts or (staged.path,)),
-        between=partial(_between, settings, trainer, staged),
+        between=partial(joined_files, settings, trainer, staged),
     )
     outcome = Outcome(None, None, Findings())
     with agreed("converting to INT8"):
@@ -174,34 +173,6 @@ def _quantize(
     if outcome.result is None:
         staged.put_int8(convert(staged.unit.cpu(), settings.target))
     return outcome
-
-
-def _between(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -> Between | None:
-    """What the user's step computes between the parts that it calls, for files of one network."""
-    if not staged.parts:
-        return None
-    step, samples = validation_samples(settings, trainer, staged)
-    name = f"{step} of {type(staged.pl_module).__name__}"
-    if not samples:
-        rank_zero_info(
-            f"lq: the files take the inputs of {', '.join(map(repr, staged.parts))} one by one: what {name} computes "
-            f"between them can be seen with data only, and there are none"
-        )
-        return None
-    try:
-        between = between_parts(staged, step, samples[0])
-    except Exception as error:
-        rank_zero_warn(
-            f"lq: files take the inputs of {', '.join(map(repr, staged.parts))} one by one, and give the results of "
-            f"each: what {name} computes between them is no part of the files ({first_line(error)}). For a file of all "
-            f"of it, call the network in one piece, as self(x) or as a module of its own"
-        )
-        return None
-    rank_zero_info(
-        f"lq: the files compute what {name} does with {', '.join(map(repr, between.inputs))} up to the results of the "
-        f"last part that it calls"
-    )
-    return between
 
 
 def _calibrate(

@@ -6,11 +6,15 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lq.callback.steps.calls import Step, watched
 from lq.callback.steps.idle import run_idle, same_attributes
 from lq.callback.steps.stages import StagedUnit
+from lq.graph.capture.agreement import difference
+from lq.util.modes import evaluating
 
 
 class _AllCalledError(BaseException):
@@ -52,6 +56,49 @@ class _Calls:
             raise _AllCalledError
 
 
+class _CallsThatMayWrite(_Calls):
+    """Keeps the arguments as they were before a part wrote into them, and sees which part reads them after that."""
+
+    def begin_again(self) -> None:
+        super().begin_again()
+        self._unwritten: dict[int, tuple[Tensor, Tensor, int]] = {}  # by where the values are; with their version
+        self._suspects: dict[str, tuple[Any, Any]] = {}
+
+    def begin(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if path not in self.arguments:
+            before = tree_map(self._before, (args, kwargs))
+            now = tree_map(_clone, (args, kwargs))
+            if any(a is not b for a, b in zip(tree_leaves(before), tree_leaves((args, kwargs)), strict=True)):
+                self._suspects[path] = (now, before)
+            args, kwargs = now
+        super().begin(path, args, kwargs)
+
+    def _before(self, value: Any) -> Any:
+        """What a tensor held when a part was given it first."""
+        if not isinstance(value, Tensor) or value.is_inference():
+            return value
+        original, copy, version = self._unwritten.setdefault(
+            value.untyped_storage().data_ptr(), (value, value.detach().clone(), value._version)
+        )
+        return value if value._version == version or original.shape != value.shape else copy
+
+    def check(self, pl_module: nn.Module) -> None:
+        """Refuse a part whose results depend on what another part wrote: in INT8 no part writes into its arguments."""
+        for path, (now, before) in self._suspects.items():
+            part = pl_module.get_submodule(path)
+            with evaluating(part), torch.no_grad():
+                one, other = (part(*tree_map(_clone, args), **tree_map(_clone, kw)) for args, kw in (now, before))
+            if difference(one, other) is not None:
+                raise ValueError(
+                    f"{path!r} is given a tensor that another part of the network has written into, which no part does "
+                    f"in INT8: give the part before it inplace=False activations, or a copy of the tensor"
+                )
+
+
+def _clone(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
 def call_step(pl_module: Any, step: Step, batch: Any) -> Any:
     """Call a step as a loop does for its first batch, with those of its arguments that it has."""
     function = getattr(pl_module, step)
@@ -75,12 +122,16 @@ def unit_arguments(
         step: which step the batch is for.
 
     Raises:
-        ValueError: where the step never calls the unit.
+        ValueError: where the step never calls the unit, or a part of it computes from what another one wrote into its
+            own arguments.
     """
     calls = _Calls(stop_before=0 if staged.parts else 1, stop_after=_number(staged, step))
-    _run(staged, batch, step, calls)
     if staged.parts:
+        calls = _CallsThatMayWrite(stop_after=_number(staged, step))
+        _run(staged, batch, step, calls)
+        calls.check(staged.pl_module)
         return (), {"parts": {path: [list(args), kwargs] for path, (args, kwargs) in calls.arguments.items()}}
+    _run(staged, batch, step, calls)
     return calls.arguments[staged.path]
 
 

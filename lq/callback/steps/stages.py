@@ -175,10 +175,10 @@ class StagedUnit:
             self._kept.own.remove()
             assert isinstance(int8, Int8Module)
             for path, part in split(int8).items():
-                self._kept_parts[path] = self.pl_module.get_submodule(path)
-                if isinstance(part, StandIn):
-                    part.stand_in_for(self._kept_parts[path])
-                self._set(path, part)
+                place = _uncompiled(path)
+                self._kept_parts[place] = self.pl_module.get_submodule(place)
+                part.stand_in_for(self.pl_module.get_submodule(path))
+                self._set(place, part)
         elif self.path:
             self._kept = self.pl_module.get_submodule(self._place)
             self._set(self._place, int8)
@@ -223,14 +223,19 @@ class StagedUnit:
 
     @property
     def _place(self) -> str:
-        """Path of what INT8 replaces: INT8 kernels gain nothing from ``torch.compile``, so its wrapper goes as well."""
-        if not self.path:
-            return _INT8
-        return self.path.rpartition(".")[0] if self._is_compiled else self.path
+        """Path of what INT8 replaces."""
+        return _uncompiled(self.path) if self.path else _INT8
 
     def _set(self, path: str, module: nn.Module) -> None:
         owner, _, name = path.rpartition(".")
         setattr(self.pl_module.get_submodule(owner), name, module)
+
+
+def _uncompiled(path: str) -> str:
+    """Where INT8 is put for the module at ``path``: it gains nothing from ``torch.compile``, whose wrapper goes as
+    well."""
+    owner, _, name = path.rpartition(".")
+    return owner if name == COMPILED else path
 
 
 def staged_unit(pl_module: nn.Module) -> StagedUnit:

@@ -181,11 +181,11 @@ def _pad_in_convolutions(onnx: Any, model: Any) -> None:
         settings = {attribute.name: attribute for attribute in conv.attribute}
         if "auto_pad" in settings and settings["auto_pad"].s != b"NOTSET":
             continue
-        steps = [made_by.get(conv.input[0])]
-        while len(steps) < 4 and steps[-1] is not None:
-            steps.append(made_by.get(steps[-1].input[0]))
-        if steps[-1] is None:
-            continue
+        steps: list[Any] = []
+        name = conv.input[0]
+        while len(steps) < 4 and name in made_by:
+            steps.append(made_by[name])
+            name = steps[-1].input[0] if steps[-1].input else ""
         if [step.op_type for step in steps] != ["DequantizeLinear", "QuantizeLinear", "Pad", "DequantizeLinear"]:
             continue
         dequantize, quantize, pad, source = steps

@@ -79,10 +79,11 @@ def _tensor_difference(expected: Tensor, actual: Tensor, tolerance: float) -> st
     return f"RMS difference {rms / scale if scale else rms:.2g} of the values'"
 
 
-def _seed() -> None:
-    torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
+def seed_all(seed: int = 0) -> None:
+    """Seed the random number generators that a forward may draw from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def own_outputs(
@@ -90,7 +91,7 @@ def own_outputs(
 ) -> Any:
     """What ``module`` computes by its own forward, hooks and all; with the functions registered for its layers, or
     without."""
-    _seed()
+    seed_all()
     args, kwargs = call_arguments(module, _clones(inputs), settings)
     with torch.no_grad(), followed_whole(module) if as_registered else nullcontext():
         return module(*args, **kwargs)
@@ -105,7 +106,7 @@ def graph_values(
     captured: CapturedGraph, module: nn.Module, inputs: Mapping[str, Any], into: dict[Any, Any] | None = None
 ) -> dict[Any, Any]:
     """The values of all nodes of a captured graph."""
-    _seed()
+    seed_all()
     return node_values(captured.graph, module, _clones(inputs), lambda target: captured.read(module, target), into)
 
 
@@ -118,23 +119,34 @@ def first_sample(inputs: Mapping[str, Any]) -> dict[str, Any] | None:
     return {name: tree_map(lambda v: v[:1] if isinstance(v, Tensor) else v, v) for name, v in inputs.items()}
 
 
-def capture_faithfully(module: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> CapturedGraph:
+def capture_faithfully(
+    module: nn.Module,
+    inputs: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    leaves: Mapping[str, str] | None = None,
+) -> CapturedGraph:
     """Capture ``module`` in evaluation mode, and compare the graph with it, on a batch and on its first sample.
 
     Where they differ, the smallest submodule that differs becomes a leaf that runs the user's own code.
+
+    Args:
+        module: the module.
+        inputs: see :func:`~lq.graph.capture.capture.capture`.
+        settings: likewise.
+        leaves: modules that are leaves from the start, by path, with the reason.
 
     Raises:
         CaptureError: where the forward cannot be captured, or differs in the module's own code.
     """
     inputs = _two_samples(module, inputs, settings)
-    captured = _capture_faithfully(module, inputs, settings, batch=None)
+    captured = _capture_faithfully(module, inputs, settings, leaves or {}, batch=None)
     if not any(map(fixes_the_batch, captured.guards)):
         return captured
     # The forward reads the batch size as a number, which torch.export fixes.
     tensors = [leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, Tensor)]
     if all(tensor.dim() and len(tensor) == len(tensors[0]) for tensor in tensors):
         try:
-            free = _capture_faithfully(module, inputs, settings, batch=_UNCOMMON)
+            free = _capture_faithfully(module, inputs, settings, leaves or {}, batch=_UNCOMMON)
         except CaptureError:
             return captured
         free.guards = tuple(guard for guard in free.guards if not fixes_the_batch(guard))
@@ -175,9 +187,13 @@ def _two_samples(module: nn.Module, inputs: Mapping[str, Any], settings: Mapping
 
 
 def _capture_faithfully(
-    module: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any], batch: int | None
+    module: nn.Module,
+    inputs: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    leaves: Mapping[str, str],
+    batch: int | None,
 ) -> CapturedGraph:
-    float_leaves: dict[str, str] = {}
+    float_leaves = dict(leaves)
     while True:
         captured = capture(module, inputs, settings, float_leaves, batch=batch)
         known = {**float_leaves, **captured.float_leaves}
@@ -249,7 +265,7 @@ def _smallest(
     """Path of the smallest submodule, not a leaf yet, in which graph and forward first differ."""
     with preserved(module), torch.no_grad():
         recorder = Recorder(module, copy.deepcopy(captured.positions), values=True)
-        _seed()
+        seed_all()
         run_followed(module, recorder, _clones(inputs), settings)
     nodes = {node.meta["position"]: node for node in captured.graph.nodes if "position" in node.meta}
     with preserved(module):
@@ -301,7 +317,7 @@ def training_differences(
 def _training_steps(module: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     module.train()
-    _seed()
+    seed_all()
     seen: list[tuple[str, Any]] = []
     for _ in range(2):
         given = _clones(inputs)

@@ -20,11 +20,15 @@ def preserved(module: nn.Module) -> Iterator[None]:
     A forward may count its calls, keep a feature for later, or replace a buffer; after an export, what it kept
     would be a fake tensor.
     """
-    parts = list(module.modules())
-    attributes = {part: {name: _shallow(value) for name, value in part.__dict__.items()} for part in parts}
-    buffers = {
-        part: [(name, b, None if b is None else b.clone()) for name, b in part._buffers.items()] for part in parts
-    }
+    # No dict with modules as keys: a metric's hash depends on its state, which the forward changes.
+    parts = [
+        (
+            part,
+            {name: _shallow(value) for name, value in part.__dict__.items()},
+            [(name, b, None if b is None else b.clone()) for name, b in part._buffers.items()],
+        )
+        for part in module.modules()
+    ]
     states = random.getstate(), np.random.get_state()
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     try:
@@ -34,9 +38,9 @@ def preserved(module: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        for part in parts:
-            _restore_attributes(part, attributes[part])
-            _restore_buffers(part, buffers[part])
+        for part, attributes, buffers in parts:
+            _restore_attributes(part, attributes)
+            _restore_buffers(part, buffers)
 
 
 #: Attributes of ``nn.Module`` itself.
