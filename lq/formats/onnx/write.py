@@ -83,6 +83,7 @@ def to_onnx(
     _pool_globally(onnx, model)
     _rename_quantized(model, sites)
     _pad_in_convolutions(onnx, model)
+    _own_zero_points(model)
     if int32_bias:
         _quantize_biases(onnx, model)
     model.producer_name = "lq"
@@ -252,6 +253,24 @@ def _rename_quantized(model: Any, sites: list[str]) -> None:
             node.name = layer if calls[layer] == 1 else f"{layer}:{calls[layer]}"  # a further call of the layer
     for value in model.graph.value_info:
         value.name = renamed.get(value.name, value.name)
+
+
+def _own_zero_points(model: Any) -> None:
+    """Give each weight zeros of its own.
+
+    The exporter writes one constant for all layers of the same size. OpenVINO (2026.4) then subtracts it from some of
+    their weights in 16 bits, and computes these layers and their neighbours so: all convolutions of a ConvNeXt. Without
+    zeros, which mean the same, ONNX Runtime has no INT8 kernels.
+    """
+    initializers = {value.name: value for value in model.graph.initializer}
+    for index, node in enumerate(model.graph.node):
+        if node.op_type == "DequantizeLinear" and node.input[0] in initializers and len(node.input) == 3:
+            zero_point = initializers.get(node.input[2])
+            if zero_point is not None and zero_point.dims:
+                own = model.graph.initializer.add()
+                own.CopyFrom(zero_point)
+                own.name = node.input[2] = f"{node.input[0]}.zero_point_{index}"
+    _drop_unread_initializers(model.graph)
 
 
 def _quantize_biases(onnx: Any, model: Any) -> None:
