@@ -30,32 +30,17 @@ from lq.int8.integers import (
     border,
     dequantize_activation,
     has_dtype,
-    moves,
     pad,
     pool_call,
     pool_of,
     quantize_activation,
     subsample,
 )
+from lq.int8.matching import KERNELS, Chain, clamp_bounds, find_kernels, grid_of, is_call, only_user, unary
 from lq.util.cpu import has_vnni
 
 aten = torch.ops.aten
 onednn = torch.ops.onednn
-
-_KERNELS = {
-    aten.conv1d.default: "qconv1d_pointwise",
-    aten.conv2d.default: "qconv2d_pointwise",
-    aten.conv3d.default: "qconv3d_pointwise",
-    aten.linear.default: "qlinear_pointwise",
-}
-
-#: The unary operations that a kernel applies to its output.
-_UNARY = {
-    aten.conv1d.default: ("relu",),
-    aten.conv2d.default: ("relu", "hardtanh"),
-    aten.conv3d.default: (),
-    aten.linear.default: ("relu",),
-}
 
 #: Called with the integers of each quantize node of the source graph when they are first computed.
 Watch = Callable[[fx.Node, Tensor], Tensor]
@@ -69,22 +54,6 @@ def weight_for_this_cpu(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     if has_vnni() or weight.abs().max() <= 64:
         return weight, scale
     return torch.round(weight.float() / 2).to(torch.int8), scale * 2
-
-
-@dataclass
-class _Chain:
-    """The nodes of one kernel: weighted op, add, clamp, quantize; all but the first optional."""
-
-    # fx types an argument as a union of everything it can be; a pattern knows which it is.
-    op: Any
-    add: Any = None
-    residual: Any = None  # the dequantize node of the other operand
-    clamp: Any = None
-    quantize: Any = None
-
-    @property
-    def end(self) -> Any:
-        return self.quantize or self.clamp or self.add or self.op
 
 
 @dataclass
@@ -122,33 +91,6 @@ def _contiguous(value: Any) -> Any:
     return value.contiguous() if isinstance(value, Tensor) else value
 
 
-def _grid(node: fx.Node) -> Grid:
-    """The grid on which the kernels, which take only uint8, compute a quantize or dequantize node."""
-    return Grid.of(node).unsigned()
-
-
-def _only_user(node: fx.Node) -> Any:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _is(node: Any, *targets: Any) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
-
-
-def clamp_bounds(node: Any) -> tuple[float, float] | None:
-    """Lowest and highest value that a clamp lets through; None for any other node."""
-    if _is(node, aten.relu.default):
-        return 0.0, float("inf")
-    if _is(node, aten.relu6.default):
-        return 0.0, 6.0
-    if _is(node, aten.hardtanh.default):
-        defaults: tuple[float, ...] = (-1.0, 1.0)
-        given: tuple[Any, ...] = tuple(node.args[1:])
-        low, high = given + defaults[len(given) :]
-        return float(low), float(high)
-    return None
-
-
 def _integer(value: float, grid: Grid) -> int:
     """The integer for ``value``, as the quantize operator rounds it."""
     if value in (float("inf"), -float("inf")):
@@ -175,8 +117,9 @@ class _Lowering:
         self.values: dict[fx.Node, fx.Node] = {}
         self.results: dict[fx.Node, Any] = {}
         self.order = {node: index for index, node in enumerate(graph.nodes)}
-        self.chains = {chain.end: chain for node in graph.nodes if (chain := self._match(node)) is not None}
-        self.moved = {node: between for node in graph.nodes if (between := self._moved(node)) is not None}
+        self.found = find_kernels(graph, root)
+        self.chains, self.moved, self.concats = self.found.chains, self.found.moved, self.found.concats
+        self.lowered.unfused = self.found.unfused
         self.kernels = {chain.op for chain in self.chains.values()}
         self.inner = {
             node
@@ -204,9 +147,9 @@ class _Lowering:
         return self.lowered
 
     def _is_skipped(self, node: fx.Node) -> bool:
-        if node in self.inner or _is(node, DEQUANTIZE):
-            return True  # a dequantize is written where something reads it in float
-        if _is(node, DEQUANTIZE_WEIGHT) and all(user in self.kernels for user in node.users):
+        if node in self.inner or is_call(node, DEQUANTIZE) or only_user(node) in self.concats:
+            return True  # a dequantize is written where something reads it in float, a concatenation as integers
+        if is_call(node, DEQUANTIZE_WEIGHT) and all(user in self.kernels for user in node.users):
             return True  # kernels read the integers
         # Operators that only move integers are written where the moved integers are quantized.
         return bool(node.users) and all(self._reads_moved(user, node) for user in node.users)
@@ -224,8 +167,8 @@ class _Lowering:
         if node in self.chains:
             written = self._emit_chain(self.chains[node])
             is_quantized = self.chains[node].quantize is not None
-        elif _is(node, QUANTIZE):
-            written = self._emit_moved(node) if node in self.moved else self._emit_quantize(node)
+        elif is_call(node, QUANTIZE):
+            written = self._emit_quantize(node)
             is_quantized = True
         else:
             self._note_float(node)
@@ -280,78 +223,6 @@ class _Lowering:
             if read in self.values:
                 self.results.pop(self.values[read], None)
 
-    # Matching
-
-    def _match(self, node: Any) -> _Chain | None:
-        if not _is(node, *_KERNELS):
-            return None
-        x, weight = node.args[0], node.args[1]
-        bias = node.args[2] if len(node.args) > 2 else None
-        if not (_is(x, DEQUANTIZE) and _is(weight, DEQUANTIZE_WEIGHT)) or (bias is not None and bias.op != "get_attr"):
-            return None
-        chain = _Chain(node)
-        user = _only_user(chain.end)
-        if _is(user, aten.add.Tensor) and self._adds(node, user):
-            chain.add = user
-            chain.residual = user.args[1] if user.args[0] is node else user.args[0]
-            user = _only_user(chain.end)
-        if clamp_bounds(user) is not None and (_is(_only_user(user), QUANTIZE) or self._unary(node, user) is not None):
-            chain.clamp = user
-            user = _only_user(chain.end)
-        if _is(user, QUANTIZE):
-            chain.quantize = user
-        return chain
-
-    def _adds(self, op: fx.Node, add: Any) -> bool:
-        """Whether the kernel of ``op`` can fuse the sum, as far as the graph shows."""
-        other = add.args[1] if add.args[0] is op else add.args[0]
-        if not _is(other, DEQUANTIZE):
-            return False
-        user = _only_user(add)
-        quantize = _only_user(user) if clamp_bounds(user) is not None else user
-        reason = None
-        if op.target is not aten.conv2d.default:
-            reason = "oneDNN fuses a sum only into 2-d convolutions"
-        elif add.kwargs.get("alpha", 1) != 1:
-            reason = f"the sum has alpha={add.kwargs['alpha']}"
-        elif not _is(quantize, QUANTIZE):
-            reason = "oneDNN adds integers only if the sum is quantized too, and it is not"
-        if reason is not None:
-            self._unfused(add, reason)
-        return reason is None
-
-    def _unfused(self, node: fx.Node, reason: str) -> None:
-        self.lowered.unfused[origin(node) or node.name] = f"added in float: {reason}"
-
-    def _note_float(self, node: Any) -> None:
-        if _is(node, *_KERNELS):
-            self.lowered.float_ops.append(node.name)
-        if _is(node, aten.add.Tensor) and all(_is(value, DEQUANTIZE) for value in node.args):
-            self._unfused(node, "oneDNN has no INT8 kernel for a separate sum")
-
-    def _unary(self, op: Any, clamp: Any) -> tuple[str, list[float]] | None:
-        """The clamp as the kernel of ``op`` fuses it; None where it does not."""
-        low, high = clamp_bounds(clamp) or (0.0, 0.0)
-        if (low, high) == (0.0, float("inf")):
-            return ("relu", []) if "relu" in _UNARY[op.target] else None
-        return ("hardtanh", [low, high]) if "hardtanh" in _UNARY[op.target] else None
-
-    def _moved(self, node: Any) -> tuple[fx.Node, ...] | None:
-        """For dequantize → move or select → quantize on the same grid, the operators in between."""
-        if not _is(node, QUANTIZE) or not isinstance(node.args[0], fx.Node):
-            return None
-        operator: Any = node.args[0]
-        pool = pool_of(operator)
-        if pool is None and not moves(operator, self.root) and border(operator) is None:
-            return None
-        between = (operator,) if pool in (None, operator) else (operator, pool)
-        last = between[-1]
-        read: Any = last.args[0] if last.args else last.kwargs["input"]
-        tensors = read if isinstance(read, (list, tuple)) else [read]
-        if not all(_is(tensor, DEQUANTIZE) and _grid(tensor) == _grid(node) for tensor in tensors):
-            return None
-        return between
-
     # Writing
 
     def _copy(self, node: fx.Node, read: Callable[[fx.Node], fx.Node]) -> fx.Node:
@@ -362,18 +233,18 @@ class _Lowering:
         # The kernels use channels-last memory, so a view of a contiguous tensor may have to be a copy.
         elif node.op == "call_method" and node.target == "view" and not has_dtype(node):
             copied.target = "reshape"
-        elif _is(node, aten.view.default):
+        elif is_call(node, aten.view.default):
             copied.target = aten.reshape.default
         return copied if node.op == "output" else self._ran(copied)
 
     def _read(self, node: Any) -> fx.Node:
-        if _is(node, DEQUANTIZE):
-            grid = _grid(node)
+        if is_call(node, DEQUANTIZE):
+            grid = grid_of(node)
             return self._call(dequantize_activation, (self.values[node.args[0]], grid.scale, grid.zero_point))
         return self.values[node]
 
     def _read_integers(self, node: Any) -> fx.Node:
-        return self.values[node.args[0]] if _is(node, DEQUANTIZE) else self.values[node]
+        return self.values[node.args[0]] if is_call(node, DEQUANTIZE) else self.values[node]
 
     def _reader(self, node: fx.Node) -> Callable[[fx.Node], fx.Node]:
         """The function that writes what ``node`` reads."""
@@ -388,10 +259,26 @@ class _Lowering:
         return self._call(_contiguous, (self._read(node),))
 
     def _emit_quantize(self, node: Any) -> fx.Node:
+        if node in self.moved:
+            return self._emit_moved(node)
+        if node in self.concats:
+            return self._emit_concat(node)
         return self._quantize(self._read(node.args[0]), node)
 
+    def _emit_concat(self, node: Any) -> fx.Node:
+        """Of integers: to round each part is to round the whole."""
+        parts, *axis = self.concats[node].args
+        integers = [
+            self.values[part]
+            if part in self.chains and self.chains[part].part_of is node
+            # What is to be quantized more than once was written in float.
+            else self._quantize(self._read(part), node)
+            for part in parts
+        ]
+        return self._call(aten.cat.default, (integers, *axis))
+
     def _quantize(self, x: fx.Node, node: Any) -> fx.Node:
-        grid = _grid(node)
+        grid = grid_of(node)
         args = (x, grid.scale, grid.zero_point, grid.quant_min, grid.quant_max)
         return self._call(quantize_activation, args)
 
@@ -405,25 +292,31 @@ class _Lowering:
         args = _mapped(operator.args, self._read_integers)
         sides = border(operator)
         if sides is not None:
-            return self._call(aten.constant_pad_nd.default, (args[0], list(sides), _grid(node).zero_point))
+            return self._call(aten.constant_pad_nd.default, (args[0], list(sides), grid_of(node).zero_point))
         return self._copy(operator, self._read_integers)
 
     def _constant(self, name: str, value: Any) -> fx.Node:
         self.lowered.constants[name] = value
         return self._ran(self.graph.get_attr(name))
 
-    def _emit_chain(self, chain: _Chain) -> fx.Node:
+    def _note_float(self, node: Any) -> None:
+        if is_call(node, *KERNELS):
+            self.lowered.float_ops.append(node.name)
+        if is_call(node, aten.add.Tensor) and all(is_call(value, DEQUANTIZE) for value in node.args):
+            self.found.note(node, "oneDNN has no INT8 kernel for a separate sum")
+
+    def _emit_chain(self, chain: Chain) -> fx.Node:
         if chain.residual is not None and not self._fits(chain):
             return self._emit_apart(chain)
         return self._emit_kernel(chain)
 
-    def _fits(self, chain: _Chain) -> bool:
+    def _fits(self, chain: Chain) -> bool:
         """Whether the sum has the convolution's own shape, into which the kernel writes it."""
         ours, other = self._output_shape(chain.op), self._shape(chain.residual)
         padded = (1,) * (len(ours) - len(other)) + other
         fits = len(padded) == len(ours) and all(b in (1, a) for a, b in zip(ours, padded, strict=True))
         if not fits:
-            self._unfused(chain.add, f"the convolution gives the shape {ours}, the other operand has {other}")
+            self.found.note(chain.add, f"the convolution gives the shape {ours}, the other operand has {other}")
         return fits
 
     def _shape(self, dequantize: Any) -> tuple[int, ...]:
@@ -435,18 +328,18 @@ class _Lowering:
         settings = zip(sizes, weight.shape[2:], *conv_settings(op)[:3], strict=True)
         return batch, len(weight), *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in settings)
 
-    def _emit_apart(self, chain: _Chain) -> fx.Node:
+    def _emit_apart(self, chain: Chain) -> fx.Node:
         """The convolution with its kernel, everything after it in float."""
-        node = self._emit_kernel(_Chain(chain.op))
+        node = self._emit_kernel(Chain(chain.op))
         operands = (node if value is chain.op else self._read(value) for value in chain.add.args)
         node = self._call(aten.add.Tensor, tuple(operands))
         if chain.clamp is not None:
             node = self._call(chain.clamp.target, (node, *chain.clamp.args[1:]))
         return self._quantize(node, chain.quantize)
 
-    def _emit_kernel(self, chain: _Chain) -> fx.Node:
+    def _emit_kernel(self, chain: Chain) -> fx.Node:
         op = chain.op
-        grid = _grid(op.args[0])
+        grid = grid_of(op.args[0])
         x = self.values[op.args[0].args[0]]
         name = f"op{len(self.lowered.constants)}"
         weight, scale = weight_for_this_cpu(*(lookup(self.root, attr.target) for attr in op.args[1].args[:2]))
@@ -478,21 +371,20 @@ class _Lowering:
         )
         bias_node = None if bias is None else self._constant(f"{name}_bias", bias)
         output = (1.0, 0, torch.float32)
-        if chain.quantize is not None:
-            out = _grid(chain.quantize)
-            output = (out.scale, out.zero_point, torch.uint8)
-        unary = None if chain.clamp is None else self._unary(op, chain.clamp)
+        if chain.grid is not None:
+            output = (chain.grid.scale, chain.grid.zero_point, torch.uint8)
+        fused = None if chain.clamp is None else unary(op, chain.clamp)
         if chain.residual is not None:
-            unary = unary if unary is not None and unary[0] == "relu" else None
-            other = _grid(chain.residual)
-            added = (other.scale, other.zero_point, "sum", 1.0, *(unary or (None, [])), "")
+            fused = fused if fused is not None and fused[0] == "relu" else None
+            other = grid_of(chain.residual)
+            added = (other.scale, other.zero_point, "sum", 1.0, *(fused or (None, [])), "")
             accumulator = self._accumulator(chain)
             args = (*inputs, accumulator, bias_node, *geometry, *output, *added)
             node = self._call(onednn.qconv2d_pointwise.binary, args)
         else:
-            kernel = getattr(onednn, _KERNELS[op.target]).default
-            node = self._call(kernel, (*inputs, bias_node, *geometry, *output, *(unary or ("none", [])), ""))
-        return node if chain.quantize is None else self._clamp(node, chain, unary)
+            kernel = getattr(onednn, KERNELS[op.target]).default
+            node = self._call(kernel, (*inputs, bias_node, *geometry, *output, *(fused or ("none", [])), ""))
+        return node if chain.grid is None else self._clamp(node, chain, chain.grid, fused)
 
     def _pack(self, name: str, weight: Tensor, scale: Tensor, settings: tuple[Any, ...], x: fx.Node) -> Tensor:
         """The weight as the kernel wants it for inputs like ``x``."""
@@ -511,18 +403,17 @@ class _Lowering:
             self.packed[key] = packed
         return packed
 
-    def _clamp(self, node: fx.Node, chain: _Chain, unary: Any) -> fx.Node:
+    def _clamp(self, node: fx.Node, chain: Chain, grid: Grid, fused: Any) -> fx.Node:
         """Clamp integers to the clamp's bounds and the quantizer's grid, where the kernel does not do so."""
-        grid = _grid(chain.quantize)
         low, high = grid.quant_min, grid.quant_max
         bounds = clamp_bounds(chain.clamp)
-        if bounds is not None and unary is None:
+        if bounds is not None and fused is None:
             # Rounding is monotonic, so it commutes with clamping.
             low, high = (_integer(bound, grid) for bound in bounds)
         # The kernel's own integers reach from 0 to 255.
         return node if (low, high) == (0, 255) else self._call(aten.clamp_.default, (node, low, high))
 
-    def _accumulator(self, chain: _Chain) -> fx.Node:
+    def _accumulator(self, chain: Chain) -> fx.Node:
         """The tensor that the kernel adds to in place: the integers, or a copy if they are read again."""
         node = self.values[chain.residual.args[0]]
         value = self.results[node]
@@ -534,7 +425,7 @@ class _Lowering:
             node = self._call(aten.expand.default, (node, list(shape)))
         return self._call(torch.clone, (node,), {"memory_format": torch.channels_last})
 
-    def _is_still_read(self, quantize: Any, chain: _Chain) -> bool:
+    def _is_still_read(self, quantize: Any, chain: Chain) -> bool:
         """Whether the kernel itself (as its input) or anything after it reads the integers or a view of them."""
         if self._may_be_view(quantize):
             return True

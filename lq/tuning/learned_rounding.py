@@ -35,7 +35,7 @@ def learn_rounding(
     iterations: int = 1000,
     seconds: float = 120.0,
     num_samples: int = 256,
-    together: Together = "blocks",
+    together: Together = "layers",
     forward: Callable[[Any], Any] | None = None,
     progress: bool = True,
 ) -> M:

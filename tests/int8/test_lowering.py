@@ -83,6 +83,12 @@ def _twice(self: Any, x: Tensor) -> Tensor:
     return self.fc(F.relu(self.b(F.relu(self.b(F.relu(self.a(x)))))).mean((2, 3)))
 
 
+def _concat(self: Any, x: Tensor) -> Tensor:
+    y = F.relu(self.a(x))
+    parts = [F.relu(self.b(y)), self.c(y), F.avg_pool2d(y, 3, 1, 1), y]
+    return self.fc(self.d(F.max_pool2d(torch.cat(parts, 1), 2)).mean((2, 3)))
+
+
 def _plain(self: Any, x: Tensor) -> Tensor:
     return self.fc(F.relu(self.b(F.relu(self.a(x)))).mean((2, 3)))
 
@@ -107,6 +113,7 @@ def networks() -> dict[str, nn.Module]:
         "values_and_places": network(_values_and_places),
         "broadcast_sum": network(_broadcast_sum, c=conv(8, 8, 1), d=conv(8, 8), e=conv(8, 10, 1)),
         "broadcast_convolution": network(_broadcast_convolution, c=conv(8, 8, 1), d=conv(8, 8)),
+        "concat": network(_concat, c=conv(8, 8, 1), d=conv(32, 8)),
         "alpha": network(_alpha, d=conv(8, 8)),
         "sum_relu6": network(_sum_relu6),
         "twice": network(_twice),
@@ -148,6 +155,17 @@ def test_a_layer_that_is_called_twice_has_two_names(tmp_path: Path) -> None:
     lq.export(calibrated(networks()["twice"], X), tmp_path / "int8.onnx", verify=False)
     names = [node.name for node in onnx.load(tmp_path / "int8.onnx").graph.node if node.op_type == "Conv"]
     assert names == ["a", "b", "b:2"]
+
+
+def test_kernels_write_the_integers_of_a_concatenation() -> None:
+    """Which are those of the simulation, with a layer's output among the parts that others read as well."""
+    model = calibrated(networks()["concat"], X, target="x86")
+    int8 = lq.convert(model)
+    lowered = lower(constant_qparams(int8.graph, int8), int8, [X])
+    written = [node for node in lowered.graph.nodes if "pointwise" in str(node.target)]
+    in_float = [node for node in written if torch.float32 in node.args]
+    assert len(written) == 5 and len(in_float) == 2  # the last two layers
+    assert lowered.unfused == {} and lowered.float_ops == []
 
 
 def test_a_sum_is_clamped_on_integers() -> None:
