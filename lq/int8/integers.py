@@ -16,11 +16,17 @@ aten = torch.ops.aten
 
 
 def quantize_activation(x: Tensor, scale: float, zero_point: int, grid_min: int, grid_max: int) -> Tensor:
-    """The ``quantize_per_tensor`` operator in few steps, with the channels last as the kernels want them."""
+    """The ``quantize_per_tensor`` operator in few steps, with the channels last as convolutions' kernels want them."""
     q = x.mul(1.0 / scale).round_().add_(zero_point).clamp_(grid_min, grid_max)
     if q.dim() == 4:
         return q.to(torch.uint8, memory_format=torch.channels_last)
     return q.to(torch.uint8)
+
+
+def quantize_features(x: Tensor, scale: float, zero_point: int, grid_min: int, grid_max: int) -> Tensor:
+    """The same for linear layers, whose features are the last axis."""
+    q = x.mul(1.0 / scale).round_().add_(zero_point).clamp_(grid_min, grid_max)
+    return q.to(torch.uint8, memory_format=torch.contiguous_format)
 
 
 def dequantize_activation(q: Tensor, scale: float, zero_point: int) -> Tensor:

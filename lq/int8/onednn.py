@@ -34,6 +34,7 @@ from lq.int8.integers import (
     pool_call,
     pool_of,
     quantize_activation,
+    quantize_features,
     subsample,
 )
 from lq.int8.matching import KERNELS, Chain, clamp_bounds, find_kernels, grid_of, is_call, only_user, unary
@@ -280,7 +281,9 @@ class _Lowering:
     def _quantize(self, x: fx.Node, node: Any) -> fx.Node:
         grid = grid_of(node)
         args = (x, grid.scale, grid.zero_point, grid.quant_min, grid.quant_max)
-        return self._call(quantize_activation, args)
+        readers = [reader for dequantize in node.users for reader in dequantize.users]
+        features = all(is_call(reader, aten.linear.default) for reader in readers)
+        return self._call(quantize_features if features else quantize_activation, args)
 
     def _emit_moved(self, node: Any) -> fx.Node:
         """The operator itself, on the integers."""
