@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from itertools import islice
 from typing import Any
 
@@ -203,7 +204,9 @@ def export(call: Call, tensors: tuple[Tensor, ...], exporter: Exporter) -> Expor
         exporter._stack[:] = exporter._stack[:1]
         dynamic = (tuple(axes(value, free_sizes) for value in tensors),)
         try:
-            with quiet(*TALKATIVE), any_size(), traceback.preserve_node_meta(), exporter:
+            # torch prints the whole graph where it meets a condition on data, which is handled.
+            silent = redirect_stderr(io.StringIO())
+            with quiet(*TALKATIVE), silent, any_size(), traceback.preserve_node_meta(), exporter:
                 return torch.export.export(call, tensors, dynamic_shapes=dynamic, strict=False)
         except Exception:
             if free_sizes is attempts[-1]:

@@ -281,3 +281,22 @@ def test_what_depends_on_data_is_a_float_leaf(kind: type[nn.Module]) -> None:
     assert {layer.name for layer in int8.report.int8_layers} >= {"0", "2", "6"}
     for x in (X, -X):
         torch.testing.assert_close(int8(x), eager(x), atol=0.06, rtol=0.1)
+
+
+class Gated(nn.Module):
+    """Branches on data between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(x if float(x.sum()) > 0 else -x)  # type: ignore[no-any-return]
+
+
+def test_what_cannot_be_captured_is_said_and_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """torch prints the graph up to there to the standard error stream."""
+    with pytest.raises(lq.CaptureError, match="cannot be captured as a graph"):
+        lq.prepare(Gated(), torch.randn(2, 4))
+    assert capsys.readouterr().err == ""
