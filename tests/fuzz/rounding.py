@@ -153,7 +153,8 @@ class Guide(TorchDispatchMode):
         found: those that it goes on with.
         worst: of a replaced tensor, the largest share of integers that were others, how many those were, and the
             largest distance in steps.
-        lost: tensors of a shape that some are expected of, and near to none of them.
+        lost: tensors of a shape that some are expected of, and near to none of them; but for those that are joined to
+            one that is expected.
         grids: scales and zero points of the quantize operators, where there are such.
     """
 
@@ -164,8 +165,13 @@ class Guide(TorchDispatchMode):
         self.computed: list[Tensor] = []
         self.found: list[Tensor] = []
         self.worst: tuple[float, int, int] = (0.0, 0, 0)
-        self.replaced = self.lost = 0
+        self.replaced = 0
+        self._lost: list[Tensor] = []
         self.grids: set[tuple[float, int]] = set()
+
+    @property
+    def lost(self) -> int:
+        return len(self._lost)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -180,6 +186,12 @@ class Guide(TorchDispatchMode):
         made = str(func)
         if result.layout is not torch.strided or "prepack" in made:
             return result  # a weight in a kernel's own layout
+        if made.startswith("aten.cat"):  # kernels write the parts of a concatenation on its grid
+            parts = [lost for lost in self._lost if any(lost is part for part in args[0])]
+            if parts:
+                self._lost = [lost for lost in self._lost if not any(lost is part for part in parts)]
+                self._replace(result)
+            return result
         if not ("quantize_per_tensor" in made or "_to_copy" in made or made.startswith("onednn")):
             return result  # a view, a pool: integers that are there already
         self.computed.append(result.int().clone())
@@ -198,7 +210,7 @@ class Guide(TorchDispatchMode):
             return
         steps = (result.int() - signed).abs()
         if float(steps.float().mean()) > _OTHER:
-            self.lost += 1
+            self._lost.append(result)
             return
         self.replaced += 1
         others = int((steps > 0).sum())
