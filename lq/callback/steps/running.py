@@ -125,12 +125,12 @@ def unit_arguments(
         ValueError: where the step never calls the unit, or a part of it computes from what another one wrote into its
             own arguments.
     """
-    calls = _Calls(stop_before=0 if staged.parts else 1, stop_after=_number(staged, step))
     if staged.parts:
-        calls = _CallsThatMayWrite(stop_after=_number(staged, step))
-        _run(staged, batch, step, calls)
-        calls.check(staged.pl_module)
-        return (), {"parts": {path: [list(args), kwargs] for path, (args, kwargs) in calls.arguments.items()}}
+        parts = _CallsThatMayWrite(stop_after=_number(staged, step))
+        _run(staged, batch, step, parts)
+        parts.check(staged.pl_module)
+        return (), {"parts": {path: [list(args), kwargs] for path, (args, kwargs) in parts.arguments.items()}}
+    calls = _Calls(stop_before=1)
     _run(staged, batch, step, calls)
     return calls.arguments[staged.path]
 
