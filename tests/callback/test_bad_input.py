@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 import lq
 from helpers.classifiers import TwoParts, Unquantizable, Wrapped, loader
 from helpers.fits import TARGET, fit, quantization
+from helpers.modes import both_modes
 from lq import QuantizationCallback
 
 
@@ -45,14 +46,14 @@ class _NeverTrained(TwoParts):
         pytest.fail("training began")
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 def test_unknown_module_is_found_before_training(mode: str, tmp_path: Path) -> None:
     callback = quantization(tmp_path, mode=mode, module="bakbone")
     with pytest.raises(ValueError, match=r"module='bakbone'.*'backbone'"):
         fit(_NeverTrained(), tmp_path, callback)
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 def test_unwritable_output_is_found_before_training(mode: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     callback = quantization(tmp_path, mode=mode, output_dir=str(tmp_path / "file" / "int8"))
@@ -67,7 +68,7 @@ def test_a_missing_compiler_is_found_before_training(tmp_path: Path) -> None:
         fit(_NeverTrained(), tmp_path, callback)
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 def test_nothing_to_quantize_is_found_before_training(mode: str, tmp_path: Path) -> None:
     class Model(Unquantizable):
         def on_train_start(self) -> None:

@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 import lq
 from helpers.classifiers import Configured, Direct, TwoParts, Wrapped, images
+from helpers.modes import both_modes
 from helpers.modules import (
     BuiltInSetup,
     CompiledInside,
@@ -49,8 +50,6 @@ from helpers.runs import (
 from lq import Int8Module, QuantizationCallback
 from lq.numerics.functional import choose_qparams
 
-both_modes = pytest.mark.parametrize("mode", ["ptq", "qat"])
-
 
 def accuracy(model: Any, folder: Path) -> float:
     return trainer(folder).validate(model, val_data(), verbose=False)[0]["val_acc"]
@@ -77,7 +76,6 @@ def accuracy(model: Any, folder: Path) -> float:
         pytest.param(CompiledInside, marks=pytest.mark.support("Training", "`torch.compile` of the network")),
     ],
 )
-@pytest.mark.in_turns("mode")
 def test_modules(cls: type, mode: str, tmp_path: Path) -> None:
     model = module(cls)
     epochs = 12 if cls is Embedded else 4

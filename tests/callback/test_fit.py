@@ -16,13 +16,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import lq
 from helpers.classifiers import Configured, DictBatches, Direct, TwoParts, Wrapped, dict_loader, images, loader
 from helpers.fits import TARGET, fit, quantization
+from helpers.modes import both_modes
 from lq import Int8Module, QuantizationCallback
 from lq.deployment import formats
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 @pytest.mark.parametrize("model_class", [Wrapped, Direct, TwoParts, Configured, DictBatches])
-@pytest.mark.in_turns("mode")
 def test_every_shape_of_lightning_module(mode: str, model_class: type, tmp_path: Path) -> None:
     seed_everything(0, verbose=False)
     model, callback = model_class(), quantization(tmp_path, mode=mode)
@@ -241,7 +241,7 @@ class _Described(LightningDataModule):
         return loader()
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 def test_export_on_request(mode: str, tmp_path: Path) -> None:
     callback = quantization(tmp_path, mode=mode, export=["onnx", "pt2"])
     model = Wrapped()

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 import lq
 from helpers.classifiers import Wrapped, images, network
 from helpers.fits import fit, quantization
+from helpers.modes import both_modes
 
 
 class Around(Wrapped):
@@ -30,7 +31,7 @@ class Around(Wrapped):
 
 
 @pytest.mark.support("Modules", "A `forward` that normalises, or makes probabilities: the files compute all of it")
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 def test_a_forward_that_does_more_than_its_network_is_exported_as_a_whole(mode: Any, tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
@@ -160,7 +161,7 @@ class Stochastic(Wrapped):
 
 
 @pytest.mark.support("Modules", "Layers left out at random in training (stochastic depth): one network")
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 def test_stochastic_depth(mode: Any, tmp_path: Path) -> None:
     for seed in range(3):
         seed_everything(seed, verbose=False)
@@ -202,7 +203,7 @@ class Begun(Around):
 
 
 @pytest.mark.support("Modules", "A `forward` with mirrored images, a teacher, or what hooks set: all of it is exported")
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 @pytest.mark.parametrize("cls", [Twice, Taught, Begun])
 def test_forwards_as_a_whole(cls: Any, mode: Any, tmp_path: Path) -> None:
     model = cls()
@@ -227,7 +228,7 @@ def test_layouts_and_devices_are_no_part_of_the_network(tmp_path: Path) -> None:
     assert isinstance(model.model, lq.Int8Module)
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 @pytest.mark.parametrize("name", ["3", "model.3"])
 def test_layers_have_the_names_that_they_have_in_the_network_too(name: str, mode: Any, tmp_path: Path) -> None:
     callback = quantization(tmp_path, mode=mode, export=[], rehearse=True, overrides={name: None})
@@ -261,7 +262,7 @@ class Named(Wrapped):
 
 
 @pytest.mark.support("Modules", "A network that takes the whole batch, names of files and all: the one in it")
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 def test_a_network_that_takes_names_as_well(mode: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     x, y = images(64)
     samples = [{"image": x[i], "label": y[i], "name": f"{i}.png"} for i in range(64)]

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import lq
 from helpers.classifiers import _Steps, dict_loader, images, loader, network
 from helpers.fits import fit, quantization
+from helpers.modes import both_modes
 
 BATCH = images(16, seed=5)
 
@@ -74,7 +75,7 @@ class Fused(_Steps):
 
 
 @pytest.mark.support("Modules", "Backbone and head called apart in the steps: the files compute what lies between, too")
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 def test_the_files_compute_what_the_step_does(mode: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import lq
 from helpers.classifiers import Wrapped, images
+from helpers.modes import both_modes
 from helpers.modules import Manual
 from helpers.runs import (
     StopBehind,
@@ -27,8 +28,6 @@ from helpers.runs import (
     val_data,
 )
 from lq import Int8Module
-
-both_modes = pytest.mark.parametrize("mode", ["ptq", "qat"])
 
 
 class One(Wrapped):
@@ -136,7 +135,6 @@ CLASSES = {One: {}, Closure: {}, Asks: {}, Manual: {}, Adversarial: {"module": "
 @both_modes
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.support("Training", "Manual optimization: one optimizer, closures, GANs; schedulers; gradients by hand")
-@pytest.mark.in_turns("mode")
 def test_all_go_through(cls: Any, mode: str, tmp_path: Path) -> None:
     model = module(cls)
     trainer(tmp_path, quantization(tmp_path, mode=mode, **CLASSES[cls]), epochs=4).fit(model, train_data(), val_data())

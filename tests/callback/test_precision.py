@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 
 import lq
+from helpers.modes import both_modes
 from helpers.runs import every_epoch, logits, module, quantization, state_of, train_data, trainer, val_data
 from lq import Int8Module, QuantizationCallback
 
@@ -23,7 +24,7 @@ def precise(folder: Path, callback: QuantizationCallback, precision: Any, **kwar
     return trainer(folder, callback, precision=precision, **kwargs)
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.support("Precision", "`32-true`, `16-mixed`, `bf16-mixed`, `16-true`, `bf16-true`, `64-true`: PTQ and QAT")
 def test_precision(precision: str, mode: str, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric
 import lq
 from helpers import step_shapes as shapes
 from helpers.classifiers import Direct, Wrapped, images
+from helpers.modes import both_modes
 from helpers.modules import Manual, NeverTrained
 from helpers.runs import (
     InterruptionError,
@@ -32,8 +33,6 @@ from helpers.runs import (
 )
 from lq import QuantizationCallback
 from lq.callback import rehearsal
-
-both_modes = pytest.mark.parametrize("mode", ["ptq", "qat"])
 
 
 class Counting(Wrapped):

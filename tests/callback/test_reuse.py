@@ -12,10 +12,9 @@ from lightning.pytorch import Callback
 
 import lq
 from helpers.classifiers import Direct, Wrapped
+from helpers.modes import both_modes
 from helpers.runs import every_epoch, is_int8, logits, module, quantization, state_of, train_data, trainer, val_data
 from lq import QuantizerState
-
-both_modes = pytest.mark.parametrize("mode", ["ptq", "qat"])
 
 
 def float_weights(run: Any, folder: Path) -> dict[str, torch.Tensor]:

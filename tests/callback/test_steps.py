@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import lq
 from helpers import step_shapes as shapes
 from helpers.classifiers import images
+from helpers.modes import both_modes
 from helpers.modules import NeverTrained
 from helpers.runs import (
     StopBehind,
@@ -29,8 +30,6 @@ from helpers.runs import (
 )
 from lq import Int8Module
 from lq.int8.parts import Int8Part
-
-both_modes = pytest.mark.parametrize("mode", ["ptq", "qat"])
 
 #: Where INT8 stands in each of them.
 PLACES = {
@@ -58,7 +57,6 @@ def places_of(model: torch.nn.Module) -> tuple[str, ...]:
 @both_modes
 @pytest.mark.parametrize("cls", PLACES)
 @pytest.mark.support("Modules", "`self.forward(x)`, parts called apart, several networks, a loss in the forward")
-@pytest.mark.in_turns("mode")
 def test_what_the_steps_call_is_quantized(cls: Any, mode: str, tmp_path: Path) -> None:
     model, callback = module(cls), quantization(tmp_path, mode=mode, evaluate=True, rehearse=True)
     run = trainer(tmp_path, callback, every_epoch(tmp_path), epochs=4)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import lq
 from helpers.classifiers import Wrapped, loader, network
 from helpers.fits import fit, quantization
+from helpers.modes import both_modes
 
 
 class Net(nn.Module):
@@ -63,7 +64,7 @@ class Asking(Wrapped):
 
 
 @pytest.mark.support("Modules", "Steps that use the network's attributes, methods, parts and parameters")
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 def test_int8_answers(mode: Any, tmp_path: Path) -> None:
     model = Asking()
     callback = quantization(tmp_path, mode=mode, rehearse=True)

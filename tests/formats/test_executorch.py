@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import lq
 from helpers.classifiers import Wrapped, loader
+from helpers.modes import both_modes
 from helpers.networks import Gated, WideResidual, randomize_batch_norm
 from helpers.quantized import calibrated, noise
 from lq.deployment.formats import read_metadata
@@ -192,7 +193,7 @@ def test_layers_that_xnnpack_does_not_have(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 def test_from_a_training(mode: str, tmp_path: Path) -> None:
     callback = lq.QuantizationCallback(mode=mode, target="xnnpack", export=["executorch"], output_dir=str(tmp_path))
     trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=[callback], logger=False, enable_checkpointing=False)

@@ -71,8 +71,15 @@ class Bottlenecks(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("format", ["pt2", "aoti"])
-@pytest.mark.parametrize("network", [Wide, Bottlenecks])
+@pytest.mark.parametrize(
+    ("network", "format"),
+    [
+        (Wide, "pt2"),
+        (Bottlenecks, "pt2"),
+        (Bottlenecks, "aoti"),
+        pytest.param(Wide, "aoti", marks=pytest.mark.thorough),
+    ],
+)
 def test_the_second_call_re_orders_no_weights(network: type[nn.Module], format: lq.Format, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = lq.calibrate(lq.prepare(network().eval(), X, target="x86_avx2"), [X])

@@ -26,14 +26,11 @@ CAPTURED, SHORT, CAPTURED_CHUNK = range(10_000, 10_200), 8, 25
 #: Programs that are known to fail: what was not mended yet is told here, and taken off when it is.
 KNOWN: dict[int, str] = {}
 
-#: Files take seconds to write and to run, so only these programs are written.
-SEEDS_OF_FILES = (0, 1, 5)
-
 
 @pytest.mark.parametrize(
     "start",
     [
-        pytest.param(start, marks=[pytest.mark.thorough] if start >= SEEDS // 2 else [])
+        pytest.param(start, marks=[pytest.mark.thorough] if start >= SEEDS // 4 else [])
         for start in range(0, SEEDS, CHUNK)
     ],
 )
@@ -54,7 +51,7 @@ def test_programs(start: int) -> None:
 @pytest.mark.parametrize(
     "start",
     [
-        pytest.param(start, marks=[pytest.mark.thorough] if index % 2 else [])
+        pytest.param(start, marks=[pytest.mark.thorough] if index % 4 else [])
         for index, start in enumerate(CAPTURED[::CAPTURED_CHUNK])
     ],
 )
@@ -68,7 +65,7 @@ def test_captured_programs(start: int) -> None:
     assert not failures, "\n\n".join(failures)
 
 
-@pytest.mark.parametrize("seed", SEEDS_OF_FILES)
+@pytest.mark.parametrize("seed", [0, 1, pytest.param(5, marks=pytest.mark.thorough)])
 def test_files(seed: int) -> None:
     program = generate(seed, LONGEST)
     failure = check_program(program, ("files",)).failure

@@ -33,7 +33,7 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, torch.Tensor]:
     return nn.Sequential(conv).eval(), torch.randn(2, 4, *size)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(convolutions())
 def test_computes_the_same_without_weights_that_meet_padding_alone(case: tuple[nn.Module, torch.Tensor]) -> None:
     model, x = case

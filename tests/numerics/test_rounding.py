@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import lq
 from helpers.classifiers import Wrapped
 from helpers.fits import fit, quantization
+from helpers.modes import both_modes
 from lq.numerics import rounding
 from lq.numerics.functional import choose_qparams, fake_quantize, quantize
 from lq.numerics.observers import SmallestErrorObserver
@@ -39,7 +40,7 @@ def own_rounding(names: list[str]) -> dict[str, Any]:
     return {name: {"weight_rounding": "powers_of_two"} for name in names}
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 def test_a_rounding_of_ones_own_through_a_fit(mode: Any, tmp_path: Path) -> None:
     model = Wrapped()
     callback = quantization(tmp_path, mode=mode, overrides=own_rounding(["3"]), export=["onnx"])

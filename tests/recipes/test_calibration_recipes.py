@@ -13,7 +13,7 @@ from lq.recipes.blocks.config import main
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 
 
-@pytest.mark.parametrize("network", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("network", ["resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.thorough)])
 def test_compare_calibrators(network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [
         f"network={network}",

@@ -11,6 +11,7 @@ import torch
 import lq
 from helpers.classifiers import Wrapped
 from helpers.finished_run import BROKEN, FinishedRun
+from helpers.modes import both_modes
 from helpers.page_reader import read
 from helpers.runs import every_epoch, module, quantization, train_data, trainer, val_data
 from lq.recipes import inspect_file
@@ -58,7 +59,7 @@ def _prepared() -> torch.nn.Module:
     return lq.calibrate(network, [torch.randn(8, 3, 8, 8)])
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 def test_checkpoint(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trainer(tmp_path, quantization(tmp_path, mode=mode), every_epoch(tmp_path), epochs=1)
     run.fit(module(), train_data(), val_data())

@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lq
+from helpers.modes import both_modes
 from lq.recipes import quantize_checkpoint as recipe
 from lq.recipes.blocks.config import main
 
@@ -61,7 +62,7 @@ def script(tmp_path: Path) -> tuple[Path, ModuleType]:
     return path, module
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 def test_checkpoint_of_a_script(
     mode: str, script: tuple[Path, ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -115,10 +115,11 @@ def test_another_file_is_refused_before_anything_is_computed(tmp_path: Path) -> 
             lq.quantize(network(), BATCHES, evaluate, max_drop=8, journal=path)
 
 
-@pytest.mark.parametrize("change", [{"steps": [{"unknown": 1}]}, {"runtime": "tpu"}, {"steps": None}])
-def test_steps_of_another_machine_or_version_are_made_again(change: dict[str, Any], tmp_path: Path) -> None:
+def test_steps_of_another_machine_or_version_are_made_again(tmp_path: Path) -> None:
     model, path = break_layers(network(), BROKEN[:1]), tmp_path / "steps.json"
     expected, evaluations = search(model, journal=path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    again, as_often = search(model, journal=path)
-    assert as_often == evaluations and again.tuning.float_layers == expected.tuning.float_layers
+    written = json.loads(path.read_text())
+    for change in ({"steps": [{"unknown": 1}]}, {"runtime": "tpu"}, {"steps": None}):
+        path.write_text(json.dumps(written | change))
+        again, as_often = search(model, journal=path)
+        assert as_often == evaluations and again.tuning.float_layers == expected.tuning.float_layers, change

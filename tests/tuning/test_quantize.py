@@ -191,7 +191,7 @@ def test_methods_that_are_always_on_are_in_every_step_and_in_the_model() -> None
     assert max(len(row.unique()) for row in rows) > 7  # 3 bits have 7 values
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.thorough)])
 def test_the_engine_that_will_run_judges(runtime: str, tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", runtime):
         pytest.importorskip(package)

@@ -11,6 +11,7 @@ from torch import nn
 
 import lq
 from helpers.classifiers import Configured, Direct, TwoParts, Wrapped
+from helpers.modes import both_modes
 from helpers.modules import BuiltInSetup
 from helpers.runs import (
     BATCHES,
@@ -160,7 +161,7 @@ def kind_of(model: Any) -> str:
     return "qat" if "forward" in model.model.__dict__ else "float"
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 @pytest.mark.parametrize("stage", ["fresh", "prepared", "converted"])
 @pytest.mark.parametrize("name", ["float", "qat", "int8_ptq", "int8_qat"])
 @pytest.mark.support(
@@ -193,7 +194,7 @@ def test_evaluation_of_a_checkpoint(
     assert torch.cat(run.predict(model, val_data(), ckpt_path=path)).shape == (64, 4)
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 @pytest.mark.support("Checkpoints", '`ckpt_path="best"` after conversion: the INT8 model that was made of it')
 def test_best_after_conversion_is_the_int8_model(mode: str, tmp_path: Path) -> None:
     model, checkpoint = module(), every_epoch(tmp_path, monitor="val_loss", save_top_k=1)

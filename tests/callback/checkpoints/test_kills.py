@@ -81,8 +81,8 @@ def checkpoints_load(folder: Path) -> bool:
     ("mode", "every"),
     [
         ("qat", "epochs"),
-        ("qat", "batches"),
         ("ptq", "batches"),
+        pytest.param("qat", "batches", marks=pytest.mark.thorough),
         pytest.param("ptq", "epochs", marks=pytest.mark.thorough),
     ],
 )

@@ -12,6 +12,7 @@ import torch
 
 import lq
 from helpers.classifiers import Direct, Wrapped, images
+from helpers.modes import both_modes
 from helpers.networks import WithDataDependent
 from helpers.runs import logits, module, quantization, train_data, trainer, val_data
 from lq import Int8Module
@@ -19,8 +20,6 @@ from lq import Int8Module
 pytestmark = pytest.mark.skipif(
     "__setstate__" not in vars(Int8Module), reason="Int8Module does not write its graph with lq.graph_state yet"
 )
-
-both_modes = pytest.mark.parametrize("mode", ["ptq", "qat"])
 
 
 @both_modes

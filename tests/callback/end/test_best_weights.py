@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from helpers.classifiers import Wrapped
+from helpers.modes import both_modes
 from helpers.runs import (
     converted_from,
     every_epoch,
@@ -33,7 +34,7 @@ class WorseAndWorse(Wrapped):
         self.log("harm", float(self.current_epoch))
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 @pytest.mark.support("Best weights", "`ModelCheckpoint(monitor=...)`: the best become INT8, and the log says so")
 def test_best_weights_are_converted(mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = every_epoch(tmp_path, monitor="harm")
@@ -70,7 +71,7 @@ def test_best_weights_without_a_metric_are_an_error(tmp_path: Path) -> None:
         quantization(tmp_path, weights="worst")
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 @pytest.mark.support("Best weights", "Judging INT8 leaves `ModelCheckpoint`, `EarlyStopping`, `callback_metrics` alone")
 def test_evaluation_leaves_the_records_alone(mode: str, tmp_path: Path) -> None:
     checkpoint: ModelCheckpoint = every_epoch(tmp_path, monitor="val_loss", save_top_k=1)

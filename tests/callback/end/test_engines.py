@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import lq
 from helpers.classifiers import Wrapped, loader
 from helpers.fits import fit, quantization
+from helpers.modes import both_modes
 from lq import QuantizationCallback
 from lq.callback import QuantizationResult, outputs
 from lq.callback.end import conversion, engine_runs
@@ -98,7 +99,7 @@ class Swish(nn.Module):
         return self.fc(F.relu(self.conv(F.silu(self.stem(x)))).mean((2, 3)))
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 def test_a_file_for_onnx_runtime_alone(mode: Literal["ptq", "qat"], tmp_path: Path, monkeypatch: Any) -> None:
     """It is written unasked where it is another one, and what the engine's row in the table stands for."""
     pytest.importorskip("onnxscript")

@@ -14,11 +14,10 @@ import pytest
 
 import lq
 from helpers.classifiers import Wrapped, images
+from helpers.modes import both_modes
 from helpers.processes import start
 from helpers.runs import InterruptionError, interrupted, module, quantization, train_data, trainer, val_data
 from lq import Int8Module
-
-both_modes = pytest.mark.parametrize("mode", ["ptq", "qat"])
 
 
 class FailsInInt8(Wrapped):

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 
 import lq
 from helpers.classifiers import Wrapped, images
+from helpers.modes import both_modes
 from helpers.modules import FromCommandLine
 from helpers.processes import finish as finish_process
 from helpers.processes import start
@@ -36,8 +37,6 @@ from helpers.runs import (
     val_data,
 )
 from lq import Int8Module
-
-both_modes = pytest.mark.parametrize("mode", ["ptq", "qat"])
 
 
 class AtTheEnd(Callback):
@@ -113,7 +112,7 @@ def test_before_the_first_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "No checkpoint was written yet" in caplog.text
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 def test_before_training_the_error_says_it_all(mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = trainer(tmp_path, quantization(tmp_path, mode=mode, overrides={"nowhere": None}))
     with pytest.raises(ValueError, match="'nowhere' matches nothing"):

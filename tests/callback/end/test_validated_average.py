@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from helpers.classifiers import Wrapped
+from helpers.modes import both_modes
 from helpers.runs import converted_from, every_epoch, module, quantization, train_data, trainer, val_data
 
 SAYS = "validation uses other weights than those that are trained"
@@ -90,7 +91,7 @@ class BestInTheMiddle(Wrapped):
         self.log("harm", abs(self.current_epoch - 1.0))
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 @pytest.mark.parametrize("average", [StateDictEMA, DataEMA, SwappedEMA])
 @pytest.mark.support("Best weights", "An average (EMA) that a callback swaps in for validation is converted")
 def test_what_validation_used_is_converted(
@@ -110,7 +111,7 @@ def test_what_validation_used_is_converted(
         assert callback.result.float_side.metrics["val_loss"] == pytest.approx(ema.logged[-1], rel=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 @pytest.mark.parametrize("average", [StateDictEMA, SwappedEMA])
 def test_the_best_average(average: type[StateDictEMA], mode: str, tmp_path: Path) -> None:
     checkpoint = every_epoch(tmp_path, monitor="harm")

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 import lq
 from helpers.classifiers import DictBatches, Direct, TwoParts, Wrapped, dict_loader, loader
 from helpers.fits import fit, quantization
+from helpers.modes import both_modes
 from lq import QuantizationCallback
 from lq.callback.end import inspection
 
@@ -42,9 +43,8 @@ def test_failures_are_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert lq.load(callback.result.artifact)(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 @pytest.mark.parametrize("model_class", [Direct, DictBatches])
-@pytest.mark.in_turns("mode")
 def test_every_shape_of_module_is_analyzed(mode: str, model_class: type, tmp_path: Path) -> None:
     data = dict_loader() if model_class is DictBatches else loader()
     callback = quantization(tmp_path, mode=mode, analyze=True, evaluate=False, calibrator="minmax")

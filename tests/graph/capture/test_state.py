@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import lq
 from helpers.capture_checks import check, check_float, check_int8, right_or_refused
+from helpers.modes import both_modes
 from helpers.networks import Residual, randomize_batch_norm
 from helpers.patterns import conv
 from helpers.quantized import noise
@@ -136,7 +137,7 @@ def residual() -> nn.Module:
     return randomize_batch_norm(Residual())
 
 
-@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@both_modes
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
 def test_copies_train_alone(mode: str, how: str) -> None:
     model = lq.prepare(residual(), X, mode=mode)
