@@ -16,20 +16,20 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lq.callback.description import class_names, normalization
 from lq.callback.end.accuracy import check_measured
-from lq.callback.end.joining import joined_in_step
+from lq.callback.end.joining import joined_in_step, network_of
 from lq.callback.outputs import NETWORK
 from lq.callback.preparation import check_batch, prepare_for_batch
 from lq.callback.settings import QuantizationSettings
 from lq.callback.steps.batches import batches_of, first_samples, validation_batches, validation_dataloaders
 from lq.callback.steps.between import Between
 from lq.callback.steps.calls import Step
-from lq.callback.steps.evaluation import evaluate, is_overridden
+from lq.callback.steps.evaluation import evaluate, judged_step
 from lq.callback.steps.looking import begin_training, begun_copy, find_as_called, first_train_batches
 from lq.callback.steps.running import run_unit
 from lq.callback.steps.stages import StagedUnit, staged_unit
 from lq.callback.steps.twin import twin_of
 from lq.callback.steps.unnoticed import can_be_read_again, unnoticed
-from lq.deployment.export import export, network_for
+from lq.deployment.export import export
 from lq.deployment.formats import FORMATS
 from lq.int8.module import Int8Module
 from lq.util.distributed import agreed, gathered
@@ -168,9 +168,7 @@ def _convert(settings: QuantizationSettings, trainer: Any, staged: StagedUnit, b
             format = FORMATS[name]
             # What nobody asked for is left out at the end where it fails.
             if not format.takes_long and name not in settings.optional_formats:
-                network = int8 if format.placed is None else unit
-                if between is not None:
-                    network = between.network(int8 if format.placed is None else network_for(unit, format))
+                network = network_of(format, unit, int8, between)
                 export(network, Path(folder) / format.file, format=name, **about)
     staged.put_int8(int8)
     if settings.evaluate:
@@ -185,7 +183,7 @@ def _between(trainer: Any, staged: StagedUnit, int8: Int8Module, batches: list[A
         return None
     step: Step = "training_step"
     loaders = validation_dataloaders(trainer)
-    if is_overridden("validation_step", staged.pl_module) and staged.is_judged and can_be_read_again(loaders):
+    if judged_step(trainer, staged) == "validation_step" and can_be_read_again(loaders):
         with unnoticed(loaders):
             validation = list(itertools.islice(validation_batches(trainer, staged.pl_module), BATCHES))
         if validation:

@@ -32,7 +32,7 @@ def import_openvino() -> Any:
 
 
 @cache
-def _core(openvino: Any) -> Any:
+def shared_core(openvino: Any) -> Any:
     """The one ``Core`` of this process, which is never freed.
 
     Each has a stack for signal handlers of its own, which it makes the process's (2026.4: the CPU plugin, on CPUs with
@@ -63,7 +63,7 @@ class OpenVinoModel(InferenceModel):
     runtime = "openvino"
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        self._core = _core(import_openvino())
+        self._core = shared_core(import_openvino())
         try:
             self._model = self._core.read_model(str(path))
         except Exception as error:

@@ -12,7 +12,7 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 import lq
 from helpers.quantized import calibrated
-from lq.engines.openvino import _core
+from lq.engines.openvino import shared_core
 
 
 def test_layers_of_the_same_size_are_in_int8(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_layers_of_the_same_size_are_in_int8(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 32, 32)
     model = calibrated(ConvNeXt(settings, num_classes=4).eval(), x, example=x, target="x86")
     lq.export(model, tmp_path / "int8.onnx", format="onnx")
-    core = _core(openvino)
+    core = shared_core(openvino)
     network = core.read_model(tmp_path / "int8.onnx")
     network.reshape({network.inputs[0]: [1, 3, 32, 32]})
     nodes = core.compile_model(network, "CPU").get_runtime_model().get_ops()

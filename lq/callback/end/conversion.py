@@ -16,6 +16,7 @@ from lq.analysis.timing import time_layers
 from lq.callback.end.engine_runs import Contender, contenders, time_engines, validate_engines
 from lq.callback.end.engines import EAGER, Engine
 from lq.callback.end.inspection import Findings, warns_on_failure
+from lq.callback.end.joining import network_of
 from lq.callback.end.page import result_page
 from lq.callback.end.stopwatch import Stopwatch
 from lq.callback.outputs import NETWORK, OTHER_FORMATS, OUTPUTS, PAGE, RESULT
@@ -25,7 +26,7 @@ from lq.callback.steps.between import Between
 from lq.callback.steps.stages import StagedUnit
 from lq.charts.predictions import Predictions
 from lq.deployment.engine_module import IN_PROCESS, EngineModule
-from lq.deployment.export import ExportResult, export, network_for, pays_off
+from lq.deployment.export import ExportResult, export, pays_off
 from lq.deployment.formats import FORMATS, FormatName
 from lq.int8.module import Int8Module
 from lq.results.report import slower_text
@@ -203,9 +204,7 @@ class Conversion:
 
         def write(name: FormatName) -> None:
             format = FORMATS[name]
-            network: nn.Module = int8 if format.placed is None else unit
-            if between is not None:
-                network = between.network(int8 if format.placed is None else network_for(unit, format))
+            network = network_of(format, unit, int8, between)
             written = export(
                 network, folder / format.file, format=name, labels=self.labels, preprocessing=self.preprocessing
             )

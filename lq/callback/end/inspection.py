@@ -20,10 +20,9 @@ from lq.callback.steps.batches import (
     first_samples,
     has_train_data,
     validation_batches,
-    validation_dataloaders,
 )
 from lq.callback.steps.calls import Step
-from lq.callback.steps.evaluation import is_overridden
+from lq.callback.steps.evaluation import judged_step
 from lq.callback.steps.running import call_unit
 from lq.callback.steps.stages import StagedUnit
 from lq.charts.chart import Chart
@@ -162,15 +161,10 @@ def inspect_unit(
 def validation_samples(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -> tuple[Step, list[Any]]:
     """A few samples, and the step that takes them: of the validation data, which the ranges were not made of."""
     pl_module: Any = staged.pl_module
-    step: Step = "training_step"
-    samples: list[Any] = []
+    step, samples = judged_step(trainer, staged), list[Any]()
     with warns_on_failure("reading data for the analysis"):
-        if (
-            is_overridden("validation_step", pl_module)
-            and staged.is_judged
-            and validation_dataloaders(trainer) is not None
-        ):
-            step, batches = "validation_step", validation_batches(trainer, pl_module)
+        if step == "validation_step":
+            batches = validation_batches(trainer, pl_module)
         elif settings.calibration_dataloader is not None or has_train_data(trainer):
             batches = calibration_batches(trainer, pl_module, settings.calibration_dataloader)
         else:

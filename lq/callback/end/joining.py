@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from lq.callback.end.inspection import validation_samples
 from lq.callback.settings import QuantizationSettings
@@ -12,6 +13,8 @@ from lq.callback.steps.batches import count_samples
 from lq.callback.steps.between import Between, between_parts
 from lq.callback.steps.calls import Step
 from lq.callback.steps.stages import StagedUnit
+from lq.deployment.export import network_for
+from lq.deployment.formats import Format
 from lq.int8.module import Int8Module
 from lq.util.causes import first_line
 
@@ -37,6 +40,19 @@ def joined_files(settings: QuantizationSettings, trainer: Any, staged: StagedUni
         )
         return None
     return joined_in_step(staged, step, samples, int8)
+
+
+def network_of(format: Format, unit: nn.Module, int8: Int8Module, between: Between | None) -> nn.Module:
+    """What a file is written of.
+
+    Args:
+        format: of the file.
+        unit: prepared, with its ranges.
+        int8: the INT8 network.
+        between: what the step computes between the parts, see :func:`joined_files`.
+    """
+    network: nn.Module = int8 if format.placed is None else unit
+    return network if between is None else between.network(network_for(network, format))
 
 
 def joined_in_step(staged: StagedUnit, step: Step, samples: list[Any], int8: Int8Module) -> Between | None:

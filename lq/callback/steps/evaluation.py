@@ -11,6 +11,8 @@ from lightning.pytorch import Trainer
 from torchmetrics import Metric
 
 from lq.callback.steps.batches import validation_dataloaders
+from lq.callback.steps.calls import Step
+from lq.callback.steps.stages import StagedUnit
 from lq.callback.steps.unnoticed import unnoticed
 from lq.util.quiet import quiet
 
@@ -108,6 +110,18 @@ def plain_trainer_class(trainer: Any) -> type[Any]:
         if cls.__name__ == "Trainer":
             return cls
     return type(trainer)
+
+
+def judged_step(trainer: Any, staged: StagedUnit) -> Step:
+    """The step that says what the network is for: the validation's, where there is one with data that the unit takes
+    part in.
+
+    Args:
+        trainer: the Trainer, for its data.
+        staged: the unit.
+    """
+    judges = is_overridden("validation_step", staged.pl_module) and staged.is_judged
+    return "validation_step" if judges and validation_dataloaders(trainer) is not None else "training_step"
 
 
 def is_overridden(name: str, pl_module: Any) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from itertools import islice
 from typing import Any
 
@@ -189,6 +190,21 @@ def has_channels(axis: int, value: Tensor) -> bool:
     return axis == 1 and value.dim() == 4
 
 
+@contextmanager
+def _without_the_graph_so_far() -> Iterator[None]:
+    """Pass on what is written to stderr, but for the graph that torch prints where it meets a condition on data, which
+    is handled."""
+    written, unasked = io.StringIO(), ""
+    try:
+        with redirect_stderr(written):
+            yield
+    except Exception as error:
+        unasked = f"{getattr(error, 'partial_fx_graph', '')}\n"
+        raise
+    finally:
+        sys.stderr.write(written.getvalue().removesuffix(unasked))
+
+
 def export(call: Call, tensors: tuple[Tensor, ...], exporter: Exporter) -> ExportedProgram:
     """``call`` as a program, with sizes as free as the network allows."""
 
@@ -204,9 +220,7 @@ def export(call: Call, tensors: tuple[Tensor, ...], exporter: Exporter) -> Expor
         exporter._stack[:] = exporter._stack[:1]
         dynamic = (tuple(axes(value, free_sizes) for value in tensors),)
         try:
-            # torch prints the whole graph where it meets a condition on data, which is handled.
-            silent = redirect_stderr(io.StringIO())
-            with quiet(*TALKATIVE), silent, any_size(), traceback.preserve_node_meta(), exporter:
+            with quiet(*TALKATIVE), _without_the_graph_so_far(), any_size(), traceback.preserve_node_meta(), exporter:
                 return torch.export.export(call, tensors, dynamic_shapes=dynamic, strict=False)
         except Exception:
             if free_sizes is attempts[-1]:
