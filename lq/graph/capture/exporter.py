@@ -194,15 +194,16 @@ def has_channels(axis: int, value: Tensor) -> bool:
 def _without_the_graph_so_far() -> Iterator[None]:
     """Pass on what is written to stderr, but for the graph that torch prints where it meets a condition on data, which
     is handled."""
-    written, unasked = io.StringIO(), ""
+    written, graph = io.StringIO(), None
     try:
         with redirect_stderr(written):
             yield
     except Exception as error:
-        unasked = f"{getattr(error, 'partial_fx_graph', '')}\n"
+        graph = getattr(error, "partial_fx_graph", None)
         raise
     finally:
-        sys.stderr.write(written.getvalue().removesuffix(unasked))
+        text = written.getvalue()
+        sys.stderr.write(text if graph is None else text.replace(f"{graph}\n", ""))
 
 
 def export(call: Call, tensors: tuple[Tensor, ...], exporter: Exporter) -> ExportedProgram:
