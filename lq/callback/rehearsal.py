@@ -16,7 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lq.callback.description import class_names, normalization
 from lq.callback.end.accuracy import check_measured
-from lq.callback.end.joining import joined_in_step, network_of
+from lq.callback.end.joining import export_joined, joined_in_step
 from lq.callback.outputs import NETWORK
 from lq.callback.preparation import check_batch, prepare_for_batch
 from lq.callback.settings import QuantizationSettings
@@ -29,7 +29,6 @@ from lq.callback.steps.running import run_unit
 from lq.callback.steps.stages import StagedUnit, staged_unit
 from lq.callback.steps.twin import twin_of
 from lq.callback.steps.unnoticed import can_be_read_again, unnoticed
-from lq.deployment.export import export
 from lq.deployment.formats import FORMATS
 from lq.int8.module import Int8Module
 from lq.util.distributed import agreed, gathered
@@ -168,8 +167,7 @@ def _convert(settings: QuantizationSettings, trainer: Any, staged: StagedUnit, b
             format = FORMATS[name]
             # What nobody asked for is left out at the end where it fails.
             if not format.takes_long and name not in settings.optional_formats:
-                network = network_of(format, unit, int8, between)
-                export(network, Path(folder) / format.file, format=name, **about)
+                export_joined(name, Path(folder), unit, int8, between, **about)
     staged.put_int8(int8)
     if settings.evaluate:
         metrics = evaluate(trainer, pl_module, limit_batches=1)

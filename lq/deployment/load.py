@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from lq.deployment.formats import RUNTIMES, Format, format_of
@@ -25,8 +26,8 @@ def load(path: str | Path, runtime: str = "auto", *, threads: int | None = None)
         runtime: ``"torch"`` (a ``.pt2`` program, in process: an :class:`lq.Int8Module`), ``"aoti"`` (a ``.pt2``
             AOTInductor package), ``"openvino"`` or ``"onnxruntime"`` (an ``.onnx`` file), ``"executorch"`` (a ``.pte``
             file; its threads are those of all such networks in the process); ``"auto"`` takes the one
-            that reads the file, for ``.onnx`` OpenVINO where it is installed, else ONNX Runtime, and never takes an
-            AOTInductor package.
+            that reads the file, for ``.onnx`` OpenVINO where it is installed and computes the network right, else ONNX
+            Runtime, and never takes an AOTInductor package.
         threads: how many CPU threads run it, or None for the engine's own choice.
 
     Returns:
@@ -45,7 +46,11 @@ def load(path: str | Path, runtime: str = "auto", *, threads: int | None = None)
     path = Path(path)
     format = format_of(path)
     if runtime == "auto":
-        runtime = _preferred(path, format)
+        *others, runtime = _preferred(path, format)
+        for name in others:
+            # What an engine is known to compute wrongly, it refuses.
+            with suppress(ValueError):
+                return load(path, name, threads=threads)
     chosen = format.runtime(runtime)
     if chosen is None:
         raise ValueError(
@@ -58,8 +63,8 @@ def load(path: str | Path, runtime: str = "auto", *, threads: int | None = None)
     return chosen.load(path, threads)
 
 
-def _preferred(path: Path, format: Format) -> str:
-    """The engine that "auto" takes for a file."""
+def _preferred(path: Path, format: Format) -> tuple[str, ...]:
+    """The engines that "auto" tries for a file, the best one first."""
     first = format.runtimes[0]
     if first.runs_code:
         raise ValueError(
@@ -72,4 +77,4 @@ def _preferred(path: Path, format: Format) -> str:
             f"path={str(path)!r} is {format.description}, and no runtime for it is installed; install one with: "
             f"{' or '.join(install(runtime.extra) for runtime in format.runtimes)}"
         )
-    return installed[0]
+    return installed

@@ -17,16 +17,40 @@ aten = torch.ops.aten
 
 def quantize_activation(x: Tensor, scale: float, zero_point: int, grid_min: int, grid_max: int) -> Tensor:
     """The ``quantize_per_tensor`` operator in few steps, with the channels last as convolutions' kernels want them."""
-    q = x.mul(1.0 / scale).round_().add_(zero_point).clamp_(grid_min, grid_max)
-    if q.dim() == 4:
-        return q.to(torch.uint8, memory_format=torch.channels_last)
-    return q.to(torch.uint8)
+    return _on_grid(x.mul(1.0 / scale), zero_point, grid_min, grid_max)
 
 
 def quantize_features(x: Tensor, scale: float, zero_point: int, grid_min: int, grid_max: int) -> Tensor:
     """The same for linear layers, whose features are the last axis."""
-    q = x.mul(1.0 / scale).round_().add_(zero_point).clamp_(grid_min, grid_max)
-    return q.to(torch.uint8, memory_format=torch.contiguous_format)
+    return _on_grid(x.mul(1.0 / scale), zero_point, grid_min, grid_max, torch.contiguous_format)
+
+
+def quantize_normalized(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    epsilon: float,
+    zero_point: int,
+    grid_min: int,
+    grid_max: int,
+) -> Tensor:
+    """Batch norm and ``quantize_per_tensor``, with the grid's scale in ``weight`` and ``bias`` already."""
+    normalized = F.batch_norm(x, mean, variance, weight, bias, eps=epsilon)
+    return _on_grid(normalized, zero_point, grid_min, grid_max)
+
+
+def _on_grid(
+    steps: Tensor, zero_point: int, grid_min: int, grid_max: int, layout: torch.memory_format | None = None
+) -> Tensor:
+    """The integers for ``steps`` of a grid, which are overwritten."""
+    q = steps.round_()
+    if zero_point:
+        q = q.add_(zero_point)
+    if layout is None:
+        layout = torch.channels_last if q.dim() == 4 else torch.preserve_format
+    return q.clamp_(grid_min, grid_max).to(torch.uint8, memory_format=layout)
 
 
 def dequantize_activation(q: Tensor, scale: float, zero_point: int) -> Tensor:

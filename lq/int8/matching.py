@@ -88,12 +88,21 @@ def unary(op: Any, clamp: Any) -> tuple[str, list[float]] | None:
 
 
 @dataclass
+class Normalized:
+    """A batch norm with nothing to fold it into, and the clamp after it, before a quantize node that alone reads it."""
+
+    batch_norm: Any
+    clamp: Any = None
+
+
+@dataclass
 class Kernels:
     """What one kernel each computes in a graph.
 
     Args:
         chains: weighted operators with what is fused into them, by their last node.
         moved: for a quantize node the operators before it that only move integers on its grid.
+        normalized: the batch norm before a quantize node, which takes in the grid.
         concats: the concatenation before a quantize node, where the kernels of its parts write integers on that grid.
         unfused: why a sum between integers is computed in float, by the name of its tensor in the float graph (see
             :func:`lq.graph.qdq.origin`), or of its node where there is none.
@@ -101,12 +110,28 @@ class Kernels:
 
     chains: dict[fx.Node, Chain] = field(default_factory=dict)
     moved: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
+    normalized: dict[fx.Node, Normalized] = field(default_factory=dict)
     concats: dict[fx.Node, Any] = field(default_factory=dict)
     unfused: dict[str, str] = field(default_factory=dict)
 
     def note(self, node: fx.Node, reason: str) -> None:
         """Say why a sum is computed in float."""
         self.unfused[origin(node) or node.name] = f"added in float: {reason}"
+
+
+def _normalized(node: Any) -> Normalized | None:
+    """The batch norm whose result alone a node quantizes; None where there is none."""
+    if not is_call(node, QUANTIZE):
+        return None
+    clamp = node.args[0] if clamp_bounds(node.args[0]) is not None else None
+    batch_norm: Any = node.args[0] if clamp is None else clamp.args[0]
+    if not is_call(batch_norm, aten.batch_norm.default) or batch_norm.args[5]:
+        return None
+    weight, bias, *statistics = batch_norm.args[1:5]
+    constants = [value for value in (weight, bias) if value is not None] + statistics
+    reads_constants = all(value is not None and value.op == "get_attr" for value in constants)
+    is_read_alone = only_user(batch_norm) is (clamp or node) and (clamp is None or only_user(clamp) is node)
+    return Normalized(batch_norm, clamp) if reads_constants and is_read_alone else None
 
 
 def find_kernels(graph: fx.Graph, root: nn.Module) -> Kernels:
@@ -125,9 +150,11 @@ class _Finder:
             if chain is not None:
                 self.found.chains[chain.end] = chain
         for node in graph.nodes:
-            between = self._moved(node)
+            between, normalized = self._moved(node), _normalized(node)
             if between is not None:
                 self.found.moved[node] = between
+            elif normalized is not None:
+                self.found.normalized[node] = normalized
             elif self._quantizes_parts(node):
                 self._write_parts(node)
         return self.found

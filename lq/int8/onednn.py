@@ -35,6 +35,7 @@ from lq.int8.integers import (
     pool_of,
     quantize_activation,
     quantize_features,
+    quantize_normalized,
     subsample,
 )
 from lq.int8.matching import KERNELS, Chain, clamp_bounds, find_kernels, grid_of, is_call, only_user, unary
@@ -99,6 +100,15 @@ def _integer(value: float, grid: Grid) -> int:
     return int(quantize_activation(torch.tensor(value), grid.scale, grid.zero_point, grid.quant_min, grid.quant_max))
 
 
+def _clamped(clamp: Any, grid: Grid) -> tuple[int, int]:
+    """The lowest and highest integer of a grid after a clamp, or without one."""
+    bounds = clamp_bounds(clamp)
+    if bounds is None:
+        return grid.quant_min, grid.quant_max
+    # Rounding is monotonic, so it commutes with clamping.
+    return _integer(bounds[0], grid), _integer(bounds[1], grid)
+
+
 class _Lowering:
     """Writes the lowered graph and runs each node of it as it is written.
 
@@ -120,6 +130,7 @@ class _Lowering:
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.found = find_kernels(graph, root)
         self.chains, self.moved, self.concats = self.found.chains, self.found.moved, self.found.concats
+        self.normalized = self.found.normalized
         self.lowered.unfused = self.found.unfused
         self.kernels = {chain.op for chain in self.chains.values()}
         self.inner = {
@@ -128,6 +139,7 @@ class _Lowering:
             for node in (chain.op, chain.add, chain.clamp)
             if node is not None and node is not chain.end
         }
+        self.inner |= {node for found in self.normalized.values() for node in (found.batch_norm, found.clamp) if node}
         self.read_at = self._reading_positions()
         self.last_read: dict[int, list[fx.Node]] = {}
         for node in graph.nodes:
@@ -264,6 +276,8 @@ class _Lowering:
             return self._emit_moved(node)
         if node in self.concats:
             return self._emit_concat(node)
+        if node in self.normalized:
+            return self._emit_normalized(node)
         return self._quantize(self._read(node.args[0]), node)
 
     def _emit_concat(self, node: Any) -> fx.Node:
@@ -272,11 +286,38 @@ class _Lowering:
         integers = [
             self.values[part]
             if part in self.chains and self.chains[part].part_of is node
-            # What is to be quantized more than once was written in float.
+            # A float, or what several read on grids of their own.
             else self._quantize(self._read(part), node)
             for part in parts
         ]
         return self._call(aten.cat.default, (integers, *axis))
+
+    def _emit_normalized(self, node: Any) -> fx.Node:
+        """A batch norm that gives steps of the grid."""
+        batch_norm, clamp = self.normalized[node].batch_norm, self.normalized[node].clamp
+        grid = grid_of(node)
+        weight, bias, mean, variance = (
+            None if value is None else lookup(self.root, value.target).detach() for value in batch_norm.args[1:5]
+        )
+        assert mean is not None
+        weight = torch.ones_like(mean) if weight is None else weight
+        bias = torch.zeros_like(mean) if bias is None else bias
+        low, high = _clamped(clamp, grid)
+        name = f"norm{len(self.lowered.constants)}"
+        return self._call(
+            quantize_normalized,
+            (
+                self._read(batch_norm.args[0]),
+                self._constant(f"{name}_weight", weight / grid.scale),
+                self._constant(f"{name}_bias", bias / grid.scale),
+                self._constant(f"{name}_mean", mean),
+                self._constant(f"{name}_variance", variance),
+                batch_norm.args[7],
+                grid.zero_point,
+                low,
+                high,
+            ),
+        )
 
     def _quantize(self, x: fx.Node, node: Any) -> fx.Node:
         grid = grid_of(node)
@@ -387,6 +428,9 @@ class _Lowering:
         else:
             kernel = getattr(onednn, KERNELS[op.target]).default
             node = self._call(kernel, (*inputs, bias_node, *geometry, *output, *(fused or ("none", [])), ""))
+            if is_linear and 0 in self.results[x].shape:
+                # For no samples the kernel drops the axes between the first and the last.
+                node = self._call(aten.reshape.default, (node, [*self.results[x].shape[:-1], len(scale)]))
         return node if chain.grid is None else self._clamp(node, chain, chain.grid, fused)
 
     def _pack(self, name: str, weight: Tensor, scale: Tensor, settings: tuple[Any, ...], x: fx.Node) -> Tensor:
@@ -408,11 +452,7 @@ class _Lowering:
 
     def _clamp(self, node: fx.Node, chain: Chain, grid: Grid, fused: Any) -> fx.Node:
         """Clamp integers to the clamp's bounds and the quantizer's grid, where the kernel does not do so."""
-        low, high = grid.quant_min, grid.quant_max
-        bounds = clamp_bounds(chain.clamp)
-        if bounds is not None and fused is None:
-            # Rounding is monotonic, so it commutes with clamping.
-            low, high = (_integer(bound, grid) for bound in bounds)
+        low, high = _clamped(chain.clamp if fused is None else None, grid)
         # The kernel's own integers reach from 0 to 255.
         return node if (low, high) == (0, 255) else self._call(aten.clamp_.default, (node, low, high))
 

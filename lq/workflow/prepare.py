@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from lq.errors import CaptureError, NothingToQuantizeError
 from lq.graph.analysis import GraphAnalysis, analyze_graph
 from lq.graph.capture.agreement import capture_faithfully, disagreement, training_differences
-from lq.graph.capture.calls import follow, unfollow
+from lq.graph.capture.calls import follow, follow_again, unfollow
 from lq.graph.capture.captured import CapturedGraph
 from lq.graph.capture.signature import signature_of
 from lq.graph.forward import QUANTIZERS, QuantizedForward, QuantizerTree, without_quantizers
@@ -419,8 +419,7 @@ def unprepared(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            for module, own in followed.items():
-                module.forward = own
+            follow_again(followed)
             follow(model)  # added in the meantime
             model.forward = forward
 

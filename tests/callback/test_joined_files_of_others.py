@@ -306,3 +306,24 @@ def test_autocast_around_the_parts(tmp_path: Path, caplog: pytest.LogCaptureFixt
     with torch.no_grad():
         expected = model.eval().logits(BATCH)[0]
     assert relative_difference(lq.load(tmp_path / "int8" / "int8.pt2")(BATCH[0]), expected) < 0.05
+
+
+class TwoViews(Apart):
+    """A chunk along a batch of any size, which torch's exporter cannot write to ONNX."""
+
+    def logits(self, batch: Any) -> tuple[Tensor, Tensor]:
+        one, other = self.backbone(torch.cat([batch[0], batch[0].flip(3)])).chunk(2)
+        return self.head((one + other) / 2), batch[1]
+
+
+def test_a_format_that_cannot_express_it_has_a_file_of_the_parts(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    seed_everything(0, verbose=False)
+    model, callback = TwoViews(), quantization(tmp_path, export=["onnx"], rehearse=True)
+    with pytest.warns(UserWarning, match=r"int8\.onnx takes the inputs of each part .* cannot be written to an ONNX"):
+        fit(model, tmp_path, callback)
+    check_file(model, tmp_path)
+    assert callback.result is not None
+    onnx: Any = lq.load(tmp_path / "int8" / "int8.onnx")
+    assert onnx.metadata.inputs == ("parts",)
+    assert all(engine.latency is not None for engine in callback.result.engines)  # each with inputs of its own

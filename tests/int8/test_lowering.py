@@ -23,6 +23,7 @@ from helpers.quantized import calibrated, noise
 from lq.deployment.formats import Format
 from lq.graph.capture.signature import CallSignature
 from lq.graph.qdq import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, constant_qparams
+from lq.int8.integers import quantize_normalized
 from lq.int8.onednn import Packed, lower
 from lq.int8.plans import KEPT, Plans
 from lq.util.cpu import has_onednn_int8
@@ -288,6 +289,33 @@ def test_pools_as_exported(dims: int, pool: Any, args: tuple[Any, ...], gives_pl
     torch.testing.assert_close(lowered.outputs, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
 
 
+class PreActivated(nn.Module):
+    """Batch norms with nothing before them to fold them into, as in a DenseNet; one is read twice."""
+
+    def __init__(self, clamp: nn.Module, **settings: Any) -> None:
+        super().__init__()
+        self.stem, self.a = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(11, 8, 1)
+        self.b, self.clamp = nn.Conv2d(8, 8, 3), clamp
+        self.norm, self.again = nn.BatchNorm2d(11, **settings), nn.BatchNorm2d(8)
+        for norm in (self.norm, self.again):
+            assert norm.running_mean is not None and norm.running_var is not None
+            norm.running_mean.uniform_(-0.5, 0.5), norm.running_var.uniform_(0.2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(self.clamp(self.norm(torch.cat([self.stem(x), x], 1))))
+        y = self.again(F.max_pool2d(x, 2))
+        return self.b(F.relu(y)).mean((2, 3)) + y.mean((2, 3))
+
+
+@pytest.mark.parametrize("clamp", [nn.Identity(), nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-0.3, 0.4)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norms_give_integers(clamp: nn.Module, affine: bool) -> None:
+    int8 = lq.convert(calibrated(PreActivated(clamp, affine=affine).eval(), X, target="x86_avx2"))
+    kernels = [node.target for node in lower(constant_qparams(int8.graph, int8), int8, [X]).graph.nodes]
+    assert kernels.count(quantize_normalized) == 1  # the other one is read in float, too
+    assert_kernels_are_exact(int8, X)
+
+
 class WithASize(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -295,6 +323,15 @@ class WithASize(nn.Module):
 
     def forward(self, x: Tensor, size: Any = (4, 4)) -> Tensor:
         return F.adaptive_avg_pool2d(self.b(F.relu(self.a(x))), size).mean((2, 3))
+
+
+def test_linear_layers_on_positions_for_no_samples() -> None:
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU()]
+    float_model = Forward(
+        lambda self, x: self.fc(self.a(x).permute(0, 2, 3, 1)), a=nn.Sequential(*layers), fc=nn.Linear(8, 5)
+    ).eval()
+    int8 = lq.convert(calibrated(float_model, X, target="x86"))
+    assert int8(X[:0]).shape == (0, 14, 14, 5)
 
 
 def test_numpy_batches() -> None:

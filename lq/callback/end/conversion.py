@@ -16,7 +16,7 @@ from lq.analysis.timing import time_layers
 from lq.callback.end.engine_runs import Contender, contenders, time_engines, validate_engines
 from lq.callback.end.engines import EAGER, Engine
 from lq.callback.end.inspection import Findings, warns_on_failure
-from lq.callback.end.joining import network_of
+from lq.callback.end.joining import JoinedFile, export_joined
 from lq.callback.end.page import result_page
 from lq.callback.end.stopwatch import Stopwatch
 from lq.callback.outputs import NETWORK, OTHER_FORMATS, OUTPUTS, PAGE, RESULT
@@ -26,7 +26,7 @@ from lq.callback.steps.between import Between
 from lq.callback.steps.stages import StagedUnit
 from lq.charts.predictions import Predictions
 from lq.deployment.engine_module import IN_PROCESS, EngineModule
-from lq.deployment.export import ExportResult, export, pays_off
+from lq.deployment.export import ExportResult, pays_off
 from lq.deployment.formats import FORMATS, FormatName
 from lq.int8.module import Int8Module
 from lq.results.report import slower_text
@@ -142,7 +142,8 @@ class Conversion:
             int8 = convert(unit, self.target)
         with watch.stage("export"):
             between = self.between(int8)
-        exports, failure = self._export(unit, int8, folder, between)
+        files, failure = self._export(unit, int8, folder, between)
+        exports = [file.export for file in files]
         forward = staged.prepared_forward
         if has_onednn_int8() and not has_vnni() and self.target.weight.quant_max > 64:
             rank_zero_warn(
@@ -150,7 +151,7 @@ class Conversion:
                 f"{self.target} rounded to 7 bits, where their sums cannot overflow; the saved model keeps 8 bits. "
                 f"To deploy on such CPUs, train or calibrate for them: QuantizationCallback(target='x86_avx2')"
             )
-        engines, times = self._measure(staged, int8, exports, None if between is None else between.inputs)
+        engines, times = self._measure(staged, int8, files)
         predictions = self._judge(staged, int8, engines)
         findings = Findings()
         if self.inspect is not None:
@@ -198,19 +199,16 @@ class Conversion:
 
     def _export(
         self, unit: nn.Module, int8: Int8Module, folder: Path, between: Between | None
-    ) -> tuple[list[ExportResult], Exception | None]:
+    ) -> tuple[list[JoinedFile], Exception | None]:
         """The files, and what failed beside ``int8.pt2``; a file that was not asked for is left out with a warning."""
-        exports: list[ExportResult] = []
+        files: list[JoinedFile] = []
 
         def write(name: FormatName) -> None:
-            format = FORMATS[name]
-            network = network_of(format, unit, int8, between)
-            written = export(
-                network, folder / format.file, format=name, labels=self.labels, preprocessing=self.preprocessing
-            )
-            self.watch.add("export", written.seconds)
-            self.watch.add("verification", written.verification_seconds)
-            exports.append(written)
+            about = {"labels": self.labels, "preprocessing": self.preprocessing}
+            written = export_joined(name, folder, unit, int8, between, **about)
+            self.watch.add("export", written.export.seconds)
+            self.watch.add("verification", written.export.verification_seconds)
+            files.append(written)
 
         write(NETWORK)
         for name in OTHER_FORMATS:
@@ -221,24 +219,20 @@ class Conversion:
                     write(name)
             except Exception as error:
                 if name not in self.optional:
-                    return exports, error
+                    return files, error
                 file = FORMATS[name].file
                 rank_zero_warn(f"lq: {file}, which is written by default, is left out: {error}")
-        return exports, None
+        return files, None
 
     def _measure(
-        self,
-        staged: StagedUnit,
-        int8: Int8Module,
-        exports: list[ExportResult],
-        file_inputs: Mapping[str, Any] | None,
+        self, staged: StagedUnit, int8: Int8Module, files: list[JoinedFile]
     ) -> tuple[dict[str, Contender], list[dict[str, float]] | None]:
         """Every engine with its size, and with ``evaluate`` how long it takes, CPU against CPU: there INT8 kernels run,
         also after a fit on a GPU. The times of the layers are those for one sample."""
         unit = staged.unit
         times = None
         with self.watch.stage("timing"):
-            engines = contenders(unit, int8, exports, file_inputs)
+            engines = contenders(unit, int8, files)
             if self.evaluate is not None:
                 time_engines(unit, int8, engines, BATCH_SIZE)
                 with warns_on_failure("timing the layers"):

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from lq.callback.end.engines import EAGER, FOLDED, Engine
+from lq.callback.end.joining import JoinedFile
 from lq.callback.steps.batches import repeat_samples
 from lq.callback.steps.stages import StagedUnit
 from lq.deployment.engine_module import IN_PROCESS, EngineModule, call_by_name
-from lq.deployment.export import ExportResult
 from lq.deployment.formats import FORMATS, best_format
 from lq.deployment.load import load
 from lq.graph.cropping import crop_kernels
@@ -50,16 +50,14 @@ class Contender:
 def contenders(
     unit: nn.Module,
     int8: Int8Module,
-    exports: Sequence[ExportResult],
-    file_inputs: Mapping[str, Any] | None = None,
+    files: Sequence[JoinedFile],
 ) -> list[Contender]:
     """The float model as it is and folded, INT8 in process, and each file on each engine that is installed for it.
 
     Args:
         unit: prepared, on the CPU.
         int8: what it was converted to.
-        exports: what was written of it.
-        file_inputs: examples of what the files take, where that is not what the unit does.
+        files: what was written of it.
     """
     with unprepared(unit):
         eager = Engine(EAGER, size_bytes=_state_bytes(unit))
@@ -70,7 +68,8 @@ def contenders(
         engines.append(Contender(engine, lambda **inputs: folded(*inputs.values())))
     except Exception as error:
         engines.append(Contender(Engine(FOLDED, note=_reason(error)), None))
-    for written in exports:
+    exports = [file.export for file in files]
+    for file, written in zip(files, exports, strict=True):
         for runtime in FORMATS[written.format].installed_runtimes():
             if best_format(runtime, [export.format for export in exports]).name != written.format:
                 continue
@@ -81,7 +80,7 @@ def contenders(
             try:
                 # As many threads as the float model has.
                 model = load(written.path, runtime, threads=torch.get_num_threads())
-                engines.append(Contender(engine, model, file_inputs))
+                engines.append(Contender(engine, model, file.inputs))
             except Exception as error:
                 engines.append(Contender(replace(engine, note=_reason(error)), None))
     return engines

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -13,8 +16,8 @@ from lq.callback.steps.batches import count_samples
 from lq.callback.steps.between import Between, between_parts
 from lq.callback.steps.calls import Step
 from lq.callback.steps.stages import StagedUnit
-from lq.deployment.export import network_for
-from lq.deployment.formats import Format
+from lq.deployment.export import ExportResult, export, network_for
+from lq.deployment.formats import FORMATS, FormatName
 from lq.int8.module import Int8Module
 from lq.util.causes import first_line
 
@@ -42,17 +45,42 @@ def joined_files(settings: QuantizationSettings, trainer: Any, staged: StagedUni
     return joined_in_step(staged, step, samples, int8)
 
 
-def network_of(format: Format, unit: nn.Module, int8: Int8Module, between: Between | None) -> nn.Module:
-    """What a file is written of.
+@dataclass(frozen=True)
+class JoinedFile:
+    """A file, and examples of what it takes where that is not what the unit does."""
+
+    export: ExportResult
+    inputs: Mapping[str, Any] | None = None
+
+
+def export_joined(
+    name: FormatName, folder: Path, unit: nn.Module, int8: Int8Module, between: Between | None, **about: Any
+) -> JoinedFile:
+    """Write a file: of one network where ``between`` says how, of the parts where the format cannot express it.
 
     Args:
-        format: of the file.
+        name: of the format.
+        folder: for the file.
         unit: prepared, with its ranges.
         int8: the INT8 network.
         between: what the step computes between the parts, see :func:`joined_files`.
+        about: what :func:`lq.export` takes beside.
+
+    Raises:
+        ValueError: where the parts cannot be exported, either.
     """
+    format = FORMATS[name]
     network: nn.Module = int8 if format.placed is None else unit
-    return network if between is None else between.network(network_for(network, format))
+    if between is not None:
+        try:
+            whole = between.network(network_for(network, format))
+            return JoinedFile(export(whole, folder / format.file, format=name, **about), between.inputs)
+        except ValueError as error:
+            rank_zero_warn(
+                f"lq: {format.file} takes the inputs of each part that the step calls: what it computes between them "
+                f"cannot be written to {format.description} ({first_line(error)})"
+            )
+    return JoinedFile(export(network, folder / format.file, format=name, **about))
 
 
 def joined_in_step(staged: StagedUnit, step: Step, samples: list[Any], int8: Int8Module) -> Between | None:

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, count
 from keyword import iskeyword
 from typing import Any
 
@@ -213,15 +214,18 @@ def _numbers_read(staged: StagedUnit, step: Step, batch: Any) -> Iterator[str]:
     leaves, spec = tree_flatten(batch)
     paths, _ = tree_flatten_with_path(batch)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    seed_all()
-    before = _StepForward(staged, step, batch)(*tensors)
+
+    def outputs(batch: Any) -> Any:
+        seed_all()
+        return _StepForward(staged, step, batch)(*(tensor.clone() for tensor in tensors))
+
+    before = outputs(batch)
     for index, (path, leaf) in enumerate(paths):
         if type(leaf) not in (int, float):
             continue
         other = tree_unflatten([*leaves[:index], 2 * leaf + 1, *leaves[index + 1 :]], spec)
         try:
-            seed_all()
-            reads = difference(before, _StepForward(staged, step, other)(*tensors)) is not None
+            reads = difference(before, outputs(other)) is not None
         except Exception:
             reads = True
         if reads:
@@ -295,5 +299,6 @@ def _names(batch: Any) -> list[str]:
             keys = [str(key.key) for key in path if hasattr(key, "key")]
             name = "_".join("".join(c if c.isalnum() else "_" for c in key) for key in keys)
             name = name if name.isidentifier() and not iskeyword(name) else _INPUT
-            names.append(name if name not in names else f"{name}_{len(names)}")
+            numbered = (f"{name}_{number}" for number in count(len(names)))
+            names.append(next(free for free in chain([name], numbered) if free not in names))
     return names

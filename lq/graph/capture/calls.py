@@ -8,20 +8,23 @@ many calls came before it.
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lq.graph.capture.registry import registered_forward
+from lq.graph.parts import PartsForward
 
 #: The position of the whole forward, and that of a call which no earlier run has made.
 WHOLE, UNKNOWN = 0, -1
@@ -247,6 +250,9 @@ def _expression(code: CodeType, offset: int) -> int:
 class FollowedForward:
     """Replaces a submodule's forward: runs it, and tells the root's tracker of the call.
 
+    Two roots may have a submodule in common, as a ReLU that is a default argument or an attribute of a class: then it
+    has one of these for each.
+
     Args:
         root: the module whose forward is followed.
         module: the submodule.
@@ -257,17 +263,39 @@ class FollowedForward:
         self.root = root
         self.module = module
         self.path = path
+        replaced = module.__dict__.get("forward")
+        #: Of the next root that has the submodule.
+        self.other: FollowedForward | None = replaced if isinstance(replaced, FollowedForward) else None
         #: A forward that the user set on the object, which runs in place of the class's.
-        self.own: Callable[..., Any] | None = module.__dict__.get("forward")
+        self.own: Callable[..., Any] | None = replaced if self.other is None else self.other.own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tracker: CallTracker | None = getattr(_following, "tracker", None)
-        if tracker is not None and tracker.root is self.root:
-            return tracker.call_module(self, args, kwargs)
+        if tracker is not None:
+            for followed in self.all():
+                if followed.root is tracker.root:
+                    return tracker.call_module(followed, args, kwargs)
         # Called on its own: by the user, or by `torch.utils.checkpoint` in the backward.
         whole = self.root.__dict__.get("forward")
         run_part = getattr(whole, "run_part", None)
-        return self.run(*args, **kwargs) if run_part is None else run_part(self, args, kwargs)
+        return self.run(*args, **kwargs) if run_part is None or self._may_be_anyones() else run_part(self, args, kwargs)
+
+    def all(self) -> Iterator[FollowedForward]:
+        """This one and those of the other roots."""
+        followed: FollowedForward | None = self
+        while followed is not None:
+            yield followed
+            followed = followed.other
+
+    def _may_be_anyones(self) -> bool:
+        """Whether a call from elsewhere need not be one of the root's: networks that are not followed may have the
+        submodule, too, where it has nothing of its own. The steps' parts are called from there by their nature."""
+        if self.other is not None:
+            return True
+        whole = self.root.__dict__.get("forward")
+        has_own = next(itertools.chain(self.module.parameters(), self.module.buffers()), None) is not None
+        in_backward = torch._C._current_graph_task_id() != -1
+        return not (has_own or in_backward or isinstance(getattr(whole, "own", None), PartsForward))
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The forward itself, or the function that was registered for the layer."""
@@ -275,12 +303,15 @@ class FollowedForward:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         module = memo.get(id(self.module))
-        if id(self.root) not in memo:  # a copy of this submodule alone is the plain layer
+        copied = [followed for followed in self.all() if id(followed.root) in memo]
+        if not copied:  # a copy of this submodule alone is the plain layer
             return MethodType(type(self.module).forward, module) if self.own is None else copy.deepcopy(self.own, memo)
-        twin = object.__new__(FollowedForward)
-        memo[id(self)] = twin
-        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
-        return twin
+        twins = [object.__new__(FollowedForward) for _ in copied]
+        memo[id(self)] = twins[0]
+        for followed, twin, other in zip(copied, twins, [*twins[1:], None], strict=True):
+            attributes = {name: value for name, value in followed.__dict__.items() if name != "other"}
+            twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in attributes.items()}, other=other)
+        return twins[0]
 
 
 def original_forward(module: nn.Module, own: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -294,12 +325,17 @@ def original_forward(module: nn.Module, own: Callable[..., Any] | None) -> Calla
 def follow(root: nn.Module) -> None:
     """Put a :class:`FollowedForward` on each submodule of ``root`` that has none yet."""
     for path, module in root.named_modules():
-        followed = module.__dict__.get("forward")
-        if not path or not _can_be_followed(module):
-            continue
-        if isinstance(followed, FollowedForward) and followed.root is root:
-            continue
-        module.forward = FollowedForward(root, module, path)
+        if path and _can_be_followed(module) and _followed_in(root, module) is None:
+            module.forward = FollowedForward(root, module, path)
+
+
+def _all_of(module: nn.Module) -> list[FollowedForward]:
+    forward = module.__dict__.get("forward")
+    return list(forward.all()) if isinstance(forward, FollowedForward) else []
+
+
+def _followed_in(root: nn.Module, module: nn.Module) -> FollowedForward | None:
+    return next((followed for followed in _all_of(module) if followed.root is root), None)
 
 
 def _can_be_followed(module: nn.Module) -> bool:
@@ -313,19 +349,34 @@ def unfollow(root: nn.Module) -> dict[nn.Module, FollowedForward]:
     """Remove what :func:`follow` put on, and return it."""
     removed = {}
     for module in root.modules():
-        followed = module.__dict__.get("forward")
-        if isinstance(followed, FollowedForward) and followed.root is root:
+        followed = _followed_in(root, module)
+        if followed is not None:
             removed[module] = followed
-            del module.forward
-            if followed.own is not None:
-                module.forward = followed.own
+            _put(module, [other for other in _all_of(module) if other is not followed], followed.own)
     return removed
+
+
+def follow_again(removed: Mapping[nn.Module, FollowedForward]) -> None:
+    """Put back what :func:`unfollow` removed."""
+    for module, followed in removed.items():
+        _put(module, [followed, *_all_of(module)], followed.own)
+
+
+def _put(module: nn.Module, followed: Sequence[FollowedForward], own: Callable[..., Any] | None) -> None:
+    """Have a submodule followed for these roots alone."""
+    for index, one in enumerate(followed):
+        one.other = followed[index + 1] if index + 1 < len(followed) else None
+    forward = followed[0] if followed else own
+    if forward is not None:
+        module.forward = forward
+    else:
+        module.__dict__.pop("forward", None)
 
 
 @contextmanager
 def followed(root: nn.Module) -> Iterator[None]:
     """Inside the context, a :class:`CallTracker` sees the calls of ``root``'s submodules."""
-    already = any(isinstance(m.__dict__.get("forward"), FollowedForward) for m in root.modules() if m is not root)
+    already = any(_followed_in(root, module) is not None for module in root.modules() if module is not root)
     follow(root)
     try:
         yield

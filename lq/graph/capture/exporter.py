@@ -129,7 +129,8 @@ class Exporter(CallTracker):
                 _check_size(size)
             node = None if position == UNKNOWN else _node_of(result)
             if node is not None:
-                node.meta.setdefault("custom", {})["lq_position"] = position
+                # A call that returns the tensor it takes (`contiguous`) made no node: this one is the call before it.
+                node.meta.setdefault("custom", {}).setdefault("lq_position", position)
         return result
 
 

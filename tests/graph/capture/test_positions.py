@@ -247,3 +247,27 @@ def test_at_other_sizes(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["arange", "interpolated positions", "same padding", "windows"])
 def test_qat(name: str) -> None:
     check_qat(network(name), X)
+
+
+UNCHANGED: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda y: y.contiguous(),
+    "requires_grad_": lambda y: y.requires_grad_(False) if not y.requires_grad else y,
+    "float": lambda y: y.float(),
+    "expand_as": lambda y: y.expand_as(y),
+    "dropout": lambda y: F.dropout(y, 0.5, False),
+    "ellipsis": lambda y: y[...],
+}
+
+
+@pytest.mark.parametrize("name", UNCHANGED)
+def test_a_call_that_returns_what_it_takes_is_not_the_layer_before_it(name: str) -> None:
+    """Weights of 2 bits: where they were not rounded, the simulation would be far from what is converted."""
+    torch.manual_seed(0)
+    model = Forward(
+        lambda self, x: self.b(F.relu(UNCHANGED[name](self.a(x)))), a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 8, 3)
+    )
+    lq.calibrate(lq.prepare(model.eval(), X, target="x86", overrides={"a": {"weight_bits": 2}}), [X])
+    int8 = lq.convert(model)
+    int8.execution = "simulation"
+    with torch.no_grad():
+        assert (model(X) - int8(X)).norm() < 0.01 * int8(X).norm()
