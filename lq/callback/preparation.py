@@ -8,14 +8,19 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lq.callback.steps.batches import first_samples
+from lq.callback.steps.batches import first_samples, validation_batches, validation_dataloaders
 from lq.callback.steps.calls import Step
+from lq.callback.steps.evaluation import judged_step
 from lq.callback.steps.running import unit_arguments
 from lq.callback.steps.stages import StagedUnit
+from lq.callback.steps.unnoticed import can_be_read_again, unnoticed
 from lq.errors import CalibrationError, CaptureError
+from lq.graph.capture.signature import signature_of
 from lq.interface.metadata import dtype_name
 from lq.schemes.overrides import Overrides
 from lq.schemes.targets import Target
@@ -57,6 +62,8 @@ def prepare_for_batch(
     args, kwargs = first_samples(_arguments_for(like or staged, batch, is_given))
     if staged.parts:
         args, kwargs = _in_dtype_of(staged.unit, (args, kwargs))
+    elif staged.calibrated_with == "training_step":
+        args, kwargs = _set_as_judged(staged, args, kwargs)
     staged.prepare_with(
         partial(
             prepare,
@@ -68,6 +75,35 @@ def prepare_for_batch(
             overrides=staged.overrides(overrides),
         )
     )
+
+
+def _set_as_judged(
+    staged: StagedUnit, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with the settings of the validation's call, where training has others for its loss, as
+    ``return_features=True``: INT8 does what the validation does."""
+    signature = signature_of(staged.unit, staged.unit.__dict__.get("forward"))
+    inputs, settings = signature.bind(args, kwargs)
+    trainer = getattr(staged.pl_module, "_trainer", None)
+    loaders = None if trainer is None else validation_dataloaders(trainer)
+    if not settings or judged_step(trainer, staged) == "training_step" or not can_be_read_again(loaders):
+        return args, kwargs
+    with unnoticed(loaders):
+        batch = next(iter(validation_batches(trainer, staged.pl_module)), None)
+    try:
+        with evaluating(staged.pl_module), torch.no_grad(), isolate_rng():
+            called = unit_arguments(staged, first_samples(batch), "validation_step")
+        judged_inputs, judged = signature.bind(*called)
+        if judged_inputs.keys() != inputs.keys() or judged == settings:
+            return args, kwargs
+    except Exception:
+        return args, kwargs  # what the validation cannot do, or compare, is told where it is run
+    others = {name: value for name, value in judged.items() if value != settings.get(name)}
+    rank_zero_info(
+        f"lq: {staged.path or type(staged.unit).__name__!r} is quantized as validation_step calls it, with "
+        f"{', '.join(f'{name}={value!r}' for name, value in others.items())}; training_step calls it in another way"
+    )
+    return signature.arguments({**inputs, **judged})
 
 
 def _in_dtype_of(unit: nn.Module, arguments: Any) -> Any:

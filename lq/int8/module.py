@@ -203,6 +203,7 @@ class Int8Module(StandIn):
                     f"this INT8 module was converted for the inputs {', '.join(names)}"
                     f"{' with ' + fixed if fixed else ''}; got {', '.join(inputs)}"
                     f"{' with ' + ', '.join(f'{name}={value!r}' for name, value in other.items()) if other else ''}"
+                    f"{'. For calls of another kind load the float weights into a new module' if other else ''}"
                 )
             values = list(inputs.values())
         elif len(args) + len(kwargs) != len(names) or set(kwargs) != set(names[len(args) :]):
@@ -292,10 +293,18 @@ class Int8Module(StandIn):
         self._compiled.clear()
         return super().load_state_dict(state_dict, *args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # Also called when a parent module loads; packed weights made from the old tensors must go.
         self._compiled.clear()
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        own = {f"{prefix}{name}" for name in super().state_dict()}
+        if not own <= state_dict.keys() and any(name.startswith(prefix) for name in state_dict):
+            *_, error_messages = args
+            error_messages.append(
+                f"{prefix.removesuffix('.') or 'this module'!r} is an INT8 network by now, and these are weights of "
+                f"another one, as of the float module in a checkpoint: load them into a new module, or have the "
+                f"Trainer do it, as in trainer.test(ckpt_path=...)"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_compiled": {}, "graph": graph_state(self.graph)}

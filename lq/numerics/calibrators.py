@@ -67,8 +67,8 @@ class MinMax(Calibrator):
 class MovingAverage(Calibrator):
     """Exponential moving average of each batch's min and max (Jacob et al. 2018, section 3.1).
 
-    ``m = m + c * (batch - m)``, starting at the first batch, in the order the batches came. An observer that keeps
-    the running average itself has its own constant.
+    ``m = m + max(c, 1 / n) * (batch - m)`` for the ``n``-th batch, in the order the batches came: the mean of the first
+    ``1 / c``. An observer that keeps the running average itself has its own constant.
 
     Args:
         averaging_constant: ``c``, in ``(0, 1]``.
@@ -94,10 +94,10 @@ class MovingAverage(Calibrator):
         ranges = _with_histogram(observer, self).batch_ranges.cpu().double()
         if not len(ranges):
             return observer.range()
-        ages = torch.arange(len(ranges) - 1, -1, -1, dtype=torch.float64)
-        weights = self.averaging_constant * (1.0 - self.averaging_constant) ** ages
-        weights[0] = (1.0 - self.averaging_constant) ** ages[0]
-        low, high = (weights @ ranges).float()
+        average = ranges[0]
+        for number, batch in enumerate(ranges[1:], start=2):
+            average = average + max(self.averaging_constant, 1 / number) * (batch - average)
+        low, high = average.float()
         return low, high
 
     def __str__(self) -> str:

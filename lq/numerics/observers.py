@@ -144,7 +144,8 @@ class SmallestErrorObserver(Observer):
 class MovingAverageObserver(Observer):
     """Exponential moving average of each batch's min and max (Jacob et al. 2018, section 3.1), for training.
 
-    ``m = m + c * (batch - m)``, starting at the first batch. Processes are merged by the mean of their averages.
+    ``m = m + max(c, 1 / n) * (batch - m)`` for the ``n``-th batch: the mean of the first ``1 / c`` batches, so that a
+    short training is not left with the range of its first batch. Processes are merged by the mean of their averages.
 
     Args:
         averaging_constant: ``c``, the weight of a new batch, in ``(0, 1]``.
@@ -155,19 +156,28 @@ class MovingAverageObserver(Observer):
         ValueError: where ``averaging_constant`` is outside ``(0, 1]``.
     """
 
+    batches: Tensor
+
     def __init__(self, averaging_constant: float = 0.01, ch_axis: int | None = None, num_channels: int = 1) -> None:
         if not 0.0 < averaging_constant <= 1.0:
             raise ValueError(f"averaging_constant={averaging_constant} must be in (0, 1]")
         super().__init__(ch_axis, num_channels)
         self.averaging_constant = averaging_constant
+        self.register_buffer("batches", torch.zeros(()))
+
+    def reset(self) -> None:
+        super().reset()
+        self.batches.zero_()
 
     def _update(self, x: Tensor) -> None:
         low, high = self._min_max(x)
         # `where` and not `if`: asking a tensor on a GPU for its value would wait for the whole queue. Only before the
         # first batch is the minimum above the maximum, so an infinity in the data persists, like a NaN.
         first = self.min_val > self.max_val
+        self.batches += 1
+        constant = (1 / self.batches).clamp(min=self.averaging_constant)
         for average, batch in ((self.min_val, low), (self.max_val, high)):
-            average.copy_(torch.where(first, batch, average + self.averaging_constant * (batch - average)))
+            average.copy_(torch.where(first, batch, average + constant * (batch - average)))
 
     def all_reduce(self) -> None:
         # A process without data has no average; if no process has data there is none.

@@ -134,9 +134,10 @@ def test_entropy_keeps_values_far_from_zero(values: list[float], spec: QuantSpec
 def test_moving_average_is_a_loop_over_batches(constant: float, spec: QuantSpec) -> None:
     parts = [torch.randn(30) * scale for scale in (1.0, 5.0, 0.1, 2.0, 3.0)]
     low, high = parts[0].min().item(), parts[0].max().item()
-    for part in parts[1:]:
-        low += constant * (part.min().item() - low)
-        high += constant * (part.max().item() - high)
+    for number, part in enumerate(parts[1:], start=2):
+        share = max(constant, 1 / number)
+        low += share * (part.min().item() - low)
+        high += share * (part.max().item() - high)
     found = as_floats(MovingAverage(constant)(observed(*parts), spec))
     np.testing.assert_allclose(found, [low, high], rtol=1e-6)
     # An observer that averages has its own constant.

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 
 from lq.callback.steps.batches import validation_dataloaders
 from lq.callback.steps.calls import Step
+from lq.callback.steps.progress import carry_progress
 from lq.callback.steps.stages import StagedUnit
 from lq.callback.steps.unnoticed import unnoticed
 from lq.util.quiet import quiet
@@ -72,29 +73,44 @@ def validate(
             enable_model_summary=False,
             limit_val_batches=limit_batches,
         )
+        carry_progress(getattr(pl_module, "_trainer", None), judge)
         results = judge.validate(pl_module, dataloaders=dataloaders, verbose=False)
     return {name: float(value) for result in results for name, value in result.items()}
 
 
 @contextmanager
 def as_it_is(pl_module: Any) -> Iterator[None]:
-    """Inside, the module is neither set up nor torn down anew, and its metrics wait for no other process."""
-    metrics = {m: m.distributed_available_fn for m in pl_module.modules() if isinstance(m, Metric)}
+    """Inside, the module is neither set up nor torn down anew, and its metrics wait for no other process.
+
+    The metrics begin anew: one that Lightning does not reset, as the best value so far, would speak of the training, or
+    of the network that was judged before. Afterwards they are as they were.
+    """
+    # No dict by metric: its hash is that of its state.
+    metrics = [(m, m.distributed_available_fn, _metric_state(m)) for m in pl_module.modules() if isinstance(m, Metric)]
     hooks = {name: pl_module.__dict__.get(name) for name in ("setup", "teardown", "configure_callbacks")}
     try:
-        for metric in metrics:
+        for metric, _, _ in metrics:
             metric.distributed_available_fn = lambda: False
+            metric.reset()
         # A `setup` that builds the layers would build them anew, without what they have learnt.
         pl_module.setup = pl_module.teardown = lambda stage: None
         pl_module.configure_callbacks = list
         yield
     finally:
-        for metric, is_distributed in metrics.items():
+        for metric, is_distributed, state in metrics:
             metric.distributed_available_fn = is_distributed
+            metric.__dict__.update(state)
         for name, hook in hooks.items():
             del pl_module.__dict__[name]
             if hook is not None:
                 setattr(pl_module, name, hook)
+
+
+def _metric_state(metric: Metric) -> dict[str, Any]:
+    """What :meth:`torchmetrics.Metric.reset` changes; a list is emptied in place."""
+    names = [*metric._defaults, "_update_count", "_computed", "_forward_cache", "_cache", "_is_synced"]
+    state = {name: getattr(metric, name) for name in names if hasattr(metric, name)}
+    return {name: list(value) if isinstance(value, list) else value for name, value in state.items()}
 
 
 def one_device(trainer: Any) -> dict[str, Any]:

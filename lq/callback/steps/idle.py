@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
+from lq.callback.steps.progress import as_in_training
 from lq.callback.support import lightning_package
 
 #: What a step calls that only its loop may do, or that changes what is trained; here none does anything.
@@ -101,7 +102,8 @@ def _idle(pl_module: Any) -> Iterator[None]:
     before = {name: pl_module.__dict__[name] for name in replaced if name in pl_module.__dict__}
     pl_module.__dict__.update(replaced)
     try:
-        yield
+        with as_in_training(getattr(pl_module, "_trainer", None)):
+            yield
     finally:
         for name in replaced:
             pl_module.__dict__.pop(name, None)
