@@ -11,9 +11,15 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from lq.callback.steps.batches import first_samples, validation_batches, validation_dataloaders
+from lq.callback.steps.batches import (
+    count_samples,
+    first_samples,
+    repeat_samples,
+    validation_batches,
+    validation_dataloaders,
+)
 from lq.callback.steps.calls import Step
 from lq.callback.steps.evaluation import judged_step
 from lq.callback.steps.running import unit_arguments
@@ -63,7 +69,7 @@ def prepare_for_batch(
     if staged.parts:
         args, kwargs = _in_dtype_of(staged.unit, (args, kwargs))
     elif staged.calibrated_with == "training_step":
-        args, kwargs = _set_as_judged(staged, args, kwargs)
+        args, kwargs = _as_judged(staged, args, kwargs)
     staged.prepare_with(
         partial(
             prepare,
@@ -77,33 +83,47 @@ def prepare_for_batch(
     )
 
 
-def _set_as_judged(
+def _as_judged(
     staged: StagedUnit, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with the settings of the validation's call, where training has others for its loss, as
-    ``return_features=True``: INT8 does what the validation does."""
-    signature = signature_of(staged.unit, staged.unit.__dict__.get("forward"))
-    inputs, settings = signature.bind(args, kwargs)
+    """The arguments as the validation gives them, where training has other settings for its loss, as
+    ``return_features=True``, or images of another size: INT8, and the files, are for what the validation does."""
     trainer = getattr(staged.pl_module, "_trainer", None)
     loaders = None if trainer is None else validation_dataloaders(trainer)
-    if not settings or judged_step(trainer, staged) == "training_step" or not can_be_read_again(loaders):
+    if loaders is None or judged_step(trainer, staged) == "training_step" or not can_be_read_again(loaders):
         return args, kwargs
-    with unnoticed(loaders):
-        batch = next(iter(validation_batches(trainer, staged.pl_module)), None)
+    signature = signature_of(staged.unit, staged.unit.__dict__.get("forward"))
+    inputs, settings = signature.bind(args, kwargs)
     try:
-        with evaluating(staged.pl_module), torch.no_grad(), isolate_rng():
-            called = unit_arguments(staged, first_samples(batch), "validation_step")
-        judged_inputs, judged = signature.bind(*called)
-        if judged_inputs.keys() != inputs.keys() or judged == settings:
+        with unnoticed(loaders), evaluating(staged.pl_module), torch.no_grad(), isolate_rng():
+            batch = first_samples(next(iter(validation_batches(trainer, staged.pl_module))))
+            judged_inputs, judged = signature.bind(*unit_arguments(staged, batch, "validation_step"))
+        if judged_inputs.keys() != inputs.keys():
             return args, kwargs
+        others = {name: value for name, value in judged.items() if value != settings.get(name)}
+        is_of_other_size = _differ_in_size(inputs, judged_inputs)
     except Exception:
         return args, kwargs  # what the validation cannot do, or compare, is told where it is run
-    others = {name: value for name, value in judged.items() if value != settings.get(name)}
-    rank_zero_info(
-        f"lq: {staged.path or type(staged.unit).__name__!r} is quantized as validation_step calls it, with "
-        f"{', '.join(f'{name}={value!r}' for name, value in others.items())}; training_step calls it in another way"
+    if others:
+        values = ", ".join(f"{name}={value!r}" for name, value in others.items())
+        rank_zero_info(f"lq: INT8 is of the call that validation_step makes, with {values}: training_step has others")
+    if is_of_other_size:
+        # One sample would fix the size of the batch.
+        inputs = repeat_samples(judged_inputs, max(2, count_samples(judged_inputs)))
+        rank_zero_info(
+            "lq: the files are for images of the size that validation_step gives, which is not the training's"
+        )
+    return signature.arguments({**inputs, **judged}) if others or is_of_other_size else (args, kwargs)
+
+
+def _differ_in_size(inputs: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether tensors are alike but for the sizes of images."""
+    (one, spec), (other, other_spec) = tree_flatten(dict(inputs)), tree_flatten(dict(others))
+    pairs = [pair for pair in zip(one, other, strict=False) if all(isinstance(value, Tensor) for value in pair)]
+    alike = spec == other_spec and all(
+        a.dtype == b.dtype and a.dim() == b.dim() and a.shape[1:2] == b.shape[1:2] for a, b in pairs
     )
-    return signature.arguments({**inputs, **judged})
+    return alike and any(a.shape[2:] != b.shape[2:] for a, b in pairs)
 
 
 def _in_dtype_of(unit: nn.Module, arguments: Any) -> Any:

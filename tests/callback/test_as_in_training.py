@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MaxMetric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -113,7 +114,7 @@ def test_int8_is_of_the_call_that_validation_makes(mode: Any, tmp_path: Path, ca
     model = Featured()
     with caplog.at_level("INFO"):
         fit(model, tmp_path, quantization(tmp_path, mode=mode, evaluate=True, rehearse=True))
-    assert "as validation_step calls it, with return_features=False" in caplog.text
+    assert "of the call that validation_step makes, with return_features=False" in caplog.text
     x = images(8, seed=5)[0]
     model.eval()
     with torch.no_grad():
@@ -131,3 +132,28 @@ def test_float_weights_are_told_from_int8(tmp_path: Path) -> None:
             model.load_state_dict(state, strict=strict)
     model.load_state_dict(model.state_dict())
     assert isinstance(nn.Module.get_submodule(model, "model"), lq.Int8Module)
+
+
+class Grown(Wrapped):
+    """Trains on small images, as torchvision's reference training does."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step([F.interpolate(batch[0], size=12), *batch[1:]], batch_idx)
+
+
+@both_modes
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_files_are_for_the_size_of_the_validation(mode: Any, batch_size: int, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    data = DataLoader(TensorDataset(*images(16, seed=1)), batch_size=batch_size)
+    model, callback = Grown(), quantization(tmp_path, mode=mode, export=["onnx"], rehearse=True)
+    fit(model, tmp_path, callback, validation=[data])
+    x = images(8, seed=5)[0]
+    assert x.shape[-1] != 12
+    run = lq.load(tmp_path / "int8" / "int8.onnx")
+    with torch.no_grad():
+        expected = model.eval()(x)
+    assert (run(x) - expected).norm() < 0.05 * expected.norm()
+    assert run(x[:1]).shape == (1, 4)
+    assert callback.result is not None
+    assert all("val_acc" in engine.metrics for engine in callback.result.engines if engine.runtime != "folded")
