@@ -27,7 +27,7 @@ from lq.callback.steps.evaluation import evaluate, judged_step
 from lq.callback.steps.looking import begin_training, begun_copy, find_as_called, first_train_batches
 from lq.callback.steps.running import run_unit
 from lq.callback.steps.stages import StagedUnit, staged_unit
-from lq.callback.steps.twin import twin_of
+from lq.callback.steps.twin import twin_of, what_cannot_be_copied
 from lq.callback.steps.unnoticed import can_be_read_again, unnoticed
 from lq.deployment.formats import FORMATS
 from lq.int8.module import Int8Module
@@ -114,8 +114,9 @@ def _rehearse_on_a_copy(settings: QuantizationSettings, trainer: Any, staged: St
         twin = twin_of(staged.pl_module)
         if not all(gathered(twin is not None)):
             _log.info(
-                "lq: no rehearsal: %s cannot be copied, and what fails in the conversion fails after the training",
+                "lq: no rehearsal: %s cannot be copied, and what fails in the conversion fails after the training: %s",
                 type(staged.pl_module).__name__,
+                what_cannot_be_copied(staged.pl_module),
             )
             return
         if staged.needs_hooks:

@@ -162,8 +162,28 @@ def test_a_module_that_cannot_be_copied_goes_without(tmp_path: Path, caplog: pyt
     callback, model = quantization(tmp_path, rehearse=True), module(Model)
     with caplog.at_level(logging.INFO, logger="lq"):
         trainer(tmp_path, callback, epochs=1).fit(model, train_data(), val_data())
-    assert any("no rehearsal: Model cannot be copied" in text for text in caplog.messages)
+    (told,) = [text for text in caplog.messages if "no rehearsal: Model cannot be copied" in text]
+    assert "stream (cannot pickle 'generator' object" in told
     assert callback.result is not None
+
+
+def test_features_that_hooks_keep_are_no_hindrance(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As for distillation: they have a history, which torch copies no tensor with."""
+
+    class Model(Wrapped):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: dict[str, torch.Tensor] = {}
+            self.model[3].register_forward_hook(lambda module, args, output: self.kept.update(conv=output))
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return super().training_step(batch, batch_idx) + 1e-3 * self.kept["conv"].square().mean()
+
+    model = module(Model)
+    model(images(2)[0])
+    with caplog.at_level(logging.INFO):
+        trainer(tmp_path, quantization(tmp_path, rehearse=True), epochs=1).fit(model, train_data(), val_data())
+    assert any("was rehearsed in" in text for text in caplog.messages)
 
 
 def test_data_that_can_be_read_once_are_left_for_the_training(tmp_path: Path) -> None:

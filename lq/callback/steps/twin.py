@@ -6,10 +6,17 @@ import copy
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
+
+from lq.util.causes import first_line
 
 #: What the Trainer has ``torch.compile`` make of a LightningModule's own methods, on the object.
 _COMPILED_METHODS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+
+#: A list of so many items is data, and takes long to look through.
+_LONG = 10_000
 
 
 def twin_of(pl_module: Any) -> Any:
@@ -20,10 +27,15 @@ def twin_of(pl_module: Any) -> Any:
             # Shared: a list of a million files takes seconds to copy.
             if isinstance(value, (Dataset, DataLoader)) or hasattr(value, "prepare_data_per_node"):
                 memo[id(value)] = value
+            # What a hook has kept of the last step has a history, which torch copies nothing with.
+            is_long = isinstance(value, (list, tuple, dict)) and len(value) > _LONG
+            for leaf in [] if is_long else tree_leaves(value):
+                if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                    memo[id(leaf)] = leaf.detach().clone()
     memo = {key: value for key, value in memo.items() if value is not pl_module}
     try:
         twin = copy.deepcopy(pl_module, memo)
-    except Exception:  # a lock, a file, a tensor with a history: whatever a user keeps on a module
+    except Exception:  # a lock, a file, a generator: whatever a user keeps on a module
         return None
     _uncompile(twin)
     if twin.dtype != torch.float32:
@@ -32,6 +44,18 @@ def twin_of(pl_module: Any) -> Any:
     if trainer is not None:
         twin.trainer = trainer
     return twin
+
+
+def what_cannot_be_copied(pl_module: Any) -> str:
+    """The attribute for which :func:`twin_of` gives nothing, and why."""
+    for path, module in pl_module.named_modules():
+        own = {name: value for name, value in module.__dict__.items() if name not in ("_modules", "_trainer")}
+        for name, value in own.items():
+            try:
+                copy.deepcopy(value, {id(pl_module): pl_module})
+            except Exception as error:
+                return f"{path}.{name}".lstrip(".") + f" ({first_line(error)})"
+    return type(pl_module).__name__
 
 
 def _uncompile(twin: Any) -> None:
