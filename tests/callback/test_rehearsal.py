@@ -32,7 +32,7 @@ from helpers.runs import (
     val_data,
 )
 from lq import QuantizationCallback
-from lq.callback import rehearsal
+from lq.callback.end import joining
 
 
 class Counting(Wrapped):
@@ -104,7 +104,7 @@ def test_an_export_that_fails(mode: str, tmp_path: Path, monkeypatch: pytest.Mon
         if format == "onnx":
             raise lq.ExportMismatchError("the ONNX file differs")
 
-    monkeypatch.setattr(rehearsal, "export", fail)
+    monkeypatch.setattr(joining, "export", fail)
     callback = quantization(tmp_path, mode=mode, rehearse=True, export=["onnx"])
     with pytest.raises(lq.ExportMismatchError, match="the ONNX file differs"):
         trainer(tmp_path, callback).fit(module(NeverTrained), train_data(), val_data())

@@ -128,15 +128,20 @@ def test_what_is_not_finite_is_never_forgotten(observer: type, position: int, va
     assert not all(torch.isfinite(v) for v in watching.range())
 
 
-def test_moving_average_is_the_closed_form() -> None:
-    batches = [torch.randn(10) for _ in range(5)]
+def test_moving_average_begins_as_the_mean() -> None:
+    batches = [torch.randn(10) for _ in range(15)]
     observer = MovingAverageObserver(averaging_constant=0.1)
-    for batch in batches:
+    for batch in batches[:10]:
         observer(batch)
-    low, high = batches[0].min(), batches[0].max()
-    for batch in batches[1:]:
+    low, high = (torch.stack([getattr(batch, end)() for batch in batches[:10]]).mean() for end in ("min", "max"))
+    torch.testing.assert_close(observer.range(), (low, high))
+    for batch in batches[10:]:
+        observer(batch)
         low, high = 0.9 * low + 0.1 * batch.min(), 0.9 * high + 0.1 * batch.max()
     torch.testing.assert_close(observer.range(), (low, high))
+    observer.reset()
+    observer(batches[3])
+    torch.testing.assert_close(observer.range(), (batches[3].min(), batches[3].max()))
     with pytest.raises(ValueError, match=r"averaging_constant=0 must be in \(0, 1\]"):
         MovingAverageObserver(averaging_constant=0)
 

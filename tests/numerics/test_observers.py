@@ -224,12 +224,12 @@ def test_a_copy_goes_its_own_way(observer: type[Observer]) -> None:
 def test_moving_average_is_a_loop_over_batches(constant: float) -> None:
     parts = [torch.randn(30) * scale for scale in (1.0, 5.0, 0.1, 2.0)]
     observer = MovingAverageObserver(constant)
-    low, high = parts[0].min().item(), parts[0].max().item()
-    for number, part in enumerate(parts):
+    low = high = 0.0
+    for number, part in enumerate(parts, start=1):
         observer(part)
-        if number:
-            low += constant * (part.min().item() - low)
-            high += constant * (part.max().item() - high)
+        share = max(constant, 1 / number)
+        low += share * (part.min().item() - low)
+        high += share * (part.max().item() - high)
     np.testing.assert_allclose([v.item() for v in observer.range()], [low, high], rtol=1e-5)
     with pytest.raises(ValueError, match=r"averaging_constant=1.5 must be in \(0, 1\]"):
         MovingAverageObserver(1.5)

@@ -19,7 +19,7 @@ from helpers.fits import fit, quantization
 from helpers.modes import both_modes
 from lq import QuantizationCallback
 from lq.callback import QuantizationResult, outputs
-from lq.callback.end import conversion, engine_runs
+from lq.callback.end import conversion, engine_runs, joining
 from lq.callback.end.engines import EAGER, Engine, recommendation, recommended
 from lq.timing.measure import Timing
 
@@ -119,14 +119,14 @@ def test_a_format_that_is_not_asked_for_may_fail(tmp_path: Path, monkeypatch: py
     """What was trained is not lost for a file that nobody asked for; one that was asked for is an error."""
     pytest.importorskip("onnxscript")
     monkeypatch.setattr(outputs, "UNASKED", ("onnx",))
-    export = conversion.export
+    export = joining.export
 
     def failing(model: Any, path: Path, **kwargs: Any) -> Any:
         if kwargs["format"] == "onnx":
             raise ValueError("no such operator")
         return export(model, path, **kwargs)
 
-    monkeypatch.setattr(conversion, "export", failing)
+    monkeypatch.setattr(joining, "export", failing)
     with pytest.warns(UserWarning, match="int8.onnx, which is written by default, is left out: no such operator"):
         fit(Wrapped(), tmp_path, by_default := quantization(tmp_path, calibrator="minmax", evaluate=False))
     assert [Path(path).name for path in result_of(by_default).exports] == ["int8.pt2"]
