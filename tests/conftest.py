@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import zlib
 
+import hypothesis
 import pytest
 import torch
 
@@ -10,6 +11,10 @@ from helpers.finished_run import FinishedRun, finished_run
 from lq.callback import outputs
 from lq.schemes import targets
 from lq.timing import measure as timing
+
+# How long an example takes is the machine's affair.
+hypothesis.settings.register_profile("lq", deadline=None)
+hypothesis.settings.load_profile("lq")
 
 # Every fit would write and run an ONNX file more; `callback/end/test_engines.py` has a fit with nothing but defaults.
 outputs.UNASKED = ()
