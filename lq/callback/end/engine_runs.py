@@ -47,11 +47,7 @@ class Contender:
     inputs: Mapping[str, Any] | None = None
 
 
-def contenders(
-    unit: nn.Module,
-    int8: Int8Module,
-    files: Sequence[JoinedFile],
-) -> list[Contender]:
+def contenders(unit: nn.Module, int8: Int8Module, files: Sequence[JoinedFile]) -> list[Contender]:
     """The float model as it is and folded, INT8 in process, and each file on each engine that is installed for it.
 
     Args:
@@ -68,10 +64,11 @@ def contenders(
         engines.append(Contender(engine, lambda **inputs: folded(*inputs.values())))
     except Exception as error:
         engines.append(Contender(Engine(FOLDED, note=_reason(error)), None))
-    exports = [file.export for file in files]
-    for file, written in zip(files, exports, strict=True):
+    formats = [file.export.format for file in files]
+    for file in files:
+        written = file.export
         for runtime in FORMATS[written.format].installed_runtimes():
-            if best_format(runtime, [export.format for export in exports]).name != written.format:
+            if best_format(runtime, formats).name != written.format:
                 continue
             engine = Engine(runtime, file=written.path.name, size_bytes=written.size_bytes)
             if runtime == IN_PROCESS:

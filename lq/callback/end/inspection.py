@@ -161,7 +161,8 @@ def inspect_unit(
 def validation_samples(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -> tuple[Step, list[Any]]:
     """A few samples, and the step that takes them: of the validation data, which the ranges were not made of."""
     pl_module: Any = staged.pl_module
-    step, samples = judged_step(trainer, staged), list[Any]()
+    step = judged_step(trainer, staged)
+    samples: list[Any] = []
     with warns_on_failure("reading data for the analysis"):
         if step == "validation_step":
             batches = validation_batches(trainer, pl_module)
