@@ -28,7 +28,8 @@ from lq.callback.rehearsal import rehearse
 from lq.callback.result import QuantizationResult
 from lq.callback.settings import HasSettings, QuantizationSettings
 from lq.callback.steps.calls import has_weighted_layers
-from lq.callback.steps.looking import begun_copy, check_trained, find_as_called, first_train_batches
+from lq.callback.steps.first_batches import first_train_batches
+from lq.callback.steps.looking import begun_copy, check_trained, find_as_called
 from lq.callback.steps.own_setup import after_own_setup, waits_for_setup
 from lq.callback.steps.stages import StagedUnit, attach, staged_unit
 from lq.callback.support import check_alone, check_trainer
@@ -389,7 +390,7 @@ class QuantizationCallback(HasSettings, Callback):
             self._prepare_for_training(trainer, staged)
 
     def _prepare_for_training(self, trainer: Trainer, staged: StagedUnit) -> None:
-        batch = next(iter(first_train_batches(trainer, staged, 1, take=True)), None)
+        batch = next(iter(first_train_batches(trainer, staged.pl_module, 1, take=True)), None)
         if batch is None:
             raise CalibrationError("the train dataloader gave no batch to prepare the model with")
         with isolate_rng():

@@ -13,18 +13,12 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from lq.callback.steps.batches import (
-    count_samples,
-    first_samples,
-    repeat_samples,
-    validation_batches,
-    validation_dataloaders,
-)
+from lq.callback.steps.batches import count_samples, first_samples, repeat_samples
 from lq.callback.steps.calls import Step
 from lq.callback.steps.evaluation import judged_step
+from lq.callback.steps.first_batches import first_validation_batches
 from lq.callback.steps.running import unit_arguments
 from lq.callback.steps.stages import StagedUnit
-from lq.callback.steps.unnoticed import can_be_read_again, unnoticed
 from lq.errors import CalibrationError, CaptureError
 from lq.graph.capture.signature import signature_of
 from lq.interface.metadata import dtype_name
@@ -89,15 +83,14 @@ def _as_judged(
     """The arguments as the validation gives them, where training has other settings for its loss, as
     ``return_features=True``, or images of another size: INT8, and the files, are for what the validation does."""
     trainer = getattr(staged.pl_module, "_trainer", None)
-    loaders = None if trainer is None else validation_dataloaders(trainer)
-    if loaders is None or judged_step(trainer, staged) == "training_step" or not can_be_read_again(loaders):
+    if trainer is None or judged_step(trainer, staged) == "training_step":
         return args, kwargs
     signature = signature_of(staged.unit, staged.unit.__dict__.get("forward"))
     inputs, settings = signature.bind(args, kwargs)
     try:
-        with unnoticed(loaders), evaluating(staged.pl_module), torch.no_grad(), isolate_rng():
-            batch = first_samples(next(iter(validation_batches(trainer, staged.pl_module))))
-            judged_inputs, judged = signature.bind(*unit_arguments(staged, batch, "validation_step"))
+        (batch,) = first_validation_batches(trainer, staged.pl_module, 1)
+        with evaluating(staged.pl_module), torch.no_grad(), isolate_rng():
+            judged_inputs, judged = signature.bind(*unit_arguments(staged, first_samples(batch), "validation_step"))
         if judged_inputs.keys() != inputs.keys():
             return args, kwargs
         others = {name: value for name, value in judged.items() if value != settings.get(name)}

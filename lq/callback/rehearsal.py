@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import tempfile
 import time
@@ -20,15 +19,16 @@ from lq.callback.end.joining import export_joined, joined_in_step
 from lq.callback.outputs import NETWORK
 from lq.callback.preparation import check_batch, prepare_for_batch
 from lq.callback.settings import QuantizationSettings
-from lq.callback.steps.batches import batches_of, first_samples, validation_batches, validation_dataloaders
+from lq.callback.steps.batches import first_samples
 from lq.callback.steps.between import Between
 from lq.callback.steps.calls import Step
 from lq.callback.steps.evaluation import evaluate, judged_step
-from lq.callback.steps.looking import begin_training, begun_copy, find_as_called, first_train_batches
+from lq.callback.steps.first_batches import first_batches_of, first_train_batches, first_validation_batches
+from lq.callback.steps.looking import begin_training, begun_copy, find_as_called
 from lq.callback.steps.running import run_unit
 from lq.callback.steps.stages import StagedUnit, staged_unit
 from lq.callback.steps.twin import twin_of, what_cannot_be_copied
-from lq.callback.steps.unnoticed import can_be_read_again, unnoticed
+from lq.callback.steps.unnoticed import can_be_read_again
 from lq.deployment.formats import FORMATS
 from lq.int8.module import Int8Module
 from lq.util.distributed import agreed, gathered
@@ -61,11 +61,10 @@ def rehearse(settings: QuantizationSettings, trainer: Any, staged: StagedUnit) -
         given = None  # what is looked at would be gone
     if not rehearses and (settings.mode == "qat" or (given is None and not settings.overrides.specs)):
         return
-    batches = first_train_batches(trainer, staged, BATCHES)
+    batches = first_train_batches(trainer, staged.pl_module, BATCHES)
     calibration = batches
     if given is not None:
-        with unnoticed(given):
-            calibration = list(itertools.islice(batches_of(given, staged.pl_module), BATCHES))
+        calibration = first_batches_of(given, staged.pl_module, BATCHES)
     if not batches or not calibration:
         return  # nothing that could be looked at
     with isolate_rng():
@@ -181,10 +180,8 @@ def _between(trainer: Any, staged: StagedUnit, int8: Int8Module, batches: list[A
     if not staged.parts:
         return None
     step: Step = "training_step"
-    loaders = validation_dataloaders(trainer)
-    if judged_step(trainer, staged) == "validation_step" and can_be_read_again(loaders):
-        with unnoticed(loaders):
-            validation = list(itertools.islice(validation_batches(trainer, staged.pl_module), BATCHES))
+    if judged_step(trainer, staged) == "validation_step":
+        validation = first_validation_batches(trainer, staged.pl_module, BATCHES)
         if validation:
             step, batches = "validation_step", validation
     batches = [first_samples(batch) for batch in batches]

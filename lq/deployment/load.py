@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from lq.deployment.formats import RUNTIMES, Format, format_of
+from lq.deployment.formats import RUNTIMES, Format, Runtime, format_of
 from lq.engines.base import InferenceModel
 from lq.errors import MissingRuntimeError
 from lq.int8.module import Int8Module
@@ -45,25 +45,28 @@ def load(path: str | Path, runtime: str = "auto", *, threads: int | None = None)
         raise ValueError(f"threads={threads} must be at least 1, or None for the engine's own choice")
     path = Path(path)
     format = format_of(path)
-    if runtime == "auto":
-        *others, runtime = _preferred(path, format)
-        for name in others:
-            # What an engine is known to compute wrongly, it refuses.
-            with suppress(ValueError):
-                return load(path, name, threads=threads)
-    chosen = format.runtime(runtime)
-    if chosen is None:
-        raise ValueError(
-            f"runtime={runtime!r} does not read path={str(path)!r}, which is {format.description}; choose "
-            f"{' or '.join(repr(runtime.name) for runtime in format.runtimes)}, or export the network for {runtime!r} "
-            f"with lq.export"
-        )
+    *others, last = _preferred(path, format) if runtime == "auto" else (_reader(path, format, runtime),)
     if format.check is not None:
         format.check(path)
-    return chosen.load(path, threads)
+    for other in others:
+        # What an engine is known to compute wrongly, it refuses.
+        with suppress(ValueError):
+            return other.load(path, threads)
+    return last.load(path, threads)
 
 
-def _preferred(path: Path, format: Format) -> tuple[str, ...]:
+def _reader(path: Path, format: Format, name: str) -> Runtime:
+    runtime = format.runtime(name)
+    if runtime is None:
+        raise ValueError(
+            f"runtime={name!r} does not read path={str(path)!r}, which is {format.description}; choose "
+            f"{' or '.join(repr(runtime.name) for runtime in format.runtimes)}, or export the network for {name!r} "
+            f"with lq.export"
+        )
+    return runtime
+
+
+def _preferred(path: Path, format: Format) -> list[Runtime]:
     """The engines that "auto" tries for a file, the best one first."""
     first = format.runtimes[0]
     if first.runs_code:
@@ -71,7 +74,7 @@ def _preferred(path: Path, format: Format) -> tuple[str, ...]:
             f"path={str(path)!r} is {format.description}: compiled code, which runs as it is loaded; where you trust "
             f"it: lq.load({str(path)!r}, {first.name!r})"
         )
-    installed = format.installed_runtimes()
+    installed = [runtime for runtime in format.runtimes if runtime.is_installed]
     if not installed:
         raise MissingRuntimeError(
             f"path={str(path)!r} is {format.description}, and no runtime for it is installed; install one with: "

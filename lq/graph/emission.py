@@ -92,8 +92,9 @@ class _Emitter:
                 del owner._buffers[name]
 
     def _same_scale_nodes_in_int8(self) -> set[fx.Node]:
-        """The operators that move or select values between a quantized tensor and an INT8 kernel that reads it."""
-        reads = [operand for kernel in self.analysis.placement.kernels for operand in kernel.reads]
+        """The operators that move or select values between a quantized tensor and what reads it as integers."""
+        placement = self.analysis.placement
+        reads = [operand for kernel in placement.kernels for operand in kernel.reads] + placement.normalized
         carried = set()
         for node in reads:
             if source_of(node) not in self.quantized:

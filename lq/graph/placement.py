@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,12 +103,14 @@ class Placement:
         chains: in the order of the graph.
         operators: kernels of their own, in the order of the graph.
         activations: the nodes whose output gets a quantizer; the quantizer's name is the node's ``meta["site"]``.
+        normalized: what batch norms that are no part of a kernel read as integers.
         float_layers: reason why a layer stays float, by its path.
     """
 
     chains: list[Chain] = field(default_factory=list)
     operators: list[Operator] = field(default_factory=list)
     activations: list[fx.Node] = field(default_factory=list)
+    normalized: list[fx.Node] = field(default_factory=list)
     float_layers: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -331,7 +333,29 @@ class _Placer:
                 source = source_of(node.args[0])
                 if source in ends:
                     wanted.add(source)
+        if not self.kinds:
+            self.placement.normalized = self._before_batch_norms(ends, wanted)
+            wanted.update(map(source_of, self.placement.normalized))
         self.placement.activations = sorted(wanted, key=self.order.__getitem__)
+
+    def _before_batch_norms(self, ends: Collection[fx.Node], wanted: Collection[fx.Node]) -> list[fx.Node]:
+        """What batch norms read that have nothing to be folded into and whose results are rounded: as INT8, also where
+        it is concatenated, it lets the kernels before write INT8."""
+        found: dict[fx.Node, None] = {}
+        taken = self.placement.kernel_of()
+        for node in self.graph.nodes:
+            if classify(node) is not OpKind.BATCH_NORM or node in taken:
+                continue
+            norm = Operator(node)
+            self._attach_clamp(norm)
+            if norm.end not in wanted or not self._can_be_integers(norm):
+                continue
+            reads = norm.reads
+            if len(reads) == 1 and classify(reads[0]) is OpKind.CONCAT:
+                reads = Operator(reads[0]).reads
+            if any(source_of(read) in ends for read in reads) and all(map(depends_on_input, reads)):
+                found |= dict.fromkeys(reads)
+        return [*found]
 
 
 def is_result(node: fx.Node) -> bool:

@@ -89,10 +89,24 @@ def unary(op: Any, clamp: Any) -> tuple[str, list[float]] | None:
 
 @dataclass
 class Normalized:
-    """A batch norm with nothing to fold it into, and the clamp after it, before a quantize node that alone reads it."""
+    """A batch norm with nothing to fold it into, and the clamp after it, before a quantize node that alone reads it.
+
+    Args:
+        batch_norm: the batch norm.
+        clamp: the clamp after it, or None.
+        concat: the concatenation of integers that it alone reads, or None.
+    """
 
     batch_norm: Any
     clamp: Any = None
+    concat: Any = None
+
+    @property
+    def integers(self) -> list[fx.Node]:
+        """The dequantize nodes that it reads, one after the other along the channels; empty where it reads floats."""
+        read = self.batch_norm.args[0] if self.concat is None else self.concat.args[0]
+        parts = read if isinstance(read, (list, tuple)) else [read]
+        return list(parts) if all(is_call(part, DEQUANTIZE) for part in parts) else []
 
 
 @dataclass
@@ -103,7 +117,7 @@ class Kernels:
         chains: weighted operators with what is fused into them, by their last node.
         moved: for a quantize node the operators before it that only move integers on its grid.
         normalized: the batch norm before a quantize node, which takes in the grid.
-        concats: the concatenation before a quantize node, where the kernels of its parts write integers on that grid.
+        concats: the concatenation before a quantize node, where kernels of its parts write integers on that grid.
         unfused: why a sum between integers is computed in float, by the name of its tensor in the float graph (see
             :func:`lq.graph.qdq.origin`), or of its node where there is none.
     """
@@ -113,6 +127,13 @@ class Kernels:
     normalized: dict[fx.Node, Normalized] = field(default_factory=dict)
     concats: dict[fx.Node, Any] = field(default_factory=dict)
     unfused: dict[str, str] = field(default_factory=dict)
+
+    def inner(self) -> set[fx.Node]:
+        """The nodes that are part of a kernel but not its last one."""
+        nodes = [(chain.end, node) for chain in self.chains.values() for node in (chain.op, chain.add, chain.clamp)]
+        inner = {node for end, node in nodes if node is not None and node is not end}
+        norms = self.normalized.values()
+        return inner | {node for norm in norms for node in (norm.concat, norm.batch_norm, norm.clamp) if node}
 
     def note(self, node: fx.Node, reason: str) -> None:
         """Say why a sum is computed in float."""
@@ -131,7 +152,12 @@ def _normalized(node: Any) -> Normalized | None:
     constants = [value for value in (weight, bias) if value is not None] + statistics
     reads_constants = all(value is not None and value.op == "get_attr" for value in constants)
     is_read_alone = only_user(batch_norm) is (clamp or node) and (clamp is None or only_user(clamp) is node)
-    return Normalized(batch_norm, clamp) if reads_constants and is_read_alone else None
+    if not (reads_constants and is_read_alone):
+        return None
+    concat = batch_norm.args[0]
+    is_of_integers = is_call(concat, aten.cat.default) and all(is_call(part, DEQUANTIZE) for part in concat.args[0])
+    joins_channels = is_of_integers and len(concat.args) > 1 and concat.args[1] == 1 and only_user(concat) is batch_norm
+    return Normalized(batch_norm, clamp, concat if joins_channels else None)
 
 
 def find_kernels(graph: fx.Graph, root: nn.Module) -> Kernels:
@@ -142,22 +168,22 @@ def find_kernels(graph: fx.Graph, root: nn.Module) -> Kernels:
 class _Finder:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.found = Kernels()
+        self.kernels = Kernels()
 
     def find(self, graph: fx.Graph) -> Kernels:
         for node in graph.nodes:
             chain = self._match(node)
             if chain is not None:
-                self.found.chains[chain.end] = chain
+                self.kernels.chains[chain.end] = chain
         for node in graph.nodes:
             between, normalized = self._moved(node), _normalized(node)
             if between is not None:
-                self.found.moved[node] = between
+                self.kernels.moved[node] = between
             elif normalized is not None:
-                self.found.normalized[node] = normalized
+                self.kernels.normalized[node] = normalized
             elif self._quantizes_parts(node):
                 self._write_parts(node)
-        return self.found
+        return self.kernels
 
     def _match(self, node: Any) -> Chain | None:
         if not is_call(node, *KERNELS):
@@ -196,7 +222,7 @@ class _Finder:
         elif not is_call(quantize, QUANTIZE):
             reason = "oneDNN adds integers only if the sum is quantized too, and it is not"
         if reason is not None:
-            self.found.note(add, reason)
+            self.kernels.note(add, reason)
         return reason is None
 
     def _quantizes_parts(self, node: Any) -> bool:
@@ -204,15 +230,17 @@ class _Finder:
         concat: Any = node.args[0] if is_call(node, QUANTIZE) else None
         if not is_call(concat, aten.cat.default) or concat.kwargs or only_user(concat) is not node:
             return False
-        return any(part in self.found.chains and self.found.chains[part].quantize is None for part in concat.args[0])
+        return any(
+            part in self.kernels.chains and self.kernels.chains[part].quantize is None for part in concat.args[0]
+        )
 
     def _write_parts(self, quantize: fx.Node) -> None:
         """Have the kernels of a concatenation's parts write integers."""
         concat: Any = quantize.args[0]
-        self.found.concats[quantize] = concat
+        self.kernels.concats[quantize] = concat
         for part in concat.args[0]:
-            if part in self.found.chains and only_user(part) is concat and self.found.chains[part].quantize is None:
-                self.found.chains[part].part_of = quantize
+            if part in self.kernels.chains and only_user(part) is concat and self.kernels.chains[part].quantize is None:
+                self.kernels.chains[part].part_of = quantize
 
     def _moved(self, node: Any) -> tuple[fx.Node, ...] | None:
         """For dequantize → move or select → quantize on the same grid, the operators in between."""

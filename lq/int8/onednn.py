@@ -128,18 +128,10 @@ class _Lowering:
         self.values: dict[fx.Node, fx.Node] = {}
         self.results: dict[fx.Node, Any] = {}
         self.order = {node: index for index, node in enumerate(graph.nodes)}
-        self.found = find_kernels(graph, root)
-        self.chains, self.moved, self.concats = self.found.chains, self.found.moved, self.found.concats
-        self.normalized = self.found.normalized
-        self.lowered.unfused = self.found.unfused
-        self.kernels = {chain.op for chain in self.chains.values()}
-        self.inner = {
-            node
-            for chain in self.chains.values()
-            for node in (chain.op, chain.add, chain.clamp)
-            if node is not None and node is not chain.end
-        }
-        self.inner |= {node for found in self.normalized.values() for node in (found.batch_norm, found.clamp) if node}
+        self.kernels = find_kernels(graph, root)
+        self.lowered.unfused = self.kernels.unfused
+        self.weighted = {chain.op for chain in self.kernels.chains.values()}
+        self.inner = self.kernels.inner()
         self.read_at = self._reading_positions()
         self.last_read: dict[int, list[fx.Node]] = {}
         for node in graph.nodes:
@@ -160,26 +152,30 @@ class _Lowering:
         return self.lowered
 
     def _is_skipped(self, node: fx.Node) -> bool:
-        if node in self.inner or is_call(node, DEQUANTIZE) or only_user(node) in self.concats:
+        if node in self.inner or is_call(node, DEQUANTIZE) or only_user(node) in self.kernels.concats:
             return True  # a dequantize is written where something reads it in float, a concatenation as integers
-        if is_call(node, DEQUANTIZE_WEIGHT) and all(user in self.kernels for user in node.users):
+        if is_call(node, DEQUANTIZE_WEIGHT) and all(user in self.weighted for user in node.users):
             return True  # kernels read the integers
         # Operators that only move integers are written where the moved integers are quantized.
         return bool(node.users) and all(self._reads_moved(user, node) for user in node.users)
 
     def _reads_moved(self, user: fx.Node, node: fx.Node) -> bool:
-        if user in self.moved:
-            return node in self.moved[user]
-        return pool_of(user) is node and bool(user.users) and all(node in self.moved.get(u, ()) for u in user.users)
+        if user in self.kernels.moved:
+            return node in self.kernels.moved[user]
+        return (
+            pool_of(user) is node
+            and bool(user.users)
+            and all(node in self.kernels.moved.get(u, ()) for u in user.users)
+        )
 
     def _emit_node(self, node: fx.Node) -> fx.Node | None:
         if node.op == "output":
             output = self._copy(node, self._read)
             self.lowered.outputs = map_arg(output.args[0], self.results.__getitem__)
             return output
-        if node in self.chains:
-            written = self._emit_chain(self.chains[node])
-            is_quantized = self.chains[node].quantize is not None
+        if node in self.kernels.chains:
+            written = self._emit_chain(self.kernels.chains[node])
+            is_quantized = self.kernels.chains[node].quantize is not None
         elif is_call(node, QUANTIZE):
             written = self._emit_quantize(node)
             is_quantized = True
@@ -219,7 +215,7 @@ class _Lowering:
         """For each source node, the position of the node where it is written, and its inputs are read."""
         positions: dict[fx.Node, int] = {}
         # A pool whose indices are read too is computed in place, and once more on the integers.
-        again = {between: self.order[node] for node, operators in self.moved.items() for between in operators}
+        again = {between: self.order[node] for node, operators in self.kernels.moved.items() for between in operators}
         for node in reversed(self.source.nodes):
             positions[node] = max(self.order[node], again.get(node, 0))
             if self._is_skipped(node):
@@ -272,20 +268,20 @@ class _Lowering:
         return self._call(_contiguous, (self._read(node),))
 
     def _emit_quantize(self, node: Any) -> fx.Node:
-        if node in self.moved:
+        if node in self.kernels.moved:
             return self._emit_moved(node)
-        if node in self.concats:
+        if node in self.kernels.concats:
             return self._emit_concat(node)
-        if node in self.normalized:
+        if node in self.kernels.normalized:
             return self._emit_normalized(node)
         return self._quantize(self._read(node.args[0]), node)
 
     def _emit_concat(self, node: Any) -> fx.Node:
         """Of integers: to round each part is to round the whole."""
-        parts, *axis = self.concats[node].args
+        parts, *axis = self.kernels.concats[node].args
         integers = [
             self.values[part]
-            if part in self.chains and self.chains[part].part_of is node
+            if part in self.kernels.chains and self.kernels.chains[part].part_of is node
             # A float, or what several read on grids of their own.
             else self._quantize(self._read(part), node)
             for part in parts
@@ -294,30 +290,61 @@ class _Lowering:
 
     def _emit_normalized(self, node: Any) -> fx.Node:
         """A batch norm that gives steps of the grid."""
-        batch_norm, clamp = self.normalized[node].batch_norm, self.normalized[node].clamp
-        grid = grid_of(node)
+        norm, grid = self.kernels.normalized[node], grid_of(node)
         weight, bias, mean, variance = (
-            None if value is None else lookup(self.root, value.target).detach() for value in batch_norm.args[1:5]
+            None if value is None else lookup(self.root, value.target).detach() for value in norm.batch_norm.args[1:5]
         )
         assert mean is not None
+        epsilon, low_high = norm.batch_norm.args[7], _clamped(norm.clamp, grid)
         weight = torch.ones_like(mean) if weight is None else weight
         bias = torch.zeros_like(mean) if bias is None else bias
-        low, high = _clamped(clamp, grid)
+        if norm.integers and len(self._shape(norm.integers[0])) == 4:
+            assert variance is not None
+            factor = weight.double() / (variance.double() + epsilon).sqrt()
+            return self._scale_channels(norm.integers, factor, bias - mean * factor, grid, *low_high)
         name = f"norm{len(self.lowered.constants)}"
+        x = self._read(norm.batch_norm.args[0]) if norm.concat is None else self._copy(norm.concat, self._read)
         return self._call(
             quantize_normalized,
             (
-                self._read(batch_norm.args[0]),
+                x,
                 self._constant(f"{name}_weight", weight / grid.scale),
                 self._constant(f"{name}_bias", bias / grid.scale),
                 self._constant(f"{name}_mean", mean),
                 self._constant(f"{name}_variance", variance),
-                batch_norm.args[7],
+                epsilon,
                 grid.zero_point,
-                low,
-                high,
+                *low_high,
             ),
         )
+
+    def _scale_channels(
+        self, integers: list[fx.Node], factor: Tensor, shift: Tensor, grid: Grid, low: int, high: int
+    ) -> fx.Node:
+        """``factor * x + shift`` of each channel, from integers to integers: a convolution with one weight a channel.
+
+        What is concatenated may lie on several grids: the grid of a channel is a factor and a shift as well.
+        """
+        sizes, grids = [self._shape(part)[1] for part in integers], [grid_of(part) for part in integers]
+        factor = factor * torch.cat([torch.full((n,), g.scale).double() for n, g in zip(sizes, grids, strict=True)])
+        zero = torch.cat([torch.full((n,), g.zero_point).double() for n, g in zip(sizes, grids, strict=True)])
+        bias, scale, channels = (shift - factor * zero).float(), factor.abs().float(), len(factor)
+        values = [self._read_integers(part) for part in integers]
+        x = values[0] if len(values) == 1 else self._call(aten.cat.default, (values, 1))
+        name, geometry = f"norm{len(self.lowered.constants)}", ([1, 1], [0, 0], [1, 1], channels)
+        sign = torch.where(factor < 0, -1, 1).to(torch.int8).reshape(-1, 1, 1, 1)
+        inputs = (
+            x,
+            1.0,
+            0,
+            self._constant(f"{name}_weight", self._pack(f"{name}_sign", sign, scale, (1.0, 0, *geometry), x)),
+            self._constant(f"{name}_scale", scale),
+            self._constant(f"{name}_zero_point", torch.zeros(channels, dtype=torch.int32)),
+        )
+        output = (grid.scale, grid.zero_point, torch.uint8)
+        bias_node = self._constant(f"{name}_bias", bias)
+        args: tuple[Any, ...] = (*inputs, bias_node, *geometry, *output, "none", [], "")
+        return self._limit(self._call(onednn.qconv2d_pointwise.default, args), low, high)
 
     def _quantize(self, x: fx.Node, node: Any) -> fx.Node:
         grid = grid_of(node)
@@ -328,7 +355,7 @@ class _Lowering:
 
     def _emit_moved(self, node: Any) -> fx.Node:
         """The operator itself, on the integers."""
-        operator = self.moved[node][-1]
+        operator = self.kernels.moved[node][-1]
         if operator.target in POOLS:
             function, args, kwargs = pool_call(operator)
             args, kwargs = _mapped(args, self._read_integers), _mapped(kwargs, self._read_integers)
@@ -347,7 +374,7 @@ class _Lowering:
         if is_call(node, *KERNELS):
             self.lowered.float_ops.append(node.name)
         if is_call(node, aten.add.Tensor) and all(is_call(value, DEQUANTIZE) for value in node.args):
-            self.found.note(node, "oneDNN has no INT8 kernel for a separate sum")
+            self.kernels.note(node, "oneDNN has no INT8 kernel for a separate sum")
 
     def _emit_chain(self, chain: Chain) -> fx.Node:
         if chain.residual is not None and not self._fits(chain):
@@ -360,7 +387,7 @@ class _Lowering:
         padded = (1,) * (len(ours) - len(other)) + other
         fits = len(padded) == len(ours) and all(b in (1, a) for a, b in zip(ours, padded, strict=True))
         if not fits:
-            self.found.note(chain.add, f"the convolution gives the shape {ours}, the other operand has {other}")
+            self.kernels.note(chain.add, f"the convolution gives the shape {ours}, the other operand has {other}")
         return fits
 
     def _shape(self, dequantize: Any) -> tuple[int, ...]:
@@ -452,8 +479,10 @@ class _Lowering:
 
     def _clamp(self, node: fx.Node, chain: Chain, grid: Grid, fused: Any) -> fx.Node:
         """Clamp integers to the clamp's bounds and the quantizer's grid, where the kernel does not do so."""
-        low, high = _clamped(chain.clamp if fused is None else None, grid)
-        # The kernel's own integers reach from 0 to 255.
+        return self._limit(node, *_clamped(chain.clamp if fused is None else None, grid))
+
+    def _limit(self, node: fx.Node, low: int, high: int) -> fx.Node:
+        # The kernels' own integers reach from 0 to 255.
         return node if (low, high) == (0, 255) else self._call(aten.clamp_.default, (node, low, high))
 
     def _accumulator(self, chain: Chain) -> fx.Node:
@@ -488,11 +517,11 @@ class _Lowering:
         return False
 
     def _may_be_view(self, quantize: Any) -> bool:
-        return quantize in self.moved and self.moved[quantize][-1].target not in POOLS
+        return quantize in self.kernels.moved and self.kernels.moved[quantize][-1].target not in POOLS
 
     def _views(self, reader: fx.Node) -> list[fx.Node]:
         """The quantize nodes whose integers may be a view of those that ``reader`` moves."""
-        return [user for user in reader.users if user in self.moved and self._may_be_view(user)]
+        return [user for user in reader.users if user in self.kernels.moved and self._may_be_view(user)]
 
 
 def _without_zero_point(weight: Tensor, scale: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ import lq
 from helpers.patterns import Forward, conv
 from helpers.quantized import calibrated, noise
 from lq.graph.qdq import DEQUANTIZE_BUFFER
+from lq.schemes.targets import ONNXRUNTIME, X86_AVX2, Target
 
 X = noise(8, 12)
+
+#: With weights of 7 bits, with which kernels are exact on every CPU.
+EXACT_ONNXRUNTIME = replace(ONNXRUNTIME, weight=X86_AVX2.weight)
 
 
 def dense(x: Tensor, layer: nn.Module) -> Tensor:
@@ -80,7 +85,7 @@ class _Keeping(fx.Interpreter):
 
 
 def calibrated_network(
-    between: Callable[[Any, Tensor], Tensor], target: str, **settings: Any
+    between: Callable[[Any, Tensor], Tensor], target: str | Target, **settings: Any
 ) -> tuple[nn.Module, Tensor]:
     model = network(between)
     with torch.no_grad():
@@ -91,7 +96,7 @@ def calibrated_network(
 @pytest.mark.parametrize("name", OPERATORS)
 def test_in_int8(name: str) -> None:
     between, kinds = OPERATORS[name]
-    model, expected = calibrated_network(between, "onnxruntime")
+    model, expected = calibrated_network(between, EXACT_ONNXRUNTIME)
     rows = {row.kind: row.precision for row in lq.report(model).layers}
     assert {kind: rows.get(kind) for kind in kinds} == dict.fromkeys(kinds, "int8")
     outputs = lq.convert(model)(X)
@@ -106,7 +111,7 @@ def test_on_onnx_runtime(name: str, tmp_path: Path) -> None:
     """Of the optimized graph nothing computes in float."""
     ort, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    model, _ = calibrated_network(OPERATORS[name][0], "x86")
+    model, _ = calibrated_network(OPERATORS[name][0], X86_AVX2)
     written = lq.export(model, tmp_path / "int8.onnx", format="onnxruntime")
     assert [verification.runtime for verification in written.verifications] == ["onnxruntime"]
     assert written.verifications[0].relative_difference < 0.02
@@ -156,13 +161,13 @@ def test_overrides_name_operators() -> None:
 def test_training_watches_what_its_target_rounds(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     between = OPERATORS["silu"][0]
-    model = lq.prepare(network(between), X[:2], target="x86", mode="qat").train()
+    model = lq.prepare(network(between), X[:2], target=X86_AVX2, mode="qat").train()
     model(X)
     with pytest.raises(ValueError, match="train with target='onnxruntime', or write format='onnx'"):
         lq.export(model.eval(), tmp_path / "int8.onnx", format="onnxruntime")
     with pytest.raises(ValueError, match="train with target='onnxruntime', or write format='onnx'"):
         lq.convert(model, "onnxruntime")
-    model = lq.prepare(network(between), X[:2], target="onnxruntime", mode="qat").train()
+    model = lq.prepare(network(between), X[:2], target=EXACT_ONNXRUNTIME, mode="qat").train()
     model(X).sum().backward()
     written = lq.export(model.eval(), tmp_path / "int8.onnx", format="onnxruntime")
     assert written.verifications[0].relative_difference < 0.02

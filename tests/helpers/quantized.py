@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import lq
 from lq.numerics.calibrators import Calibrator
+from lq.schemes.targets import Target
 
 # 7-bit weights: exact on every x86 CPU, with VNNI and without; `x86` warns where there is none.
 TARGET = "x86_avx2"
@@ -23,7 +24,7 @@ def calibrated(
     model: nn.Module,
     *batches: Any,
     example: Any = None,
-    target: str = TARGET,
+    target: str | Target = TARGET,
     calibrator: str | Calibrator | None = None,
     **settings: Any,
 ) -> nn.Module:

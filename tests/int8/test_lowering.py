@@ -18,6 +18,7 @@ from torch.torch_version import TorchVersion
 
 import lq
 from helpers.exact import assert_kernels_are_exact
+from helpers.networks import randomize_batch_norm
 from helpers.patterns import Forward, conv
 from helpers.quantized import calibrated, noise
 from lq.deployment.formats import Format
@@ -292,28 +293,64 @@ def test_pools_as_exported(dims: int, pool: Any, args: tuple[Any, ...], gives_pl
 class PreActivated(nn.Module):
     """Batch norms with nothing before them to fold them into, as in a DenseNet; one is read twice."""
 
-    def __init__(self, clamp: nn.Module, **settings: Any) -> None:
+    def __init__(self, clamp: nn.Module, function: Callable[[Tensor], Tensor], **settings: Any) -> None:
         super().__init__()
         self.stem, self.a = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(11, 8, 1)
-        self.b, self.clamp = nn.Conv2d(8, 8, 3), clamp
+        self.b, self.clamp, self.function = nn.Conv2d(8, 8, 3), clamp, function
         self.norm, self.again = nn.BatchNorm2d(11, **settings), nn.BatchNorm2d(8)
         for norm in (self.norm, self.again):
             assert norm.running_mean is not None and norm.running_var is not None
             norm.running_mean.uniform_(-0.5, 0.5), norm.running_var.uniform_(0.2, 2)
+            if norm.affine:
+                nn.init.uniform_(norm.weight, -1, 1), nn.init.uniform_(norm.bias, -1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.a(self.clamp(self.norm(torch.cat([self.stem(x), x], 1))))
+        # Values of the stem are some of its maxima: on its grid, where the image is on another one.
+        parts = [F.max_pool2d(self.stem(x), 3, 1, 1), x]
+        x = self.a(self.clamp(self.norm(self.function(torch.cat(parts, 1)))))
         y = self.again(F.max_pool2d(x, 2))
         return self.b(F.relu(y)).mean((2, 3)) + y.mean((2, 3))
 
 
 @pytest.mark.parametrize("clamp", [nn.Identity(), nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-0.3, 0.4)])
 @pytest.mark.parametrize("affine", [True, False])
-def test_batch_norms_give_integers(clamp: nn.Module, affine: bool) -> None:
-    int8 = lq.convert(calibrated(PreActivated(clamp, affine=affine).eval(), X, target="x86_avx2"))
+@pytest.mark.parametrize("reads_integers", [True, False])
+def test_batch_norms_give_integers(clamp: nn.Module, affine: bool, reads_integers: bool) -> None:
+    model = PreActivated(clamp, (lambda x: x) if reads_integers else torch.sin, affine=affine)
+    int8 = lq.convert(calibrated(model.eval(), X, target="x86_avx2"))
     kernels = [node.target for node in lower(constant_qparams(int8.graph, int8), int8, [X]).graph.nodes]
-    assert kernels.count(quantize_normalized) == 1  # the other one is read in float, too
+    assert kernels.count(quantize_normalized) == (0 if reads_integers else 1)  # `again` is read in float, too
+    assert kernels.count(torch.ops.onednn.qconv2d_pointwise.default) == (4 if reads_integers else 3)
     assert_kernels_are_exact(int8, X)
+
+
+class Densely(nn.Module):
+    """A block of a DenseNet: all that was computed before is joined, normalized and read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8 + 4 * i) for i in range(4))
+        self.convs = nn.ModuleList(nn.Conv2d(8 + 4 * i, 4, 3, padding=1) for i in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [self.stem(x)]
+        for norm, layer in zip(self.norms, self.convs, strict=True):
+            parts.append(layer(F.relu(norm(torch.cat(parts, 1)))))
+        return torch.cat(parts, 1).mean((2, 3))
+
+
+def test_features_are_integers_from_layer_to_layer() -> None:
+    """What is only joined and normalized between kernels is not computed in float, and each part keeps its grid."""
+    model = randomize_batch_norm(Densely()).eval()
+    int8 = lq.convert(calibrated(model, X, target="x86_avx2"))
+    kernels = [node.target for node in lower(constant_qparams(int8.graph, int8), int8, [X]).graph.nodes]
+    assert kernels.count(torch.ops.onednn.qconv2d_pointwise.default) == 5 + 4
+    assert kernels.count(aten.cat.default) == 3 + 1
+    assert aten.batch_norm.default not in kernels and aten.relu.default not in kernels
+    assert_kernels_are_exact(int8, X)
+    expected = model(X)
+    assert (int8(X) - expected).norm() < 0.03 * expected.norm()
 
 
 class WithASize(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -13,15 +12,15 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lq.callback.preparation import prepare_for_batch, refused_batch
-from lq.callback.steps.batches import batches_of, first_of, first_samples, train_dataloaders, validation_dataloaders
+from lq.callback.steps.batches import first_samples
 from lq.callback.steps.calls import Call, CallTree, Step, has_weighted_layers, merge, watched
 from lq.callback.steps.evaluation import is_overridden
+from lq.callback.steps.first_batches import first_validation_batches
 from lq.callback.steps.idle import run_idle, same_attributes
 from lq.callback.steps.running import add_note, call_step, run_unit
 from lq.callback.steps.stages import StagedUnit, attach, staged_unit
 from lq.callback.steps.twin import twin_of
 from lq.callback.steps.unit import Unit, around, find_unit, network_within, unit_of_calls
-from lq.callback.steps.unnoticed import can_be_read_again, unnoticed
 from lq.deployment.export import export
 from lq.errors import CaptureError
 from lq.schemes.overrides import Overrides
@@ -166,10 +165,7 @@ def _calls_in_steps(
     validation: list[Call] | None = None
     if is_overridden("validation_step", module):
         with suppress(Exception):  # it is the loop's affair to say what is wrong with it
-            loaders = validation_dataloaders(trainer)
-            with unnoticed(loaders):
-                first = next(batches_of(first_of(loaders), module), None)
-            if first is not None:
+            for first in first_validation_batches(trainer, module, 1, take=True):
                 for samples in (first_samples(first), first):
                     validation, failure = _look(module, "validation_step", samples)
                     if failure is None:
@@ -247,20 +243,3 @@ def check_trained(staged: StagedUnit) -> None:
             f"or leave averaging to lightning.pytorch.callbacks.EMAWeightAveraging, put after QuantizationCallback; or "
             f"name what is trained with QuantizationCallback(module='...')"
         )
-
-
-def first_train_batches(trainer: Any, staged: StagedUnit, count: int, *, take: bool = False) -> list[Any]:
-    """The first training batches, of which training notices nothing.
-
-    Args:
-        trainer: the Trainer.
-        staged: the unit.
-        count: how many.
-        take: whether to take them also of data that cannot be read again, which training will not see any more.
-    """
-    with isolate_rng():
-        loader = train_dataloaders(trainer)
-        with unnoticed(loader):
-            if not take and not can_be_read_again(loader):
-                return []
-            return list(itertools.islice(batches_of(loader, staged.pl_module), count))
