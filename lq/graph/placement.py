@@ -174,6 +174,7 @@ class _Placer:
         self.residual = scheme.residual
         self.kinds = {OpKind(name) for name in scheme.operators}
         self.integer_outputs = scheme.integer_outputs
+        self.integer_batch_norms = scheme.integer_batch_norms
         self.in_float = scheme.overrides.in_float
         self.graph = captured.graph
         self.values = values
@@ -333,7 +334,7 @@ class _Placer:
                 source = source_of(node.args[0])
                 if source in ends:
                     wanted.add(source)
-        if not self.kinds:
+        if self.integer_batch_norms:
             self.placement.normalized = self._before_batch_norms(ends, wanted)
             wanted.update(map(source_of, self.placement.normalized))
         self.placement.activations = sorted(wanted, key=self.order.__getitem__)

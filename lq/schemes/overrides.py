@@ -165,6 +165,10 @@ class Scheme:
     def integer_outputs(self) -> bool:
         return self.target.integer_outputs
 
+    @property
+    def integer_batch_norms(self) -> bool:
+        return self.target.integer_batch_norms
+
     def weight(self, layer: str) -> QuantSpec:
         """The grid of a layer's weight."""
         spec = self.overrides.find(layer) or LayerSpec()

@@ -34,6 +34,8 @@ class Target:
             engines compute them in float, or in the convolution's kernel.
         integer_outputs: whether its kernels of convolutions and linear layers give integers and nothing else, so that
             all their outputs are rounded, the network's results too.
+        integer_batch_norms: whether a batch norm that no convolution takes in reads integers, also what concatenates
+            them, so that the kernels before it write integers.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Target:
     residual: Residual = "fused"
     operators: tuple[Operator, ...] = ()
     integer_outputs: bool = False
+    integer_batch_norms: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -67,6 +70,7 @@ X86 = Target(
     description="x86 CPUs with VNNI (oneDNN, OpenVINO): uint8 affine activations, 8-bit weights per channel",
     activation=_UINT8_AFFINE,
     weight=_INT8_PER_CHANNEL,
+    integer_batch_norms=True,
 )
 
 X86_AVX2 = Target(
@@ -74,6 +78,7 @@ X86_AVX2 = Target(
     description="x86 CPUs without VNNI, where 16-bit sums saturate: as x86, with 7-bit weights that cannot overflow",
     activation=_UINT8_AFFINE,
     weight=_INT7_PER_CHANNEL,
+    integer_batch_norms=True,
 )
 
 ONNXRUNTIME = Target(

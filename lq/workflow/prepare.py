@@ -84,7 +84,11 @@ class PreparedForward(QuantizedForward):
 
     def scheme(self, target: Target | None = None) -> Scheme:
         """What each tensor is rounded to, for the module's own target or another one."""
-        return Scheme(target or self.target, self.overrides)
+        target = target or self.target
+        if self.mode == "qat" and not self.target.integer_batch_norms:
+            # What training did not watch may stay float there.
+            target = replace(target, integer_batch_norms=False)
+        return Scheme(target, self.overrides)
 
     def analyze(self, target: Target | None = None) -> GraphAnalysis:
         """The float graph of the module as it is now, run on the example inputs with all quantizers off.
@@ -377,6 +381,8 @@ def _variants(scheme: Scheme, mode: Mode) -> Iterator[Scheme]:
     """The scheme, and those that other targets may be converted with."""
     for residual in get_args(Residual):
         yield replace(scheme, target=replace(scheme.target, residual=residual))
+        if mode == "ptq" and not scheme.integer_batch_norms:
+            yield replace(scheme, target=replace(scheme.target, residual=residual, integer_batch_norms=True))
     if mode == "ptq":  # in training, each tensor more that is watched is time at every step
         operators = get_args(Operator)
         yield replace(scheme, target=replace(scheme.target, residual="operands", operators=operators))

@@ -140,6 +140,7 @@ def test_arguments_parse_from_a_command_line() -> None:
     assert (callback.mode, callback.target.name) == ("qat", TARGET)
 
 
+@pytest.mark.filterwarnings("ignore:.*this CPU's INT8 kernels get it wrong")
 def test_x86_on_a_cpu_without_vnni_says_so(tmp_path: Path) -> None:
     from lq.util.cpu import has_onednn_int8, has_vnni
 

@@ -21,6 +21,7 @@ def idx(array: np.ndarray) -> bytes:
     return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
 
 
+@pytest.mark.filterwarnings("ignore:.*this CPU's INT8 kernels get it wrong")
 def test_every_target_with_every_calibrator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generator = np.random.default_rng(0)
     for prefix, count in (("train", 48), ("t10k", 20)):

@@ -89,6 +89,8 @@ def test_result_report_and_files_have_the_name_that_auto_stands_for(
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:.*this CPU's INT8 kernels get it wrong")
+@pytest.mark.filterwarnings("ignore:.*this CPU has no VNNI")
 def test_a_qat_run_is_resumed_for_the_target_that_it_was_begun_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,7 @@ def evaluate(network):
         os.kill(os.getpid(), signal.SIGKILL)
     return metric(network)
 
-lq.quantize(model, BATCHES, evaluate, max_drop=8, journal=sys.argv[1])
+lq.quantize(model, BATCHES, evaluate, max_drop=8, journal=sys.argv[1], target="x86_avx2")
 """
 
 
@@ -44,7 +44,7 @@ def search(model: nn.Module, **arguments: Any) -> tuple[lq.Quantized, int]:
         calls.append(network)
         return metric(network)
 
-    quantized = lq.quantize(model, BATCHES, evaluate, max_drop=8, **arguments)
+    quantized = lq.quantize(model, BATCHES, evaluate, **{"max_drop": 8, "target": "x86_avx2", **arguments})
     return quantized, len(calls)
 
 

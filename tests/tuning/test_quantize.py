@@ -153,11 +153,13 @@ def scaled_network() -> nn.Sequential:
 def test_equalisation_takes_the_place_of_layers_in_float() -> None:
     model = scaled_network()
     metric = explained(model)
-    equalized = lq.quantize(model, BATCHES, metric, max_drop=8)
+    equalized = lq.quantize(model, BATCHES, metric, max_drop=8, target="x86_avx2")
     assert equalized.tuning.met and not equalized.tuning.float_layers
     assert equalized.tuning.step.methods[-1] == "equalization"
     assert metric(lq.convert(equalized.model)) == pytest.approx(equalized.tuning.step.metric, abs=1e-3)
-    without = lq.quantize(model, BATCHES, metric, max_drop=8, equalization=False, bias_correction=False)
+    without = lq.quantize(
+        model, BATCHES, metric, max_drop=8, target="x86_avx2", equalization=False, bias_correction=False
+    )
     assert sorted(without.tuning.float_layers) == ["layer1.conv2", "layer4.conv2"]
     assert without.tuning.evaluations < len(lq.report(without.model).layers)
 

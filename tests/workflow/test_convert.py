@@ -280,7 +280,7 @@ def test_report_is_a_table_and_a_dict() -> None:
 @pytest.mark.parametrize("name", ["graph", "report", "kernels"])
 def test_a_submodule_called_like_an_attribute_of_the_int8_module(name: str, tmp_path: Path) -> None:
     model = nn.Sequential(OrderedDict({name: nn.Conv2d(3, 8, 3)})).eval()
-    lq.calibrate(lq.prepare(model, X), [X])
+    lq.calibrate(lq.prepare(model, X, target=TARGET), [X])
     int8 = lq.convert(model)
     assert f"{name}_.weight" in int8.state_dict()
     torch.testing.assert_close(int8(X), model(X), rtol=0, atol=0.05)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -66,3 +69,25 @@ def test_training_sees_the_data_of_its_own_network() -> None:
     ranges = {name: value.clone() for name, value in student.state_dict().items()}
     assert torch.equal(teacher(9 * X), expected)
     assert all(torch.equal(value, ranges[name]) for name, value in student.state_dict().items())
+
+
+def test_what_networks_share_keeps_none_of_them_in_memory() -> None:
+    last = nn.SiLU()
+    one, other = network(last, 0), network(last, 1)
+    expected = other(X).detach()
+    for model in (one, other):
+        lq.calibrate(lq.prepare(model, X, target="x86_avx2"), [X])
+    gone = weakref.ref(one)
+    del one, model
+    gc.collect()
+    assert gone() is None
+    again = pickle.loads(pickle.dumps(other))
+    assert len([*again[0].act.forward.all()]) == 1
+    for prepared in (other, again):
+        assert error(lq.convert(prepared), expected, X) < 0.05
+    del other, again, prepared
+    gc.collect()
+    assert torch.equal(last(X), nn.functional.silu(X))
+    third = network(last, 1)
+    lq.calibrate(lq.prepare(third, X, target="x86_avx2"), [X])
+    assert error(lq.convert(third), expected, X) < 0.05

@@ -11,6 +11,7 @@ import copy
 import itertools
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -260,7 +261,8 @@ class FollowedForward:
     """
 
     def __init__(self, root: nn.Module, module: nn.Module, path: str) -> None:
-        self.root = root
+        # A submodule without tensors may be one of many networks', and would keep all of them in memory.
+        self._root: nn.Module | weakref.ref[nn.Module] | None = root if _has_tensors(module) else weakref.ref(root)
         self.module = module
         self.path = path
         replaced = module.__dict__.get("forward")
@@ -269,6 +271,11 @@ class FollowedForward:
         #: A forward that the user set on the object, which runs in place of the class's.
         self.own: Callable[..., Any] | None = replaced if self.other is None else self.other.own
 
+    @property
+    def root(self) -> nn.Module | None:
+        """The module whose forward is followed; None where it is gone, and what it has in common with others is not."""
+        return self._root() if isinstance(self._root, weakref.ref) else self._root
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tracker: CallTracker | None = getattr(_following, "tracker", None)
         if tracker is not None:
@@ -276,26 +283,30 @@ class FollowedForward:
                 if followed.root is tracker.root:
                     return tracker.call_module(followed, args, kwargs)
         # Called on its own: by the user, or by `torch.utils.checkpoint` in the backward.
-        whole = self.root.__dict__.get("forward")
+        whole = self._whole()
         run_part = getattr(whole, "run_part", None)
         return self.run(*args, **kwargs) if run_part is None or self._may_be_anyones() else run_part(self, args, kwargs)
 
     def all(self) -> Iterator[FollowedForward]:
-        """This one and those of the other roots."""
+        """This one and those of the other roots, as far as these are there still."""
         followed: FollowedForward | None = self
         while followed is not None:
-            yield followed
+            if followed.root is not None:
+                yield followed
             followed = followed.other
+
+    def _whole(self) -> Any:
+        """The root's own forward, where it was replaced."""
+        return None if self.root is None else self.root.__dict__.get("forward")
 
     def _may_be_anyones(self) -> bool:
         """Whether a call from elsewhere need not be one of the root's: networks that are not followed may have the
         submodule, too, where it has nothing of its own. The steps' parts are called from there by their nature."""
         if self.other is not None:
             return True
-        whole = self.root.__dict__.get("forward")
-        has_own = next(itertools.chain(self.module.parameters(), self.module.buffers()), None) is not None
+        whole = self._whole()
         in_backward = torch._C._current_graph_task_id() != -1
-        return not (has_own or in_backward or isinstance(getattr(whole, "own", None), PartsForward))
+        return not (_has_tensors(self.module) or in_backward or isinstance(getattr(whole, "own", None), PartsForward))
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The forward itself, or the function that was registered for the layer."""
@@ -309,9 +320,28 @@ class FollowedForward:
         twins = [object.__new__(FollowedForward) for _ in copied]
         memo[id(self)] = twins[0]
         for followed, twin, other in zip(copied, twins, [*twins[1:], None], strict=True):
-            attributes = {name: value for name, value in followed.__dict__.items() if name != "other"}
-            twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in attributes.items()}, other=other)
+            root = memo[id(followed.root)]
+            attributes = {name: copy.deepcopy(value, memo) for name, value in followed._attributes().items()}
+            twin.__dict__.update(
+                attributes, other=other, _root=root if followed._root is followed.root else weakref.ref(root)
+            )
         return twins[0]
+
+    def _attributes(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("other", "_root")}
+
+    def __getstate__(self) -> dict[str, Any]:
+        others = [followed for followed in self.all() if followed is not self]
+        is_kept = self._root is self.root
+        return {**self._attributes(), "root": self.root, "is_kept": is_kept, "other": next(iter(others), None)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        root, is_kept = state.pop("root"), state.pop("is_kept")
+        self.__dict__.update(state, _root=root if is_kept or root is None else weakref.ref(root))
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return next(itertools.chain(module.parameters(), module.buffers()), None) is not None
 
 
 def original_forward(module: nn.Module, own: Callable[..., Any] | None) -> Callable[..., Any]:

@@ -21,7 +21,9 @@ from lq import QuantizationCallback
 from lq.callback import QuantizationResult, outputs
 from lq.callback.end import conversion, engine_runs, joining
 from lq.callback.end.engines import EAGER, Engine, recommendation, recommended
+from lq.schemes import targets
 from lq.timing.measure import Timing
+from lq.util.cpu import has_vnni
 
 STAGES = {"evaluation", "calibration", "conversion", "export", "verification", "timing", "analysis", "page"}
 
@@ -40,6 +42,7 @@ def test_a_run_with_nothing_but_defaults(
     for name in ("onnx", "onnxscript", "onnxruntime", "openvino"):
         pytest.importorskip(name)
     monkeypatch.setattr(outputs, "UNASKED", ("onnx",))
+    monkeypatch.setattr(targets, "has_vnni", has_vnni)  # the target is this CPU's own
     caplog.set_level("INFO")
     callback = QuantizationCallback()
     logger = CSVLogger(tmp_path)

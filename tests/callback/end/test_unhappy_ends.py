@@ -295,8 +295,10 @@ def test_a_module_that_a_checkpoint_cannot_make(tmp_path: Path, caplog: pytest.L
     assert f"lq.quantize_checkpoint({str(path)!r}, Required(net=...), data" in caplog.text
     assert "python -m lq.recipes.quantize_checkpoint" not in caplog.text
     with pytest.raises(TypeError, match=r"no Required can be made of .*'net'.*, Required\(\.\.\.\), \.\.\.\)"):
-        lq.quantize_checkpoint(path, Required, train_data(), evaluate=False)
-    assert lq.quantize_checkpoint(path, Required(Wrapped().model), train_data(), evaluate=False, analyze=False).artifact
+        lq.quantize_checkpoint(path, Required, train_data(), target="x86_avx2", evaluate=False)
+    assert lq.quantize_checkpoint(
+        path, Required(Wrapped().model), train_data(), target="x86_avx2", evaluate=False, analyze=False
+    ).artifact
 
 
 def test_a_checkpoint_with_pickled_objects(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -305,6 +307,8 @@ def test_a_checkpoint_with_pickled_objects(tmp_path: Path, caplog: pytest.LogCap
     path = tmp_path / "checkpoints" / "last.ckpt"
     assert f"lq.quantize_checkpoint({str(path)!r}, Given, data, target='x86_avx2', weights_only=False)" in caplog.text
     with pytest.raises(ValueError, match="holds pickled objects, .* Where you trust it: .*weights_only=False"):
-        lq.quantize_checkpoint(path, Given, train_data(), evaluate=False)
-    result = lq.quantize_checkpoint(path, Given, train_data(), evaluate=False, analyze=False, weights_only=False)
+        lq.quantize_checkpoint(path, Given, train_data(), target="x86_avx2", evaluate=False)
+    result = lq.quantize_checkpoint(
+        path, Given, train_data(), target="x86_avx2", evaluate=False, analyze=False, weights_only=False
+    )
     assert lq.load(result.artifact)(images(4)[0]).shape == (4, 4)
