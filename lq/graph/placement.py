@@ -342,7 +342,7 @@ class _Placer:
     def _before_batch_norms(self, ends: Collection[fx.Node], wanted: Collection[fx.Node]) -> list[fx.Node]:
         """What batch norms read that have nothing to be folded into and whose results are rounded: as INT8, also where
         it is concatenated, it lets the kernels before write INT8."""
-        found: dict[fx.Node, None] = {}
+        inputs: dict[fx.Node, None] = {}
         taken = self.placement.kernel_of()
         for node in self.graph.nodes:
             if classify(node) is not OpKind.BATCH_NORM or node in taken:
@@ -355,8 +355,8 @@ class _Placer:
             if len(reads) == 1 and classify(reads[0]) is OpKind.CONCAT:
                 reads = Operator(reads[0]).reads
             if any(source_of(read) in ends for read in reads) and all(map(depends_on_input, reads)):
-                found |= dict.fromkeys(reads)
-        return [*found]
+                inputs |= dict.fromkeys(reads)
+        return [*inputs]
 
 
 def is_result(node: fx.Node) -> bool:
