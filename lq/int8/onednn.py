@@ -23,7 +23,7 @@ from torch.fx.node import map_arg
 
 from lq.graph.codegen import compile_graph
 from lq.graph.convolution import conv_settings
-from lq.graph.qdq import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, Grid, lookup, mark_origin, origin
+from lq.graph.qdq import DEQUANTIZE, QUANTIZE, Grid, lookup, mark_origin, origin
 from lq.int8.integers import (
     POOLS,
     asks_for_sizes,
@@ -32,13 +32,14 @@ from lq.int8.integers import (
     has_dtype,
     pad,
     pool_call,
-    pool_of,
     quantize_activation,
     quantize_features,
     quantize_normalized,
     subsample,
 )
-from lq.int8.matching import KERNELS, Chain, clamp_bounds, find_kernels, grid_of, is_call, only_user, unary
+from lq.int8.liveness import Liveness
+from lq.int8.matching import KERNELS, Chain, clamp_bounds, find_kernels, grid_of, is_call, unary
+from lq.int8.recording import Recording, mapped
 from lq.util.cpu import has_vnni
 
 aten = torch.ops.aten
@@ -83,12 +84,6 @@ class LoweredGraph:
         return lambda *inputs: forward(state, *inputs)
 
 
-def _mapped(arguments: Any, value_of: Callable[[fx.Node], Any]) -> Any:
-    """The arguments with each node replaced by what ``value_of`` gives."""
-    mapped: Any = map_arg(arguments, value_of)
-    return dict(mapped) if isinstance(mapped, dict) else mapped  # fx's own mapping is immutable
-
-
 def _contiguous(value: Any) -> Any:
     return value.contiguous() if isinstance(value, Tensor) else value
 
@@ -110,69 +105,46 @@ def _clamped(clamp: Any, grid: Grid) -> tuple[int, int]:
 
 
 class _Lowering:
-    """Writes the lowered graph and runs each node of it as it is written.
-
-    ``values`` has the lowered node for each source node, ``results`` the lowered nodes' values.
-    """
+    """Writes the lowered graph and runs each node of it as it is written; ``written`` has it for each source node."""
 
     def __init__(
         self, graph: fx.Graph, root: nn.Module, inputs: Sequence[Any], watch: Watch | None, packed: Packed | None
     ) -> None:
         self.source = graph
         self.root = root
-        self.inputs = iter(inputs)
         self.watch = watch
         self.packed: Packed = WeakValueDictionary() if packed is None else packed
-        self.lowered = LoweredGraph(fx.Graph(), {})
-        self.graph = self.lowered.graph
-        self.values: dict[fx.Node, fx.Node] = {}
-        self.results: dict[fx.Node, Any] = {}
-        self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.kernels = find_kernels(graph, root)
-        self.lowered.unfused = self.kernels.unfused
-        self.weighted = {chain.op for chain in self.kernels.chains.values()}
-        self.inner = self.kernels.inner()
-        self.read_at = self._reading_positions()
-        self.last_read: dict[int, list[fx.Node]] = {}
-        for node in graph.nodes:
-            at = max((self.read_at[user] for user in node.users), default=self.order[node])
-            self.last_read.setdefault(at, []).append(node)
-        self.temporary: list[fx.Node] = []
+        self.liveness = Liveness(graph, self.kernels)
+        self.recording = Recording(root, inputs)
+        self.written: dict[fx.Node, fx.Node] = {}
+        self.float_ops: list[str] = []
 
     def run(self) -> LoweredGraph:
+        outputs: Any = None
         for node in self.source.nodes:
-            if not self._is_skipped(node):
+            if not self.liveness.is_written_later(node):
                 written = self._emit_node(node)
-                if written is not None:
-                    self.values[node] = written
-                mark_origin(self.graph, origin(node))
-                self._forget(node, written)
-        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-        self.graph.lint()
-        return self.lowered
+                self.written[node] = written
+                if node.op == "output":
+                    outputs = map_arg(written.args[0], self.recording.values.__getitem__)
+                mark_origin(self.recording.graph, origin(node))
+                self._forget(node)
+        graph = self.recording.graph
+        graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        graph.lint()
+        return LoweredGraph(graph, self.recording.constants, self.float_ops, self.kernels.unfused, outputs)
 
-    def _is_skipped(self, node: fx.Node) -> bool:
-        if node in self.inner or is_call(node, DEQUANTIZE) or only_user(node) in self.kernels.concats:
-            return True  # a dequantize is written where something reads it in float, a concatenation as integers
-        if is_call(node, DEQUANTIZE_WEIGHT) and all(user in self.weighted for user in node.users):
-            return True  # kernels read the integers
-        # Operators that only move integers are written where the moved integers are quantized.
-        return bool(node.users) and all(self._reads_moved(user, node) for user in node.users)
+    def _forget(self, node: fx.Node) -> None:
+        """Drop what nothing reads any more: a large batch has many activations."""
+        self.recording.keep(self.written[node])
+        for read in self.liveness.last_read(node):
+            if read in self.written:
+                self.recording.values.pop(self.written[read], None)
 
-    def _reads_moved(self, user: fx.Node, node: fx.Node) -> bool:
-        if user in self.kernels.moved:
-            return node in self.kernels.moved[user]
-        return (
-            pool_of(user) is node
-            and bool(user.users)
-            and all(node in self.kernels.moved.get(u, ()) for u in user.users)
-        )
-
-    def _emit_node(self, node: fx.Node) -> fx.Node | None:
+    def _emit_node(self, node: fx.Node) -> fx.Node:
         if node.op == "output":
-            output = self._copy(node, self._read)
-            self.lowered.outputs = map_arg(output.args[0], self.results.__getitem__)
-            return output
+            return self._copy(node, self._read)
         if node in self.kernels.chains:
             written = self._emit_chain(self.kernels.chains[node])
             is_quantized = self.kernels.chains[node].quantize is not None
@@ -184,76 +156,26 @@ class _Lowering:
             written = self._copy(node, self._reader(node))
             is_quantized = False
         if is_quantized and self.watch is not None:
-            self.results[written] = self.watch(node, self.results[written])
+            self.recording.values[written] = self.watch(node, self.recording.values[written])
         return written
 
-    # Running
-
-    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
-        return self._ran(self.graph.call_function(target, args, kwargs))
-
-    def _ran(self, node: fx.Node) -> fx.Node:
-        args = _mapped(node.args, self.results.__getitem__)
-        kwargs = _mapped(dict(node.kwargs), self.results.__getitem__)
-        target: Any = node.target
-        if node.op == "placeholder":
-            self.results[node] = next(self.inputs)
-        elif node.op == "call_function":
-            self.results[node] = target(*args, **kwargs)
-        elif node.op == "call_method":
-            self.results[node] = getattr(args[0], target)(*args[1:], **kwargs)
-        elif node.op == "call_module":
-            self.results[node] = self.root.get_submodule(target.removeprefix("module."))(*args, **kwargs)
-        elif node.op == "get_attr":
-            constants = self.lowered.constants
-            value = constants[target] if target in constants else lookup(self.root, target.removeprefix("module."))
-            self.results[node] = value
-        self.temporary.append(node)
-        return node
-
-    def _reading_positions(self) -> dict[fx.Node, int]:
-        """For each source node, the position of the node where it is written, and its inputs are read."""
-        positions: dict[fx.Node, int] = {}
-        # A pool whose indices are read too is computed in place, and once more on the integers.
-        again = {between: self.order[node] for node, operators in self.kernels.moved.items() for between in operators}
-        for node in reversed(self.source.nodes):
-            positions[node] = max(self.order[node], again.get(node, 0))
-            if self._is_skipped(node):
-                positions[node] = max((positions[user] for user in node.users), default=positions[node])
-        return positions
-
-    def _forget(self, node: fx.Node, written: fx.Node | None) -> None:
-        """Drop what nothing reads any more: a large batch has many activations."""
-        for value in self.temporary:
-            if value is not written:
-                self.results.pop(value, None)
-        self.temporary.clear()
-        for read in self.last_read.get(self.order[node], ()):
-            if read in self.values:
-                self.results.pop(self.values[read], None)
-
-    # Writing
-
     def _copy(self, node: fx.Node, read: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        copied = self.graph.node_copy(node, read)
-        copied.meta = {}
-        if node.op in ("get_attr", "call_module"):
-            copied.target = f"module.{node.target}"
+        target: Any = None
         # The kernels use channels-last memory, so a view of a contiguous tensor may have to be a copy.
-        elif node.op == "call_method" and node.target == "view" and not has_dtype(node):
-            copied.target = "reshape"
+        if node.op == "call_method" and node.target == "view" and not has_dtype(node):
+            target = "reshape"
         elif is_call(node, aten.view.default):
-            copied.target = aten.reshape.default
-        return copied if node.op == "output" else self._ran(copied)
+            target = aten.reshape.default
+        return self.recording.copy(node, read, target)
 
     def _read(self, node: Any) -> fx.Node:
         if is_call(node, DEQUANTIZE):
             grid = grid_of(node)
-            return self._call(dequantize_activation, (self.values[node.args[0]], grid.scale, grid.zero_point))
-        return self.values[node]
+            return self.recording.call(dequantize_activation, (self.written[node.args[0]], grid.scale, grid.zero_point))
+        return self.written[node]
 
     def _read_integers(self, node: Any) -> fx.Node:
-        return self.values[node.args[0]] if is_call(node, DEQUANTIZE) else self.values[node]
+        return self.written[node.args[0]] if is_call(node, DEQUANTIZE) else self.written[node]
 
     def _reader(self, node: fx.Node) -> Callable[[fx.Node], fx.Node]:
         """The function that writes what ``node`` reads."""
@@ -265,7 +187,7 @@ class _Lowering:
 
     def _read_contiguous(self, node: Any) -> fx.Node:
         # Code that is called as it is may take views that need the float model's contiguous memory.
-        return self._call(_contiguous, (self._read(node),))
+        return self.recording.call(_contiguous, (self._read(node),))
 
     def _emit_quantize(self, node: Any) -> fx.Node:
         if node in self.kernels.moved:
@@ -280,13 +202,13 @@ class _Lowering:
         """Of integers: to round each part is to round the whole."""
         parts, *axis = self.kernels.concats[node].args
         integers = [
-            self.values[part]
+            self.written[part]
             if part in self.kernels.chains and self.kernels.chains[part].part_of is node
             # A float, or what several read on grids of their own.
             else self._quantize(self._read(part), node)
             for part in parts
         ]
-        return self._call(aten.cat.default, (integers, *axis))
+        return self.recording.call(aten.cat.default, (integers, *axis))
 
     def _emit_normalized(self, node: Any) -> fx.Node:
         """A batch norm that gives steps of the grid."""
@@ -302,16 +224,16 @@ class _Lowering:
             assert variance is not None
             factor = weight.double() / (variance.double() + epsilon).sqrt()
             return self._scale_channels(norm.integers, factor, bias - mean * factor, grid, *low_high)
-        name = f"norm{len(self.lowered.constants)}"
+        name = f"norm{len(self.recording.constants)}"
         x = self._read(norm.batch_norm.args[0]) if norm.concat is None else self._copy(norm.concat, self._read)
-        return self._call(
+        return self.recording.call(
             quantize_normalized,
             (
                 x,
-                self._constant(f"{name}_weight", weight / grid.scale),
-                self._constant(f"{name}_bias", bias / grid.scale),
-                self._constant(f"{name}_mean", mean),
-                self._constant(f"{name}_variance", variance),
+                self.recording.constant(f"{name}_weight", weight / grid.scale),
+                self.recording.constant(f"{name}_bias", bias / grid.scale),
+                self.recording.constant(f"{name}_mean", mean),
+                self.recording.constant(f"{name}_variance", variance),
                 epsilon,
                 grid.zero_point,
                 *low_high,
@@ -330,49 +252,39 @@ class _Lowering:
         zero = torch.cat([torch.full((n,), g.zero_point).double() for n, g in zip(sizes, grids, strict=True)])
         bias, scale, channels = (shift - factor * zero).float(), factor.abs().float(), len(factor)
         values = [self._read_integers(part) for part in integers]
-        x = values[0] if len(values) == 1 else self._call(aten.cat.default, (values, 1))
-        name, geometry = f"norm{len(self.lowered.constants)}", ([1, 1], [0, 0], [1, 1], channels)
+        x = values[0] if len(values) == 1 else self.recording.call(aten.cat.default, (values, 1))
+        name, geometry = f"norm{len(self.recording.constants)}", ([1, 1], [0, 0], [1, 1], channels)
         sign = torch.where(factor < 0, -1, 1).to(torch.int8).reshape(-1, 1, 1, 1)
-        inputs = (
-            x,
-            1.0,
-            0,
-            self._constant(f"{name}_weight", self._pack(f"{name}_sign", sign, scale, (1.0, 0, *geometry), x)),
-            self._constant(f"{name}_scale", scale),
-            self._constant(f"{name}_zero_point", torch.zeros(channels, dtype=torch.int32)),
-        )
+        packed = self._pack(f"{name}_sign", sign, scale, (1.0, 0, *geometry), x)
+        inputs = (x, 1.0, 0, *self._weight(name, packed, scale))
         output = (grid.scale, grid.zero_point, torch.uint8)
-        bias_node = self._constant(f"{name}_bias", bias)
+        bias_node = self.recording.constant(f"{name}_bias", bias)
         args: tuple[Any, ...] = (*inputs, bias_node, *geometry, *output, "none", [], "")
-        return self._limit(self._call(onednn.qconv2d_pointwise.default, args), low, high)
+        return self._limit(self.recording.call(onednn.qconv2d_pointwise.default, args), low, high)
 
     def _quantize(self, x: fx.Node, node: Any) -> fx.Node:
         grid = grid_of(node)
         args = (x, grid.scale, grid.zero_point, grid.quant_min, grid.quant_max)
         readers = [reader for dequantize in node.users for reader in dequantize.users]
         features = all(is_call(reader, aten.linear.default) for reader in readers)
-        return self._call(quantize_features if features else quantize_activation, args)
+        return self.recording.call(quantize_features if features else quantize_activation, args)
 
     def _emit_moved(self, node: Any) -> fx.Node:
         """The operator itself, on the integers."""
         operator = self.kernels.moved[node][-1]
         if operator.target in POOLS:
             function, args, kwargs = pool_call(operator)
-            args, kwargs = _mapped(args, self._read_integers), _mapped(kwargs, self._read_integers)
-            return self._call(function, args, kwargs)
-        args = _mapped(operator.args, self._read_integers)
+            args, kwargs = mapped(args, self._read_integers), mapped(kwargs, self._read_integers)
+            return self.recording.call(function, args, kwargs)
+        args = mapped(operator.args, self._read_integers)
         sides = border(operator)
         if sides is not None:
-            return self._call(aten.constant_pad_nd.default, (args[0], list(sides), grid_of(node).zero_point))
+            return self.recording.call(aten.constant_pad_nd.default, (args[0], list(sides), grid_of(node).zero_point))
         return self._copy(operator, self._read_integers)
-
-    def _constant(self, name: str, value: Any) -> fx.Node:
-        self.lowered.constants[name] = value
-        return self._ran(self.graph.get_attr(name))
 
     def _note_float(self, node: Any) -> None:
         if is_call(node, *KERNELS):
-            self.lowered.float_ops.append(node.name)
+            self.float_ops.append(node.name)
         if is_call(node, aten.add.Tensor) and all(is_call(value, DEQUANTIZE) for value in node.args):
             self.kernels.note(node, "oneDNN has no INT8 kernel for a separate sum")
 
@@ -391,7 +303,7 @@ class _Lowering:
         return fits
 
     def _shape(self, dequantize: Any) -> tuple[int, ...]:
-        return tuple(self.results[self.values[dequantize.args[0]]].shape)
+        return self.recording.shape(self.written[dequantize.args[0]])
 
     def _output_shape(self, op: Any) -> tuple[int, ...]:
         batch, _, *sizes = self._shape(op.args[0])
@@ -403,16 +315,16 @@ class _Lowering:
         """The convolution with its kernel, everything after it in float."""
         node = self._emit_kernel(Chain(chain.op))
         operands = (node if value is chain.op else self._read(value) for value in chain.add.args)
-        node = self._call(aten.add.Tensor, tuple(operands))
+        node = self.recording.call(aten.add.Tensor, tuple(operands))
         if chain.clamp is not None:
-            node = self._call(chain.clamp.target, (node, *chain.clamp.args[1:]))
+            node = self.recording.call(chain.clamp.target, (node, *chain.clamp.args[1:]))
         return self._quantize(node, chain.quantize)
 
     def _emit_kernel(self, chain: Chain) -> fx.Node:
         op = chain.op
         grid = grid_of(op.args[0])
-        x = self.values[op.args[0].args[0]]
-        name = f"op{len(self.lowered.constants)}"
+        x = self.written[op.args[0].args[0]]
+        name = f"op{len(self.recording.constants)}"
         weight, scale = weight_for_this_cpu(*(lookup(self.root, attr.target) for attr in op.args[1].args[:2]))
         bias = None
         if len(op.args) > 2 and op.args[2] is not None:
@@ -426,21 +338,14 @@ class _Lowering:
         if zero_point != 0 and not is_linear and (weight.shape[1] > 1 or not any(padding)):
             bias = _without_zero_point(weight, scale, bias, grid)
             if any(padding):
-                x, padding = self._call(pad, (x, padding, zero_point)), [0] * len(padding)
+                x, padding = self.recording.call(pad, (x, padding, zero_point)), [0] * len(padding)
             zero_point = 0
         if op.target is aten.conv2d.default and is_racy(weight, stride, padding):
-            x, stride = self._call(subsample, (x, stride)), [1, 1]
+            x, stride = self.recording.call(subsample, (x, stride)), [1, 1]
         geometry = () if is_linear else (stride, padding, dilation, groups)
         packed = self._pack(str(op.args[1].args[0].target), weight, scale, (grid.scale, zero_point, *geometry), x)
-        inputs = (
-            x,
-            grid.scale,
-            zero_point,
-            self._constant(f"{name}_weight", packed),
-            self._constant(f"{name}_scale", scale.contiguous()),
-            self._constant(f"{name}_zero_point", torch.zeros(len(scale), dtype=torch.int32)),
-        )
-        bias_node = None if bias is None else self._constant(f"{name}_bias", bias)
+        inputs = (x, grid.scale, zero_point, *self._weight(name, packed, scale))
+        bias_node = None if bias is None else self.recording.constant(f"{name}_bias", bias)
         output = (1.0, 0, torch.float32)
         if chain.grid is not None:
             output = (chain.grid.scale, chain.grid.zero_point, torch.uint8)
@@ -451,18 +356,25 @@ class _Lowering:
             added = (other.scale, other.zero_point, "sum", 1.0, *(fused or (None, [])), "")
             accumulator = self._accumulator(chain)
             args = (*inputs, accumulator, bias_node, *geometry, *output, *added)
-            node = self._call(onednn.qconv2d_pointwise.binary, args)
+            node = self.recording.call(onednn.qconv2d_pointwise.binary, args)
         else:
             kernel = getattr(onednn, KERNELS[op.target]).default
-            node = self._call(kernel, (*inputs, bias_node, *geometry, *output, *(fused or ("none", [])), ""))
-            if is_linear and 0 in self.results[x].shape:
+            node = self.recording.call(kernel, (*inputs, bias_node, *geometry, *output, *(fused or ("none", [])), ""))
+            if is_linear and 0 in self.recording.shape(x):
                 # For no samples the kernel drops the axes between the first and the last.
-                node = self._call(aten.reshape.default, (node, [*self.results[x].shape[:-1], len(scale)]))
+                node = self.recording.call(aten.reshape.default, (node, [*self.recording.shape(x)[:-1], len(scale)]))
         return node if chain.grid is None else self._clamp(node, chain, chain.grid, fused)
+
+    def _weight(self, name: str, packed: Tensor, scale: Tensor) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """A packed weight, its scales and its zero points, as a kernel takes them."""
+        zero_point = torch.zeros(len(scale), dtype=torch.int32)
+        given = {"weight": packed, "scale": scale.contiguous(), "zero_point": zero_point}
+        weight, scales, zero_points = (self.recording.constant(f"{name}_{key}", given[key]) for key in given)
+        return weight, scales, zero_points
 
     def _pack(self, name: str, weight: Tensor, scale: Tensor, settings: tuple[Any, ...], x: fx.Node) -> Tensor:
         """The weight as the kernel wants it for inputs like ``x``."""
-        *leading, last = self.results[x].shape
+        *leading, last = self.recording.shape(x)
         is_linear = len(settings) == 2
         shape = [math.prod(leading), last] if is_linear else [*leading, last]
         # oneDNN has a special layout for a batch of one; all other batches share one.
@@ -483,45 +395,19 @@ class _Lowering:
 
     def _limit(self, node: fx.Node, low: int, high: int) -> fx.Node:
         # The kernels' own integers reach from 0 to 255.
-        return node if (low, high) == (0, 255) else self._call(aten.clamp_.default, (node, low, high))
+        return node if (low, high) == (0, 255) else self.recording.call(aten.clamp_.default, (node, low, high))
 
     def _accumulator(self, chain: Chain) -> fx.Node:
         """The tensor that the kernel adds to in place: the integers, or a copy if they are read again."""
-        node = self.values[chain.residual.args[0]]
-        value = self.results[node]
+        node = self.written[chain.residual.args[0]]
+        value = self.recording.values[node]
         shape = self._output_shape(chain.op)
         is_own = value.shape == shape and value.is_contiguous(memory_format=torch.channels_last)
-        if is_own and not self._is_still_read(chain.residual.args[0], chain):
+        if is_own and not self.liveness.is_still_read(chain.residual.args[0], chain):
             return node
         if value.shape != shape:
-            node = self._call(aten.expand.default, (node, list(shape)))
-        return self._call(torch.clone, (node,), {"memory_format": torch.channels_last})
-
-    def _is_still_read(self, quantize: Any, chain: Chain) -> bool:
-        """Whether the kernel itself (as its input) or anything after it reads the integers or a view of them."""
-        if self._may_be_view(quantize):
-            return True
-        position = self.order[chain.end]
-        pending, seen = [quantize], set()
-        while pending:
-            node = pending.pop()
-            for user in node.users:
-                if user is chain.residual or user in seen:
-                    continue
-                seen.add(user)
-                if user.op == "output":
-                    return True
-                if self.read_at[user] >= position:
-                    return True
-                pending.extend(view for reader in user.users for view in self._views(reader))
-        return False
-
-    def _may_be_view(self, quantize: Any) -> bool:
-        return quantize in self.kernels.moved and self.kernels.moved[quantize][-1].target not in POOLS
-
-    def _views(self, reader: fx.Node) -> list[fx.Node]:
-        """The quantize nodes whose integers may be a view of those that ``reader`` moves."""
-        return [user for user in reader.users if user in self.kernels.moved and self._may_be_view(user)]
+            node = self.recording.call(aten.expand.default, (node, list(shape)))
+        return self.recording.call(torch.clone, (node,), {"memory_format": torch.channels_last})
 
 
 def _without_zero_point(weight: Tensor, scale: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:

@@ -11,28 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
+from helpers.networks import DenseBlock
 from helpers.quantized import calibrated, noise
 from lq.schemes.targets import TARGETS, X86_AVX2
 
 pytest.importorskip("openvino", reason="needs OpenVINO")
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
-
-
-class Dense(nn.Module):
-    """DenseNet's block: all that was computed before is joined, normalized and read again."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, padding=1)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(16 + 8 * index) for index in range(2))
-        self.convs = nn.ModuleList(nn.Conv2d(16 + 8 * index, 8, 3, padding=1) for index in range(2))
-        self.last, self.fc = nn.BatchNorm2d(32), nn.Linear(32, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = [F.relu(self.stem(x))]
-        for norm, conv in zip(self.norms, self.convs, strict=True):
-            features.append(conv(F.relu(norm(torch.cat(features, 1)))))
-        return self.fc(F.relu(self.last(torch.cat(features, 1))).mean((2, 3)))
 
 
 class Joined(nn.Module):
@@ -41,13 +25,13 @@ class Joined(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
-        self.c, self.fc = nn.Conv2d(16, 8, 3), nn.Linear(8, 4)
+        self.c, self.fc = nn.Conv2d(16, 8, 3), nn.Linear(8, 20)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.c(torch.cat([F.relu(self.a(x)), self.b(x)], 1)).mean((2, 3)))
 
 
-@pytest.mark.parametrize("network", [Dense, Joined])
+@pytest.mark.parametrize("network", [DenseBlock, Joined])
 @pytest.mark.parametrize("target", ["xnnpack", "tensorrt"])
 def test_concatenations_of_signed_integers_run_elsewhere(network: type[nn.Module], target: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -64,11 +48,11 @@ def test_concatenations_of_signed_integers_run_elsewhere(network: type[nn.Module
     assert (chosen(x) - model(x)).norm() < 0.02 * model(x).norm()
 
 
-@pytest.mark.parametrize("network", [Dense, Joined])
+@pytest.mark.parametrize("network", [DenseBlock, Joined])
 def test_a_batch_of_none(network: type[nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = noise(8)
     lq.export(calibrated(network(), x, target="x86"), tmp_path / "int8.onnx")
     run = lq.load(tmp_path / "int8.onnx", "openvino")
-    assert run(x[:0]).shape == (0, 4)
-    assert run(x).shape == (8, 4)
+    assert run(x[:0]).shape == (0, 20)
+    assert run(x).shape == (8, 20)

@@ -162,6 +162,22 @@ class Dense(nn.Module):
         return self.fc(torch.cat([x, F.relu(self.b(x))], 1)).mean((2, 3))
 
 
+class DenseBlock(nn.Module):
+    """A block of a DenseNet: all that was computed before is joined, normalized and read again. 20 outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8 + 4 * i) for i in range(3))
+        self.convs = nn.ModuleList(nn.Conv2d(8 + 4 * i, 4, 3, padding=1) for i in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [self.stem(x)]
+        for norm, layer in zip(self.norms, self.convs, strict=True):
+            parts.append(layer(F.relu(norm(torch.cat(parts, 1)))))
+        return torch.cat(parts, 1).mean((2, 3))
+
+
 class DataDependent(nn.Module):
     """Control flow that tracing cannot follow."""
 
