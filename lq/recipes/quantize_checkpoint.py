@@ -19,6 +19,7 @@ from lightning.pytorch import seed_everything
 import lq
 from lq.errors import ConfigError
 from lq.recipes.blocks.config import field, main
+from lq.recipes.blocks.quantization import EXPORT_HELP
 from lq.recipes.blocks.results import print_result
 from lq.schemes.targets import TARGET_CHOICES
 
@@ -40,9 +41,7 @@ class Config:
     )
     calibrator: str | None = field(None, help="minmax, moving_average, percentile, mse, entropy; the best by default")
     calibration_batches: int = field(32, help="training batches that ranges are taken from")
-    export: list[str] | None = field(
-        None, help="formats to write beside int8.pt2: onnx, aoti; by default onnx where it is installed"
-    )
+    export: list[str] | None = field(None, help=EXPORT_HELP)
     output_dir: str | None = field(None, help="folder for what is written; by default int8 beside the checkpoint")
     accelerator: str = field("auto", help="where to calibrate: cpu, gpu or auto")
     seed: int = field(0, help="seed of everything")

@@ -160,7 +160,8 @@ def print_help(config_cls: type[Any], description: str = "") -> None:
     words = "".join(f"{name.upper().removesuffix('S')}... " for name, key in keys.items() if key.positional)
     console.print(Text(f"usage: {_program()} {words}{_USAGE}\n"), soft_wrap=True)
     if description:
-        console.print(Text(description.strip() + "\n"))
+        # A command that is broken into lines is no command.
+        console.print(Text(description.strip() + "\n"), soft_wrap=True)
     console.print(table)
 
 
@@ -182,7 +183,7 @@ class _Key:
 
     @property
     def meaning(self) -> str:
-        return f"{self.help} (one of {', '.join(map(str, self.choices))})" if self.choices else self.help
+        return f"{self.help} (one of {_listed(self.choices)})" if self.choices else self.help
 
     @property
     def alternatives(self) -> tuple[Any, ...]:
@@ -400,9 +401,14 @@ def _choices(hint: Any) -> tuple[Any, ...]:
     return tuple(hint.__members__) if isinstance(hint, type) and issubclass(hint, Enum) else ()
 
 
+def _listed(choices: Sequence[Any]) -> str:
+    """As they are written in YAML and on the command line."""
+    return ", ".join("null" if choice is None else str(choice) for choice in choices)
+
+
 def _one_of(choices: Sequence[Any], value: Any) -> str:
     near = difflib.get_close_matches(str(value), list(map(str, choices)), n=1)
-    return f"one of {', '.join(map(str, choices))}" + (f"; did you mean {near[0]}?" if near else "")
+    return f"one of {_listed(choices)}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _form_hint(key: _Key) -> str:

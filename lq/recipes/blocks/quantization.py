@@ -9,12 +9,19 @@ from typing import Any, Literal
 from torch import nn
 
 from lq.callback import QuantizationCallback
+from lq.deployment.formats import FORMATS
 from lq.errors import ConfigError
 from lq.models import Classifier
 from lq.models.schedules import ScheduleName
 from lq.recipes.blocks.config import field
 from lq.recipes.blocks.training import TrainConfig
 from lq.schemes.targets import TARGET_CHOICES
+
+#: What a recipe's key for files says.
+EXPORT_HELP = (
+    f"formats to write beside int8.pt2: {', '.join(name for name in FORMATS if name != 'pt2')}; by default onnx, where "
+    "it is installed"
+)
 
 
 @dataclass
@@ -26,15 +33,13 @@ class QuantConfig:
     calibrator: str | None = field(
         None, help="minmax, moving_average, percentile, percentile:99.9, mse, entropy; by default the best one for PTQ"
     )
-    export: list[str] | None = field(
-        None,
-        help="formats to write beside int8.pt2: onnx, onnxruntime, aoti, executorch; by default ONNX, if installed",
-    )
+    export: list[str] | None = field(None, help=EXPORT_HELP)
     overrides: dict[str, Any] = field(
         {}, help="layers quantized in another way, null for those left in float: {layer4: {weight_bits: 6}, fc: null}"
     )
     max_drop: float | None = field(
-        None, help="PTQ: points of validation accuracy that INT8 may lose; layers that lose more stay in float"
+        None,
+        help="PTQ: points of validation accuracy that INT8 may lose; other methods are tried until it loses no more",
     )
     max_drop_runtime: str = field(
         "auto", help="PTQ: the engine that this is judged on, as lq.load calls it; auto for the fastest"
