@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from operator import getitem
 from typing import Any
 
 import torch
@@ -352,11 +353,26 @@ class _Placer:
             if norm.end not in wanted or not self._can_be_integers(norm):
                 continue
             reads = norm.reads
-            if len(reads) == 1 and classify(reads[0]) is OpKind.CONCAT:
+            if classify(reads[0]) is OpKind.CONCAT:
                 reads = Operator(reads[0]).reads
+                if not all(self._can_be_a_part(read) for read in reads):
+                    continue
             if any(source_of(read) in ends for read in reads) and all(map(depends_on_input, reads)):
                 inputs |= dict.fromkeys(reads)
         return [*inputs]
+
+    def _can_be_a_part(self, node: fx.Node) -> bool:
+        """Whether what is concatenated can be rounded: a concatenation does not round each of its operands."""
+        return _is_float_tensor(self.values[node]) and _is_returned(source_of(node))
+
+
+def _is_returned(node: fx.Node) -> bool:
+    """Whether ``node`` is what a call returns, an input, or an item of one; but no item of what a call returns."""
+    if "position" in node.meta:
+        return True
+    while node.target is getitem and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node.op == "placeholder"
 
 
 def is_result(node: fx.Node) -> bool:

@@ -381,9 +381,12 @@ def _variants(scheme: Scheme, mode: Mode) -> Iterator[Scheme]:
     """The scheme, and those that other targets may be converted with."""
     for residual in get_args(Residual):
         yield replace(scheme, target=replace(scheme.target, residual=residual))
-        if mode == "ptq" and not scheme.integer_batch_norms:
+        if mode == "ptq":  # in training, each tensor more that is watched is time at every step
             yield replace(scheme, target=replace(scheme.target, residual=residual, integer_batch_norms=True))
-    if mode == "ptq":  # in training, each tensor more that is watched is time at every step
+            # Without kernels of concatenations, what batch norms read is rounded part by part.
+            normalized = replace(scheme.target, residual=residual, operators=(), integer_batch_norms=True)
+            yield replace(scheme, target=normalized)
+    if mode == "ptq":
         operators = get_args(Operator)
         yield replace(scheme, target=replace(scheme.target, residual="operands", operators=operators))
         yield replace(scheme, target=replace(XNNPACK, activation=scheme.target.activation))

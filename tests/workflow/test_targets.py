@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -51,5 +52,42 @@ def test_converted_for_another_target(mode: Mode, trained_for: str) -> None:
             with pytest.raises(ValueError, match=f"which training for target='{trained_for}' did not watch"):
                 lq.convert(copy.deepcopy(model), target)
             continue
+        int8 = lq.convert(copy.deepcopy(model), target)
+        assert (int8(X) - expected).norm() < 0.05 * expected.norm(), target
+
+
+class Joined(nn.Module):
+    """What is computed of a convolution's output in some way is joined to it before a batch norm."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], channels: int) -> None:
+        super().__init__()
+        self.function = function
+        self.stem, self.norm, self.conv = (
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8 + channels),
+            nn.Conv2d(8 + channels, 4, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.conv(F.relu(self.norm(torch.cat([x, self.function(x)], 1)))).mean((2, 3))
+
+
+@pytest.mark.parametrize("prepared_for", TARGETS)
+@pytest.mark.parametrize(
+    ("function", "channels"),
+    [
+        pytest.param(lambda x: x.max(1, keepdim=True)[0], 1, id="item of what a call returns"),
+        pytest.param(lambda x: x > 0, 8, id="mask"),
+        pytest.param(F.gelu, 8, id="no kernel"),
+        pytest.param(lambda x: x.chunk(2, 1)[1], 4, id="some of it"),
+    ],
+)
+def test_parts_of_any_kind(function: Callable[[Tensor], Tensor], channels: int, prepared_for: str) -> None:
+    """Not each of them can be rounded; that is no error, whichever target it is."""
+    model = randomize_batch_norm(Joined(function, channels)).eval()
+    expected = model(X).detach()
+    lq.calibrate(lq.prepare(model, X[:2], target=prepared_for), [X])
+    for target in TARGETS.values():
         int8 = lq.convert(copy.deepcopy(model), target)
         assert (int8(X) - expected).norm() < 0.05 * expected.norm(), target
