@@ -17,6 +17,7 @@ from lq.callback.end.fit_end import quantize_at_fit_end
 from lq.callback.outputs import OUTPUTS
 from lq.callback.result import QuantizationResult
 from lq.callback.steps.calls import COMPILED
+from lq.callback.steps.progress import last_seen
 from lq.callback.steps.stages import attach
 from lq.callback.support import lightning_package
 from lq.deployment.formats import FORMATS, FormatName
@@ -158,6 +159,7 @@ def quantize_checkpoint(
     else:
         restore(staged, loaded, section, strict=pl_module.strict_loading)
     trainer = _attached_trainer(pl_module, data, accelerator, output)
+    _restore_progress(trainer, loaded)
     result, failure, _ = quantize_at_fit_end(settings, trainer, staged, output, source=f"the weights of {path}")
     if failure is not None:
         raise failure
@@ -184,3 +186,18 @@ def _attached_trainer(pl_module: Any, data: Any, accelerator: str, folder: Path)
             data.setup("fit")
         trainer._data_connector.attach_data(pl_module, datamodule=data)
     return trainer
+
+
+def _restore_progress(trainer: Any, checkpoint: dict[str, Any]) -> None:
+    """The user's steps see the epoch and the step that the checkpoint was written in."""
+    loop = trainer.fit_loop
+    if "loops" in checkpoint:
+        loop.load_state_dict(checkpoint["loops"]["fit_loop"])
+    else:  # of weights only
+        epoch = checkpoint.get("epoch", 0)
+        loop.epoch_progress.current.ready = loop.epoch_progress.current.processed = epoch
+        loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = checkpoint.get(
+            "global_step", 0
+        )
+    # How many there were to be is not in it.
+    loop.max_epochs = last_seen(trainer)[0] + 1

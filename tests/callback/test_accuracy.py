@@ -181,7 +181,8 @@ class Watched(Wrapped):
         self.validations = 0
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if self.trainer.max_epochs == 3:
+        if self.training and hasattr(self.model, "lq_quantizers"):
+            assert (self.current_epoch, self.trainer.max_epochs) == (7, 8)  # the last of the training
             (optimizer,) = self.trainer.optimizers
             prepared = lq.quantizers(self.model)
             rounds = [q.state for q in prepared.values()]

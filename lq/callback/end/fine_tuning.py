@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lq.callback.steps.batches import train_dataloaders
 from lq.callback.steps.evaluation import REPEATED, as_it_is, one_device, plain_trainer_class
 from lq.callback.steps.idle import same_attributes
+from lq.callback.steps.seen import SeesTheTrainer, seeing
 from lq.util.modes import keeping_modes
 from lq.util.quiet import quiet
 
@@ -58,7 +59,8 @@ def fine_tune(trainer: Any, pl_module: Any, epochs: int, seconds: float | None =
     """Train a module whose unit is prepared for some epochs more, on one device, by its own ``training_step``.
 
     A Trainer of its own does it, with the precision, clipping and accumulation of ``trainer`` and without its
-    callbacks and loggers; afterwards the module knows ``trainer`` again.
+    callbacks and loggers. The module sees ``trainer``, at its last epoch and step: what its steps do in other ways
+    in the first epochs, they do not do again.
 
     Args:
         trainer: the Trainer, after training.
@@ -73,6 +75,7 @@ def fine_tune(trainer: Any, pl_module: Any, epochs: int, seconds: float | None =
             as_it_is(pl_module),
             keeping_modes(pl_module),
             same_attributes(pl_module),
+            seeing(pl_module, trainer),
             torch.compiler.set_stance("force_eager"),
         ):
             tuner = plain_trainer_class(trainer)(
@@ -86,7 +89,7 @@ def fine_tune(trainer: Any, pl_module: Any, epochs: int, seconds: float | None =
                 accumulate_grad_batches=trainer.accumulate_grad_batches,
                 limit_train_batches=_batches_in_an_epoch(trainer),
                 limit_val_batches=0,
-                callbacks=[_Gently()],
+                callbacks=[SeesTheTrainer(trainer, trains=True), _Gently()],
                 logger=False,
                 enable_checkpointing=False,
                 enable_progress_bar=trainer.progress_bar_callback is not None,
@@ -94,5 +97,4 @@ def fine_tune(trainer: Any, pl_module: Any, epochs: int, seconds: float | None =
             )
             tuner.fit(pl_module, train_dataloaders=train_dataloaders(trainer))
     finally:
-        pl_module.trainer = trainer
         pl_module.cpu()

@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
+from lq.callback.steps.calls import Step
+from lq.callback.steps.seen import at_stage
+
 #: Samples kept as example inputs: enough to see that the batch size may vary, few enough to keep with the model.
 EXAMPLE_SAMPLES = 4
 
@@ -36,10 +39,10 @@ def train_dataloaders(trainer: Any) -> Any:
     return _original(trainer)
 
 
-def batches_of(loaders: Any, pl_module: Any) -> Iterator[Any]:
-    """The batches that training takes of its dataloaders, on the device of ``pl_module``, through the user's transfer
-    hooks."""
-    return _transferred(_combined(loaders), pl_module)
+def batches_of(loaders: Any, pl_module: Any, step: Step = "training_step") -> Iterator[Any]:
+    """The batches that a loop takes of its dataloaders, on the device of ``pl_module``, through the user's transfer
+    hooks, which see the stage of ``step``."""
+    return _transferred(_combined(loaders), pl_module, step)
 
 
 def _combined(loaders: Any) -> Iterator[Any]:
@@ -63,9 +66,11 @@ def _is_loader(value: Any) -> bool:
     return not is_values and hasattr(value, "__iter__")
 
 
-def _transferred(batches: Iterable[Any], pl_module: Any) -> Iterator[Any]:
+def _transferred(batches: Iterable[Any], pl_module: Any, step: Step) -> Iterator[Any]:
     for batch in batches:
-        yield pl_module._apply_batch_transfer_handler(batch, device=pl_module.device, dataloader_idx=0)
+        with at_stage(pl_module, step):
+            moved = pl_module._apply_batch_transfer_handler(batch, device=pl_module.device, dataloader_idx=0)
+        yield moved
 
 
 def has_train_data(trainer: Any) -> bool:
@@ -75,7 +80,7 @@ def has_train_data(trainer: Any) -> bool:
 
 def validation_batches(trainer: Any, pl_module: Any) -> Iterator[Any]:
     """The batches of the first validation dataloader, as :func:`batches_of` gives them; none without any."""
-    return batches_of(first_of(validation_dataloaders(trainer)), pl_module)
+    return batches_of(first_of(validation_dataloaders(trainer)), pl_module, "validation_step")
 
 
 def first_of(loaders: Any) -> Any:
@@ -107,7 +112,7 @@ def calibration_batches(trainer: Any, pl_module: Any, dataloader: Iterable[Any] 
     batches = _combined(loader)
     if not isinstance(getattr(loader, "sampler", None), DistributedSampler):
         batches = itertools.islice(batches, trainer.global_rank, None, trainer.world_size)
-    return _transferred(batches, pl_module)
+    return _transferred(batches, pl_module, "training_step")
 
 
 def _as_given(combined: CombinedLoader) -> Any:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from torch import nn
 from torchmetrics import Metric
+from torchmetrics.wrappers import MetricTracker, MinMaxMetric
 
 from lq.callback.steps.batches import validation_dataloaders
 from lq.callback.steps.calls import Step
-from lq.callback.steps.progress import carry_progress
+from lq.callback.steps.idle import is_set_up, set_up
+from lq.callback.steps.seen import SeesTheTrainer, idle_optimizers, seeing
 from lq.callback.steps.stages import StagedUnit
 from lq.callback.steps.unnoticed import unnoticed
 from lq.util.quiet import quiet
@@ -35,45 +38,33 @@ def evaluate(trainer: Any, pl_module: Any, limit_batches: int | float | None = N
     dataloaders = validation_dataloaders(trainer)
     if dataloaders is None or not is_overridden("validation_step", pl_module):
         return {}
-    limit = trainer.limit_val_batches if limit_batches is None else limit_batches
+    if limit_batches is None:
+        return _validate(trainer, pl_module, dataloaders, trainer.limit_val_batches)
     # A look at a few batches comes before training.
-    reading = nullcontext() if limit_batches is None else unnoticed(dataloaders)
-    try:
-        with reading:
-            return validate(pl_module, dataloaders, one_device(trainer), limit, plain_trainer_class(trainer))
-    finally:
-        pl_module.trainer = trainer
+    with unnoticed(dataloaders):
+        try:
+            return _validate(trainer, pl_module, dataloaders, limit_batches)
+        except Exception:
+            if is_set_up(trainer):
+                raise
+            with set_up(pl_module, trainer):  # for a step that asks for that
+                return _validate(trainer, pl_module, dataloaders, limit_batches)
 
 
-def validate(
-    pl_module: Any,
-    dataloaders: Any,
-    device: Mapping[str, Any] | None = None,
-    limit_batches: int | float = 1.0,
-    trainer_class: type[Any] = Trainer,
-) -> dict[str, float]:
-    """Metrics of ``validation_step`` over ``dataloaders``.
-
-    A Trainer of its own does it, one device, no loggers, no checkpoints: metrics, callbacks and progress of any other
-    stay as they are.
-
-    Args:
-        pl_module: the LightningModule.
-        dataloaders: as a Trainer takes them.
-        device: ``accelerator`` and ``devices`` of that Trainer; by default a CPU.
-        limit_batches: how many batches, or what share of them.
-        trainer_class: of that Trainer.
-    """
-    with quiet(*REPEATED), as_it_is(pl_module), torch.compiler.set_stance("force_eager"):
-        judge = trainer_class(
-            **(device or {"accelerator": "cpu", "devices": 1}),
+def _validate(trainer: Any, pl_module: Any, dataloaders: Any, limit_batches: int | float) -> dict[str, float]:
+    """By a Trainer of its own, on one device, without loggers and checkpoints: metrics, callbacks and progress of
+    ``trainer`` stay as they are, though the user's code sees it and no other."""
+    with quiet(*REPEATED), as_it_is(pl_module), seeing(pl_module, trainer), torch.compiler.set_stance("force_eager"):
+        pl_module.optimizers = idle_optimizers(trainer)
+        judge = plain_trainer_class(trainer)(
+            **one_device(trainer),
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             limit_val_batches=limit_batches,
+            callbacks=[SeesTheTrainer(trainer)],
         )
-        carry_progress(getattr(pl_module, "_trainer", None), judge)
         results = judge.validate(pl_module, dataloaders=dataloaders, verbose=False)
     return {name: float(value) for result in results for name, value in result.items()}
 
@@ -85,32 +76,33 @@ def as_it_is(pl_module: Any) -> Iterator[None]:
     The metrics begin anew: one that Lightning does not reset, as the best value so far, would speak of the training, or
     of the network that was judged before. Afterwards they are as they were.
     """
-    # No dict by metric: its hash is that of its state.
-    metrics = [(m, m.distributed_available_fn, _metric_state(m)) for m in pl_module.modules() if isinstance(m, Metric)]
-    hooks = {name: pl_module.__dict__.get(name) for name in ("setup", "teardown", "configure_callbacks")}
+    metrics = [metric for metric in pl_module.modules() if isinstance(metric, (Metric, MetricTracker))]
+    before = [_attributes(metric) for metric in metrics]
+    own = {name: pl_module.__dict__.get(name) for name in ("setup", "teardown", "configure_callbacks", "optimizers")}
     try:
-        for metric, _, _ in metrics:
-            metric.distributed_available_fn = lambda: False
-            metric.reset()
+        for metric in metrics:
+            if isinstance(metric, Metric):
+                metric.distributed_available_fn = lambda: False
+                metric.reset()
+            if isinstance(metric, MinMaxMetric):  # whose own reset leaves them (torchmetrics 1.9)
+                metric.min_val, metric.max_val = torch.tensor(torch.inf), torch.tensor(-torch.inf)
         # A `setup` that builds the layers would build them anew, without what they have learnt.
         pl_module.setup = pl_module.teardown = lambda stage: None
         pl_module.configure_callbacks = list
         yield
     finally:
-        for metric, is_distributed, state in metrics:
-            metric.distributed_available_fn = is_distributed
-            metric.__dict__.update(state)
-        for name, hook in hooks.items():
-            del pl_module.__dict__[name]
+        for metric, attributes in zip(metrics, before, strict=True):
+            metric.__dict__.clear()
+            metric.__dict__.update(attributes)
+        for name, hook in own.items():
+            pl_module.__dict__.pop(name, None)
             if hook is not None:
                 setattr(pl_module, name, hook)
 
 
-def _metric_state(metric: Metric) -> dict[str, Any]:
-    """What :meth:`torchmetrics.Metric.reset` changes; a list is emptied in place."""
-    names = [*metric._defaults, "_update_count", "_computed", "_forward_cache", "_cache", "_is_synced"]
-    state = {name: getattr(metric, name) for name in names if hasattr(metric, name)}
-    return {name: list(value) if isinstance(value, list) else value for name, value in state.items()}
+def _attributes(metric: nn.Module) -> dict[str, Any]:
+    """All that a metric keeps. A reset empties lists in place, and an update appends to them."""
+    return {name: copy.copy(v) if isinstance(v, (list, dict)) else v for name, v in vars(metric).items()}
 
 
 def one_device(trainer: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
-from lq.callback.steps.progress import as_in_training
+from lq.callback.steps.seen import idle_optimizers, seeing
 from lq.callback.support import lightning_package
 
 #: What a step calls that only its loop may do, or that changes what is trained; here none does anything.
@@ -26,57 +26,31 @@ _SILENT = (
 _PLAIN = (bool, int, float, str, type(None))
 
 
-class _Idle:
-    """An optimizer or a scheduler that can be read, and does not step.
-
-    Args:
-        original: what is read.
-    """
-
-    def __init__(self, original: Any) -> None:
-        self._original = original
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
-
-    def step(self, *args: Any, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        """Runs a closure, which is where a step may call the network."""
-        closure = next((value for value in args if callable(value)), closure)
-        return None if closure is None else closure()
-
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """Gradients stay."""
-
-    def toggle_model(self, *args: Any, **kwargs: Any) -> Any:
-        """There is nothing to synchronise."""
-        return nullcontext()
-
-
 def run_idle(pl_module: Any, step: Callable[[], Any]) -> None:
     """Call ``step``, in which ``pl_module`` logs nothing, optimizers and schedulers stand still, no gradient is made.
 
-    Before ``fit`` has set them up, there are optimizers and schedulers as ``configure_optimizers`` makes them, for a
-    step that asks for them. Whether parameters want gradients is afterwards as before, also where the step was left
+    Before ``fit`` has set them up, there are optimizers and schedulers as ``configure_optimizers`` makes them, and the
+    loop has its data, for a step that asks for them. Whether parameters want gradients is afterwards as before, also where the step was left
     halfway: between switching a discriminator's parameters off and on again.
     """
     trainer = getattr(pl_module, "_trainer", None)
     strategy = getattr(trainer, "strategy", None)
-    if strategy is None or strategy.optimizers:
+    if strategy is None or is_set_up(trainer):
         with _idle(pl_module):
             step()
         return
     try:
-        if pl_module.automatic_optimization:  # which seldom asks for them
+        if strategy.optimizers or pl_module.automatic_optimization:  # which seldom asks for them
             with _idle(pl_module):
                 step()
             return
     except Exception:
-        with _set_up(pl_module, trainer) as there_are_some, _idle(pl_module):
+        with set_up(pl_module, trainer) as there_are_some, _idle(pl_module):
             if not there_are_some:
                 raise
             step()
         return
-    with _set_up(pl_module, trainer), _idle(pl_module):
+    with set_up(pl_module, trainer), _idle(pl_module):
         step()
 
 
@@ -96,13 +70,14 @@ def _idle(pl_module: Any) -> Iterator[None]:
     replaced: dict[str, Any] = {
         **dict.fromkeys(_SILENT, _nothing),
         "toggled_optimizer": lambda *_, **__: nullcontext(),
-        "optimizers": _standing_still(pl_module.optimizers, _Idle(None)),
-        "lr_schedulers": _standing_still(pl_module.lr_schedulers, None),
     }
+    trainer = getattr(pl_module, "_trainer", None)
+    if trainer is not None:
+        replaced["optimizers"] = idle_optimizers(trainer)
     before = {name: pl_module.__dict__[name] for name in replaced if name in pl_module.__dict__}
     pl_module.__dict__.update(replaced)
     try:
-        with as_in_training(getattr(pl_module, "_trainer", None)):
+        with nullcontext() if trainer is None else seeing(pl_module, trainer):
             yield
     finally:
         for name in replaced:
@@ -117,34 +92,30 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """Stands for what is not to happen."""
 
 
-def _standing_still(ask: Callable[..., Any], nothing: Any) -> Callable[..., Any]:
-    """``LightningModule.optimizers`` or ``lr_schedulers``, of what does not step; ``nothing`` where there are none."""
-
-    def idle(*args: Any, **kwargs: Any) -> Any:
-        answer = ask(*args, **kwargs)
-        if isinstance(answer, list) and answer:
-            return [_Idle(each) for each in answer]
-        return _Idle(answer) if answer else nothing
-
-    return idle
+def is_set_up(trainer: Any) -> bool:
+    """Whether there are all of the things that ``fit`` makes before the first step."""
+    return bool(trainer.strategy.optimizers) and trainer.fit_loop._combined_loader is not None
 
 
 @contextmanager
-def _set_up(pl_module: Any, trainer: Any) -> Iterator[bool]:
+def set_up(pl_module: Any, trainer: Any) -> Iterator[bool]:
     """Give the Trainer what ``fit`` gives it before the first step, and take it back; whether that went well.
 
-    These optimizers are not those that will train: the user's ``configure_optimizers`` is called once more for them.
+    Optimizers that it makes are not those that will train: the user's ``configure_optimizers`` is called once more.
     """
     strategy, loop = trainer.strategy, trainer.fit_loop
     # A loop that has its data already would not bring them to where a run that is resumed was within its epoch.
     before = dict(loop.__dict__)
+    has_optimizers = bool(strategy.optimizers)
     try:
         with suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again when fit does it
             loop.setup_data()
-            core = importlib.import_module(f"{lightning_package(pl_module)}.core.optimizer")
-            strategy.optimizers, strategy.lr_scheduler_configs = core._init_optimizers_and_lr_schedulers(pl_module)
+            if not has_optimizers:
+                core = importlib.import_module(f"{lightning_package(pl_module)}.core.optimizer")
+                strategy.optimizers, strategy.lr_scheduler_configs = core._init_optimizers_and_lr_schedulers(pl_module)
         yield bool(strategy.optimizers)
     finally:
         loop.__dict__.update(before)
-        strategy._reset_optimizers_and_schedulers()
+        if not has_optimizers:
+            strategy._reset_optimizers_and_schedulers()

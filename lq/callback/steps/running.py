@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lq.callback.steps.calls import Step, watched
 from lq.callback.steps.idle import run_idle, same_attributes
+from lq.callback.steps.seen import at_stage
 from lq.callback.steps.stages import StagedUnit
 from lq.graph.capture.agreement import difference
 from lq.util.modes import evaluating
@@ -103,9 +104,9 @@ def call_step(pl_module: Any, step: Step, batch: Any) -> Any:
     """Call a step as a loop does for its first batch, with those of its arguments that it has."""
     function = getattr(pl_module, step)
     names = list(inspect.signature(function).parameters)
-    if len(names) < 2:
-        return function(batch)
-    return function(batch, 0, **({"dataloader_idx": 0} if "dataloader_idx" in names else {}))
+    further: list[Any] = [] if len(names) < 2 else [0]
+    with at_stage(pl_module, step):
+        return function(batch, *further, **({"dataloader_idx": 0} if "dataloader_idx" in names else {}))
 
 
 def unit_arguments(
