@@ -31,6 +31,10 @@ class ExportMismatchError(RuntimeError):
     """An exported file does not compute what the network does."""
 
 
+class UnsuitableError(ValueError):
+    """An engine is known to compute a network wrongly."""
+
+
 class FoldError(ValueError):
     """Folding batch norm would change what the model computes."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lq.deployment.formats import FORMATS, Draft, Format, FormatName
+from lq.deployment.formats import FORMATS, Draft, Format, FormatName, others_read
 from lq.deployment.load import load
 from lq.deployment.verify import (
     OUTPUT_TOLERANCE,
@@ -150,6 +150,8 @@ def export(
         _check_values(inputs, simulation[0], chosen)
         program = export_program(written, free_sizes=chosen.free_sizes)
         metadata = _metadata(int8, program, simulation[0], labels, preprocessing)
+        if others_read(chosen):
+            metadata = replace(metadata, engines=tuple(runtime.name for runtime in chosen.runtimes))
         draft = Draft(program.exported, metadata, _tensors(written), opset)
         result = _write(written, draft, path, chosen, inputs, simulation, verify)
     return replace(result, seconds=time.perf_counter() - begun - result.verification_seconds)
@@ -321,6 +323,7 @@ def _write(
 ) -> ExportResult:
     verifications: list[Verification] = []
     unreadable: dict[str, str] = {}
+    wrong: dict[str, ExportMismatchError] = {}
     outputs, quantized = simulation
     verifying = 0.0
 
@@ -341,6 +344,16 @@ def _write(
                     raise error.__cause__ or error from None
                 unreadable[runtime] = error.reason
                 warnings.warn(f"lq: {error}", stacklevel=2)
+            except ExportMismatchError as error:
+                wrong[runtime] = error
+        if wrong and not verifications:
+            raise next(iter(wrong.values()))
+        if wrong:  # another engine computes it right, so that it is not the file that is wrong
+            for runtime, mismatch in wrong.items():
+                unreadable[runtime] = f"it computes something else than the network ({mismatch})"
+                warnings.warn(f"lq: {runtime} cannot run the file: {unreadable[runtime]}", stacklevel=2)
+            right = tuple(verification.runtime for verification in verifications)
+            format.write(replace(draft, metadata=replace(draft.metadata, engines=right)), beside)
         if not verifications:
             raise ValueError(
                 "none of the engines that are installed can run the file, so it cannot be verified; verify=False "

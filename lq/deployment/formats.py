@@ -293,6 +293,11 @@ def best_format(runtime: str, among: Iterable[str] = FORMATS) -> Format:
     return min(formats, key=lambda format: len(format.runtimes))
 
 
+def others_read(format: Format) -> bool:
+    """Whether engines can read a format's files that they are not written for."""
+    return any(other.read is format.read and len(other.runtimes) > len(format.runtimes) for other in FORMATS.values())
+
+
 def format_of(path: Path) -> Format:
     """The format of a file, from its name and content.
 

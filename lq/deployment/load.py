@@ -7,8 +7,9 @@ from pathlib import Path
 
 from lq.deployment.formats import RUNTIMES, Format, Runtime, format_of
 from lq.engines.base import InferenceModel
-from lq.errors import MissingRuntimeError
+from lq.errors import MissingRuntimeError, UnsuitableError
 from lq.int8.module import Int8Module
+from lq.interface.metadata import Metadata
 from lq.util.distribution import install
 
 
@@ -45,14 +46,33 @@ def load(path: str | Path, runtime: str = "auto", *, threads: int | None = None)
         raise ValueError(f"threads={threads} must be at least 1, or None for the engine's own choice")
     path = Path(path)
     format = format_of(path)
-    *others, last = _preferred(path, format) if runtime == "auto" else (_reader(path, format, runtime),)
+    known = None if runtime == "auto" else _reader(path, format, runtime)
+    if known is None:
+        _check_harmless(path, format)
     if format.check is not None:
         format.check(path)
+    engines = _engines(path, format)
+    if known is not None and engines and known.name not in engines:
+        raise ValueError(
+            f"path={str(path)!r} is for {' and '.join(map(repr, engines))}: runtime={runtime!r} computes something "
+            f"else of it, or was not tried when it was written"
+        )
+    *others, last = _installed(path, format, engines) if known is None else (known,)
     for other in others:
         # What an engine is known to compute wrongly, it refuses.
-        with suppress(ValueError):
+        with suppress(UnsuitableError):
             return other.load(path, threads)
     return last.load(path, threads)
+
+
+def _engines(path: Path, format: Format) -> tuple[str, ...]:
+    """Names of the engines that a file says it is for; empty where it does not say so."""
+    if len(format.runtimes) == 1:
+        return ()
+    with suppress(ValueError, RecursionError):  # the engine says what is wrong with it
+        text = format.read(path)
+        return () if text is None else Metadata.from_json(text).engines
+    return ()
 
 
 def _reader(path: Path, format: Format, name: str) -> Runtime:
@@ -66,18 +86,22 @@ def _reader(path: Path, format: Format, name: str) -> Runtime:
     return runtime
 
 
-def _preferred(path: Path, format: Format) -> list[Runtime]:
-    """The engines that "auto" tries for a file, the best one first."""
+def _check_harmless(path: Path, format: Format) -> None:
     first = format.runtimes[0]
     if first.runs_code:
         raise ValueError(
             f"path={str(path)!r} is {format.description}: compiled code, which runs as it is loaded; where you trust "
             f"it: lq.load({str(path)!r}, {first.name!r})"
         )
-    installed = [runtime for runtime in format.runtimes if runtime.is_installed]
+
+
+def _installed(path: Path, format: Format, engines: tuple[str, ...]) -> list[Runtime]:
+    """The engines that "auto" tries for a file, the best one first."""
+    suitable = [runtime for runtime in format.runtimes if not engines or runtime.name in engines]
+    installed = [runtime for runtime in suitable if runtime.is_installed]
     if not installed:
         raise MissingRuntimeError(
             f"path={str(path)!r} is {format.description}, and no runtime for it is installed; install one with: "
-            f"{' or '.join(install(runtime.extra) for runtime in format.runtimes)}"
+            f"{' or '.join(install(runtime.extra) for runtime in suitable)}"
         )
     return installed

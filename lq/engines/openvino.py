@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lq.engines.base import InferenceModel, import_optional
+from lq.errors import UnsuitableError
 from lq.formats.onnx.read import metadata_of, unreadable
 
 _ONNX_TYPES = {"f32": "tensor(float)", "i64": "tensor(int64)", "i32": "tensor(int32)", "boolean": "tensor(bool)"}
@@ -55,7 +56,7 @@ class OpenVinoModel(InferenceModel):
         except Exception as error:
             raise unreadable(path, "OpenVINO", error) from error
         if _joins_signed(self._model):
-            raise ValueError(
+            raise UnsuitableError(
                 f"path={str(path)!r} has concatenations and signed activations, which OpenVINO computes wrongly "
                 f"together: run it with runtime='onnxruntime', or prepare the network for target='x86'"
             )
@@ -64,7 +65,13 @@ class OpenVinoModel(InferenceModel):
             for port in self._model.inputs
         ]
         metadata = metadata_of(path, _properties(self._model), inputs)
-        self._settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        # On CPUs with BF16 OpenVINO computes what is not INT8 in that, with 8 bits of the numbers: a gate between INT8
+        # layers is then off by 8 % (2026.4).
+        self._settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        if _has_linear_layers_without_bias(self._model):
+            # Two linear layers that OpenVINO computes together are wrong from batches of 4 on where the first one has
+            # no bias (2026.4).
+            self._settings["SNIPPETS_MODE"] = "DISABLE"
         if threads is not None:
             self._settings["INFERENCE_NUM_THREADS"] = threads
         self._requests: dict[tuple[torch.Size, ...], Any] = {}
@@ -102,6 +109,24 @@ def _joins_signed(model: Any) -> bool:
     types = [(operator.get_type_name(), _type_of(operator)) for operator in model.get_ops()]
     quantized = [_type_of(operator) for operator in model.get_ops() if _is_quantize(operator)]
     return ("Concat", "f32") in types and "i8" in quantized
+
+
+def _has_linear_layers_without_bias(model: Any) -> bool:
+    """Whether there are several linear layers, and one of them has no bias."""
+    linear = [op for op in model.get_ops() if op.get_type_name() == "MatMul" and _is_constant(op.input_value(1))]
+    readers = [[reader.get_node().get_type_name() for reader in op.output(0).get_target_inputs()] for op in linear]
+    return len(linear) > 1 and any("Add" not in types for types in readers)
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether a value does not depend on the network's inputs."""
+    pending = [value.get_node()]
+    while pending:
+        node = pending.pop()
+        if node.get_type_name() == "Parameter":
+            return False
+        pending += [each.get_node() for each in node.input_values()]
+    return True
 
 
 def _type_of(operator: Any) -> str:

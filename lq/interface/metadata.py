@@ -94,6 +94,7 @@ class Metadata:
         report: the quantization report as plain values, or None.
         guards: conditions on the sizes of the inputs beyond their shapes, see :mod:`lq.interface.guards`.
         notes: other remarks on the file, such as why a size is fixed.
+        engines: those that the file is for; empty where it is for all that read it.
     """
 
     lq: str
@@ -107,6 +108,7 @@ class Metadata:
     report: Mapping[str, Any] | None = field(default=None, repr=False)
     guards: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    engines: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -122,8 +124,8 @@ class Metadata:
             values = json.loads(text)
             tensors = tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in values.pop("tensors"))
             labels = values.pop("labels")
-            # Files of an earlier version have none of the last two.
-            values |= {name: tuple(values.get(name, ())) for name in ("inputs", "guards", "notes")}
+            # Files of an earlier version have none of the last three.
+            values |= {name: tuple(values.get(name, ())) for name in ("inputs", "guards", "notes", "engines")}
             for guard in values["guards"]:
                 compile_guard(guard)
             metadata = cls(**values, tensors=tensors, labels=None if labels is None else tuple(labels))

@@ -30,8 +30,8 @@ def run_idle(pl_module: Any, step: Callable[[], Any]) -> None:
     """Call ``step``, in which ``pl_module`` logs nothing, optimizers and schedulers stand still, no gradient is made.
 
     Before ``fit`` has set them up, there are optimizers and schedulers as ``configure_optimizers`` makes them, and the
-    loop has its data, for a step that asks for them. Whether parameters want gradients is afterwards as before, also where the step was left
-    halfway: between switching a discriminator's parameters off and on again.
+    loop has its data, for a step that asks for them. Whether parameters want gradients is afterwards as before, also
+    where the step was left halfway: between switching a discriminator's parameters off and on again.
     """
     trainer = getattr(pl_module, "_trainer", None)
     strategy = getattr(trainer, "strategy", None)

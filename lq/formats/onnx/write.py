@@ -82,6 +82,7 @@ def to_onnx(
     _name_free_sizes(model)
     _pool_globally(onnx, model)
     _rename_quantized(model, sites)
+    _name_constant_outputs(onnx, model)
     _pad_in_convolutions(onnx, model)
     _own_zero_points(model)
     if int32_bias:
@@ -123,6 +124,17 @@ def _name_free_sizes(model: Any) -> None:
         for axis in value.type.tensor_type.shape.dim:
             if axis.HasField("dim_param") and re.fullmatch(r"s\d+", axis.dim_param):
                 axis.dim_param = symbols.setdefault(axis.dim_param, f"batch_{len(symbols)}" if symbols else "batch")
+
+
+def _name_constant_outputs(onnx: Any, model: Any) -> None:
+    """What the network returns of its constants, such as anchors, is an output of an operator: ONNX wants that."""
+    made = {name for node in model.graph.node for name in node.output}
+    for output in model.graph.output:
+        if output.name not in made:
+            constant, name = output.name, f"{output.name}_returned"
+            output.name = name
+            model.graph.node.append(onnx.helper.make_node("Identity", [constant], [name]))
+            made.add(name)
 
 
 def _pool_globally(onnx: Any, model: Any) -> None:
