@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lq.callback.averages import averages_buffers
 from lq.callback.end.weights import copied_weights, known_checkpoints
+from lq.graph.forward import QUANTIZERS
 
 
 class ValidatedWeights:
@@ -39,7 +40,10 @@ class ValidatedWeights:
         """Copy the weights; a validation begins, and whatever replaces them has done so."""
         # An average that Lightning makes is in its checkpoints, and in the model when training has ended.
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not averages_buffers(trainer):
-            self._pending = copied_weights(pl_module)
+            weights = copied_weights(pl_module)
+            # An average of a state dict has the quantizers' state in it as well, as of the first step: ranges are those
+            # of the training.
+            self._pending = {name: value for name, value in weights.items() if QUANTIZERS not in name.split(".")}
 
     def compare(self, trainer: Any, pl_module: Any) -> None:
         """Look whether the weights of the last validation are those that training goes on with."""

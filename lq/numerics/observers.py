@@ -188,6 +188,8 @@ class MovingAverageObserver(Observer):
             total = torch.where(seen, average, 0.0)
             dist.all_reduce(total)
             average.copy_(torch.where(processes > 0, total / processes, average))
+        # As much as the longest of them weighs the merged one from now on.
+        dist.all_reduce(self.batches, op=dist.ReduceOp.MAX)
 
 
 def all_reduce_together(observers: Sequence[Observer]) -> None:
@@ -202,12 +204,13 @@ def all_reduce_together(observers: Sequence[Observer]) -> None:
     if not observers:
         return
     both = type(observers[0])(ch_axis=0, num_channels=len(observers)).to(observers[0].min_val.device)
-    both.min_val.copy_(torch.stack([observer.min_val for observer in observers]))
-    both.max_val.copy_(torch.stack([observer.max_val for observer in observers]))
+    names = ["min_val", "max_val", *(["batches"] if isinstance(both, MovingAverageObserver) else [])]
+    for name in names:
+        setattr(both, name, torch.stack([getattr(observer, name) for observer in observers]))
     both.all_reduce()
-    for observer, low, high in zip(observers, both.min_val, both.max_val, strict=True):
-        observer.min_val.copy_(low)
-        observer.max_val.copy_(high)
+    for name in names:
+        for observer, merged in zip(observers, getattr(both, name), strict=True):
+            getattr(observer, name).copy_(merged)
 
 
 class HistogramObserver(MinMaxObserver):

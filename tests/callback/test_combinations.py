@@ -105,8 +105,8 @@ def test_overrides(mode: str, tmp_path: Path) -> None:
     trainer(tmp_path, quantization(tmp_path, mode=mode, overrides=overrides), checkpoint, epochs=4).fit(
         model, train_data(), val_data()
     )
-    assert int(model.state_dict()["model.3.weight"].abs().max()) == 7
-    assert model.state_dict()["model.8.weight"].dtype == torch.float32
+    assert int(model.model.state_dict()["3.weight"].abs().max()) == 7
+    assert model.model.state_dict()["8.weight"].dtype == torch.float32
     assert accuracy(model, tmp_path) >= 0.9
     if mode == "qat":
         by_hand = lq.quantize_checkpoint(checkpoint.last_model_path, Wrapped, evaluate=False)
@@ -271,7 +271,7 @@ def test_pruning(mode: str, tmp_path: Path) -> None:
         [value.flatten() for key, value in found.items() if key in ("model.0.weight", "model.3.weight")]
     )
     assert (weights == 0).float().mean() >= 0.4
-    integers = model.state_dict()["model.3.weight"]
+    integers = model.model.state_dict()["3.weight"]
     assert (integers == 0).float().mean() >= 0.4
 
 
@@ -338,4 +338,4 @@ def test_cli(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert is_int8(cli.model)
     (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, QuantizationCallback))
     assert callback.result is not None and callback.result.mode == mode
-    assert int(cli.model.state_dict()["model.3.weight"].abs().max()) == 15
+    assert int(cli.model.model.state_dict()["3.weight"].abs().max()) == 15

@@ -86,7 +86,7 @@ def _on_save(staged: StagedUnit, original: Callable[[dict[str, Any]], None], che
     if stage == "prepared":
         refresh_weights(staged.unit)  # in place, so in `state` too: the scales of the weights that are saved
     if stage == "int8":
-        state = checkpoint["state_dict"] = staged.float_state(state)
+        state = checkpoint["state_dict"] = {**staged.float_state(state), **staged.quantizer_state()}
     preparation = None
     try:
         preparation = describe_preparation(staged.prepared_forward)

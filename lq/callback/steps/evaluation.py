@@ -14,7 +14,7 @@ from torchmetrics.wrappers import MetricTracker, MinMaxMetric
 
 from lq.callback.steps.batches import validation_dataloaders
 from lq.callback.steps.calls import Step
-from lq.callback.steps.idle import is_set_up, set_up
+from lq.callback.steps.idle import is_set_up, same_attributes, set_up
 from lq.callback.steps.seen import SeesTheTrainer, idle_optimizers, seeing
 from lq.callback.steps.stages import StagedUnit
 from lq.callback.steps.unnoticed import unnoticed
@@ -54,7 +54,13 @@ def evaluate(trainer: Any, pl_module: Any, limit_batches: int | float | None = N
 def _validate(trainer: Any, pl_module: Any, dataloaders: Any, limit_batches: int | float) -> dict[str, float]:
     """By a Trainer of its own, on one device, without loggers and checkpoints: metrics, callbacks and progress of
     ``trainer`` stay as they are, though the user's code sees it and no other."""
-    with quiet(*REPEATED), as_it_is(pl_module), seeing(pl_module, trainer), torch.compiler.set_stance("force_eager"):
+    with (
+        quiet(*REPEATED),
+        as_it_is(pl_module),
+        same_attributes(pl_module),
+        seeing(pl_module, trainer),
+        torch.compiler.set_stance("force_eager"),
+    ):
         pl_module.optimizers = idle_optimizers(trainer)
         judge = plain_trainer_class(trainer)(
             **one_device(trainer),

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from lq.callback.steps.calls import COMPILED, Step, has_weighted_layers
 from lq.callback.steps.unit import Unit, find_unit
+from lq.graph.forward import QUANTIZERS
 from lq.graph.parts import PartsForward
 from lq.graph.stand_in import StandIn
 from lq.int8.module import Int8Module
@@ -117,9 +119,14 @@ class StagedUnit:
 
     @property
     def stage(self) -> Stage:
-        if self._kept is not None:
+        if self.holds_int8:
             return "int8"
         return "prepared" if is_prepared(self.unit) else "float"
+
+    @property
+    def holds_int8(self) -> bool:
+        """Whether INT8 stands in the unit's place."""
+        return self._kept is not None
 
     @property
     def unit(self) -> nn.Module:
@@ -155,6 +162,20 @@ class StagedUnit:
         for path, module in kept.items():
             module.state_dict(destination=float_state, prefix=f"{path}.")
         return float_state
+
+    def int8_state(self) -> dict[str, Any]:
+        """The state of what stands in the unit's place, by its keys in the LightningModule."""
+        places = self._kept_parts or (self._place,)
+        state: dict[str, Any] = {}
+        for path in places:
+            self.pl_module.get_submodule(path).state_dict(destination=state, prefix=f"{path}.")
+        return state
+
+    def quantizer_state(self) -> dict[str, Any]:
+        """The state of the quantizers of a prepared unit, by its keys in the LightningModule."""
+        prefix = f"{self.prefix}{QUANTIZERS}."
+        state: dict[str, Any] = self.unit.get_submodule(QUANTIZERS).state_dict(prefix=prefix)
+        return state
 
     def prepare_with(self, prepare: Callable[[nn.Module], Any]) -> None:
         """Have the unit prepared by ``prepare``, as the steps call it."""
@@ -251,5 +272,49 @@ def attach(pl_module: nn.Module, name: str | None) -> StagedUnit:
         return staged
     if staged is not None:
         staged.take_int8_off()
+    if staged is None:
+        pl_module._register_state_dict_hook(_give_float_state)
+        pl_module.register_load_state_dict_pre_hook(_keep_int8)
     pl_module.__dict__[_ATTRIBUTE] = StagedUnit(pl_module, name)
     return staged_unit(pl_module)
+
+
+def _int8_in(module: nn.Module) -> StagedUnit | None:
+    """The staged unit of a LightningModule in which INT8 stands in its place."""
+    staged: StagedUnit | None = module.__dict__.get(_ATTRIBUTE)
+    return staged if staged is not None and staged.pl_module is module and staged.holds_int8 else None
+
+
+def _give_float_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A state dict is that of the float model while INT8 stands in its place, too: scripts end with one."""
+    staged = _int8_in(module)
+    if staged is None:
+        return
+    own = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
+    given = {key: value for key, value in staged.float_state(own).items() if QUANTIZERS not in key.split(".")}
+    state.update({prefix + key: value for key, value in given.items()})
+
+
+def _keep_int8(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """The float weights that INT8 was made of change nothing; others are refused before they are written into it."""
+    staged = _int8_in(module)
+    if staged is None:
+        return
+    int8 = {prefix + key: value for key, value in staged.int8_state().items()}
+    if int8.keys() <= state.keys():
+        return
+    held = {prefix + key: value for key, value in staged.float_state({}).items()} or module.state_dict(prefix=prefix)
+    held = {key: value for key, value in held.items() if QUANTIZERS not in key.split(".")}
+    given = held.keys() & state.keys()
+    if given and not all(key in state and torch.equal(held[key].cpu(), state[key].cpu()) for key in held):
+        args[-1].append(
+            f"{staged.path or type(module).__name__!r} is an INT8 network by now, and these are weights of another "
+            f"one, as of the float module in a checkpoint: load them into a new module, or have the Trainer do it, as "
+            f"in trainer.test(ckpt_path=...)"
+        )
+    for key in given if staged.path or staged.parts else ():
+        del state[key]
+    state.update(int8)
+    if not (staged.path and not staged.parts):
+        quantizers = {prefix + key: value for key, value in staged.quantizer_state().items()}
+        state.update(quantizers)
