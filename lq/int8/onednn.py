@@ -19,7 +19,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
 
 from lq.graph.codegen import compile_graph
 from lq.graph.convolution import conv_settings
@@ -127,7 +126,7 @@ class _Lowering:
                 written = self._emit_node(node)
                 self.written[node] = written
                 if node.op == "output":
-                    outputs = map_arg(written.args[0], self.recording.values.__getitem__)
+                    outputs = mapped(written.args[0], self.recording.values.__getitem__)
                 mark_origin(self.recording.graph, origin(node))
                 self._forget(node)
         graph = self.recording.graph

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx, nn
-from torch.fx.node import map_arg
 
 from lq.graph.qdq import lookup
 
@@ -15,9 +14,19 @@ MODULE = "module"
 
 
 def mapped(arguments: Any, value_of: Callable[[fx.Node], Any]) -> Any:
-    """The arguments with each node replaced by what ``value_of`` gives."""
-    result: Any = map_arg(arguments, value_of)
-    return dict(result) if isinstance(result, dict) else result  # fx's own mapping is immutable
+    """The arguments with each node replaced by what ``value_of`` gives, in containers that can be written to."""
+    if isinstance(arguments, fx.Node):
+        return value_of(arguments)
+    if isinstance(arguments, dict):
+        return {key: mapped(value, value_of) for key, value in arguments.items()}
+    if isinstance(arguments, list):
+        return [mapped(value, value_of) for value in arguments]
+    if isinstance(arguments, tuple):
+        items = [mapped(value, value_of) for value in arguments]
+        return type(arguments)(*items) if hasattr(arguments, "_fields") else tuple(items)
+    if isinstance(arguments, slice):
+        return slice(*(mapped(end, value_of) for end in (arguments.start, arguments.stop, arguments.step)))
+    return arguments
 
 
 class Recording:

@@ -389,3 +389,16 @@ def test_an_engine_that_cannot_read_a_file(tmp_path: Path, monkeypatch: pytest.M
     ):
         lq.export(calibrated(networks()["twice"], X), tmp_path / "other.onnx")
     assert list(tmp_path.iterdir()) == [tmp_path / "int8.onnx"]
+
+
+def test_containers_of_results_are_the_callers_own() -> None:
+    def forward(self: Any, x: Tensor) -> dict[str, Any]:
+        y = F.relu(self.a(x))
+        return {"out": self.b(y), "features": [y, self.b(y)]}
+
+    float_model = Forward(forward, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 5, 3)).eval()
+    int8 = lq.convert(calibrated(float_model, X, target="x86"))
+    for _ in range(2):  # the first call makes the plan, the second one runs it
+        results = int8(X)
+        results["more"] = results["features"].pop()
+        assert type(results) is dict and type(results["features"]) is list
