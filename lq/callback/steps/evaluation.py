@@ -14,7 +14,7 @@ from torchmetrics.wrappers import MetricTracker, MinMaxMetric
 
 from lq.callback.steps.batches import validation_dataloaders
 from lq.callback.steps.calls import Step
-from lq.callback.steps.idle import is_set_up, same_attributes, set_up
+from lq.callback.steps.idle import is_set_up, set_up
 from lq.callback.steps.seen import SeesTheTrainer, idle_optimizers, seeing
 from lq.callback.steps.stages import StagedUnit
 from lq.callback.steps.unnoticed import unnoticed
@@ -57,7 +57,6 @@ def _validate(trainer: Any, pl_module: Any, dataloaders: Any, limit_batches: int
     with (
         quiet(*REPEATED),
         as_it_is(pl_module),
-        same_attributes(pl_module),
         seeing(pl_module, trainer),
         torch.compiler.set_stance("force_eager"),
     ):

@@ -56,20 +56,17 @@ def run_idle(pl_module: Any, step: Callable[[], Any]) -> None:
 
 @contextmanager
 def same_attributes(pl_module: Any) -> Iterator[None]:
-    """Afterwards plain attributes of ``pl_module``, and its lists of them, are as before: a counter of steps, say, the
-    losses of an epoch, or a note that something was done the first time."""
+    """Afterwards plain attributes of ``pl_module`` are as before: a counter of steps, say, or a note that something was
+    done the first time."""
     attributes = pl_module.__dict__
     names = set(attributes)
     before = {name: value for name, value in attributes.items() if isinstance(value, _PLAIN)}
-    lists = [(v, v.copy()) for name, v in attributes.items() if type(v) is list and not name.startswith("_")]
     try:
         yield
     finally:
         for name in [name for name, value in attributes.items() if name not in names and isinstance(value, _PLAIN)]:
             del attributes[name]
         attributes.update(before)
-        for value, items in lists:
-            value[:] = items
 
 
 @contextmanager

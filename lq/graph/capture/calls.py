@@ -370,7 +370,7 @@ def _followed_in(root: nn.Module, module: nn.Module) -> FollowedForward | None:
 
 def _can_be_followed(module: nn.Module) -> bool:
     # Compiled TorchScript takes no attributes, and containers without a forward are not called.
-    if type(module).__module__.startswith("torch.jit"):
+    if isinstance(module, torch.jit.ScriptModule):
         return False
     return type(module).forward is not nn.Module.forward or "forward" in module.__dict__
 
