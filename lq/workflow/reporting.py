@@ -66,9 +66,11 @@ def report_rows(
             name = site(node)
             layer = node.meta["layer"]
             path = name if layer is None else layer  # a module's second call has a name of its own
+            path = str(node.target) if node.op == "call_module" else path
             reason = placement.float_layers.get(path, _FLOAT_REASONS.get(kind, _NO_KERNEL))
             layers.append((LayerReport(name, operator_label(node, model), "float", reason=reason), node))
-    reached = {node.meta["path"] for node in analysis.graph.nodes if node.op.startswith("call")}
+    calls = [node for node in analysis.graph.nodes if node.op.startswith("call")]
+    reached = {str(node.target) if node.op == "call_module" else node.meta["path"] for node in calls}
     for name, module in model.named_modules():
         owner_reached = any(name == path or name.startswith(f"{path}.") for path in reached)
         chain_names = {chain.name for chain in placement.chains}

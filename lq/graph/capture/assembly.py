@@ -17,7 +17,7 @@ from lq.graph.capture import leaves
 from lq.graph.capture.captured import CapturedGraph
 from lq.graph.capture.exporter import Exporter
 from lq.graph.capture.normalize import name_sites, normalize
-from lq.graph.capture.running import Arguments
+from lq.graph.capture.running import Arguments, Shell
 from lq.util.causes import first_line
 
 aten = torch.ops.aten
@@ -177,9 +177,13 @@ class Assembly:
         args, kwargs = call.arguments(tensors)
         made = self.graph.call_module(call.path, args, kwargs)
         made.meta = {"path": call.path, "module": call.position, "name": call.path}
-        self.values[node] = [self._item(made, keys) for keys in call.result_paths]
-        if call.result_paths == [()]:
+        if isinstance(self.module.get_submodule(call.path), Shell):
+            # It is not followed, so that its readers round what it returns; and nothing can be put on it.
+            made.meta["path"], _, name = call.path.rpartition(".")
+            made.meta["name"] = f"{name}_result"
+        elif call.result_paths == [()]:
             made.meta["position"] = call.position
+        self.values[node] = [self._item(made, keys) for keys in call.result_paths]
 
     def _output(self, node: fx.Node) -> None:
         kinds = [spec.kind.name for spec in self.program.graph_signature.output_specs]

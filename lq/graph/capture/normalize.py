@@ -130,7 +130,7 @@ _OF_SEVERAL = (nn.Sequential, nn.MultiheadAttention)
 def _layer(node: fx.Node, module: nn.Module) -> str | None:
     path = str(node.meta["path"])
     if node.op == "call_module":
-        return path
+        return path if path == node.target else None
     if node.op != "call_function" or not path:
         return None
     owner = module.get_submodule(path)

@@ -79,7 +79,7 @@ def call_arguments(
     return arguments.call(arguments.tensors)
 
 
-class _Shell(nn.Module):
+class Shell(nn.Module):
     """Replaces a TorchScript module, whose forward cannot be changed and which torch.export does not enter."""
 
     def __init__(self, scripted: nn.Module) -> None:
@@ -104,7 +104,7 @@ def _scripted_in_shells(module: nn.Module) -> Iterator[None]:
     ]
     try:
         for parent, name, child in held:
-            parent._modules[name] = _Shell(child)
+            parent._modules[name] = Shell(child)
         yield
     finally:
         for parent, name, child in held:
