@@ -19,7 +19,6 @@ class Block(nn.Module):
         return torch.relu(self.conv(x)) + x
 
 
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("how", ["script", "trace"])
 def test_what_they_return_is_rounded_by_its_readers(how: str) -> None:
