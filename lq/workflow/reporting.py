@@ -66,7 +66,8 @@ def report_rows(
             name = site(node)
             layer = node.meta["layer"]
             path = name if layer is None else layer  # a module's second call has a name of its own
-            path = str(node.target) if node.op == "call_module" else path
+            if node.op == "call_module" and layer is None:  # what it returns has another name
+                name = path = str(node.target)
             reason = placement.float_layers.get(path, _FLOAT_REASONS.get(kind, _NO_KERNEL))
             layers.append((LayerReport(name, operator_label(node, model), "float", reason=reason), node))
     calls = [node for node in analysis.graph.nodes if node.op.startswith("call")]

@@ -231,6 +231,7 @@ def test_program(name: str, tmp_path: Path) -> None:
         compare_at_every_size(loaded, eager)
 
 
+@pytest.mark.filterwarnings("ignore:lq. openvino cannot run the file")  # maxima over the image, wrongly (2026.4)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_onnx(name: str, tmp_path: Path) -> None:
     int8, eager = converted(name)
