@@ -28,7 +28,7 @@ def load(path: str | Path, runtime: str = "auto", *, threads: int | None = None)
             AOTInductor package), ``"openvino"`` or ``"onnxruntime"`` (an ``.onnx`` file), ``"executorch"`` (a ``.pte``
             file; its threads are those of all such networks in the process); ``"auto"`` takes the one
             that reads the file, for ``.onnx`` OpenVINO where it is installed and computes the network right, else ONNX
-            Runtime, and never takes an AOTInductor package.
+            Runtime, and never takes an AOTInductor package. A file that is for one engine alone is run by that one.
         threads: how many CPU threads run it, or None for the engine's own choice.
 
     Returns:
