@@ -88,7 +88,6 @@ class Asks(Wrapped):
         logger: Any = self.logger
         logger.experiment.add_image("first", batch[0][0], self.global_step)
         self.loggers[1].log_metrics({"own": float(batch[0].mean())}, step=self.global_step)
-        logger.experiment.add_figure  # noqa: B018
 
     def on_validation_epoch_end(self) -> None:
         assert "val_acc" in self.trainer.callback_metrics

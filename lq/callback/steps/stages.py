@@ -315,6 +315,5 @@ def _keep_int8(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any
     for key in given if staged.path or staged.parts else ():
         del state[key]
     state.update(int8)
-    if not (staged.path and not staged.parts):
-        quantizers = {prefix + key: value for key, value in staged.quantizer_state().items()}
-        state.update(quantizers)
+    if not staged.path:  # the quantizers are the LightningModule's own
+        state.update({prefix + key: value for key, value in staged.quantizer_state().items()})
