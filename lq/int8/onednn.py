@@ -47,7 +47,7 @@ onednn = torch.ops.onednn
 #: Called with the integers of each quantize node of the source graph when they are first computed.
 Watch = Callable[[fx.Node, Tensor], Tensor]
 
-#: Packed weights that are in use, by layer, settings and sizes.
+#: Packed weights that are in use, by layer, settings and layout.
 Packed = WeakValueDictionary[tuple[Any, ...], Tensor]
 
 
@@ -376,17 +376,14 @@ class _Lowering:
         *leading, last = self.recording.shape(x)
         is_linear = len(settings) == 2
         shape = [math.prod(leading), last] if is_linear else [*leading, last]
-        # oneDNN has a special layout for a batch of one; all other batches share one.
-        key = (name, repr(settings), torch.get_num_threads(), min(shape[0], 2), *shape[1:])
-        packed = self.packed.get(key)
-        if packed is None:
-            sizes = None if 0 in shape else shape  # weights cannot be laid out for an empty batch
-            if is_linear:
-                packed = onednn.qlinear_prepack(weight.contiguous(), sizes)
-            else:
-                packed = onednn.qconv_prepack(weight, scale, *settings, sizes)
-            self.packed[key] = packed
-        return packed
+        sizes = None if 0 in shape else shape  # weights cannot be laid out for an empty batch
+        if is_linear:
+            packed: Tensor = onednn.qlinear_prepack(weight.contiguous(), sizes)
+        else:
+            packed = onednn.qconv_prepack(weight, scale, *settings, sizes)
+        # Which sizes, and numbers of threads, share a layout is oneDNN's own affair, and another one on each CPU.
+        layout = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy())
+        return self.packed.setdefault((name, repr(settings), layout), packed)
 
     def _clamp(self, node: fx.Node, chain: Chain, grid: Grid, fused: Any) -> fx.Node:
         """Clamp integers to the clamp's bounds and the quantizer's grid, where the kernel does not do so."""
