@@ -29,7 +29,7 @@ from lq.callback.result import QuantizationResult
 from lq.callback.settings import HasSettings, QuantizationSettings
 from lq.callback.steps.calls import has_weighted_layers
 from lq.callback.steps.first_batches import first_train_batches
-from lq.callback.steps.looking import begun_copy, check_trained, find_as_called
+from lq.callback.steps.looking import begun_copy, check_optimized, check_trained, find_as_called
 from lq.callback.steps.own_setup import after_own_setup, waits_for_setup
 from lq.callback.steps.stages import StagedUnit, attach, staged_unit
 from lq.callback.support import check_alone, check_trainer
@@ -252,6 +252,7 @@ class QuantizationCallback(HasSettings, Callback):
         if self.convert:
             if self.mode == "qat":
                 _check_training(trainer, staged)
+                check_optimized(staged, trainer.optimizers)
             rehearse(self.settings, trainer, staged)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

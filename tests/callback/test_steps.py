@@ -72,7 +72,7 @@ def test_what_the_steps_call_is_quantized(cls: Any, mode: str, tmp_path: Path) -
     assert isinstance(lq.load(callback.result.artifact), Int8Module)
 
 
-@pytest.mark.parametrize("cls", [shapes.Averaged, shapes.AveragedByTorch])
+@pytest.mark.parametrize("cls", [shapes.Averaged, shapes.AveragedByTorch, shapes.MeanTeacher])
 @pytest.mark.support("Modules", "An average that validation uses (EMA, `AveragedModel`): PTQ converts it")
 def test_an_average_that_validation_uses_is_converted(cls: Any, tmp_path: Path) -> None:
     model, callback = module(cls), quantization(tmp_path, rehearse=True, evaluate=True)
@@ -90,6 +90,22 @@ def test_an_average_learns_nothing_of_qat(cls: Any, tmp_path: Path) -> None:
 
     run = trainer(tmp_path, quantization(tmp_path, rehearse=True, mode="qat"))
     with pytest.raises(ValueError, match=r"validation_step of Model uses 'average', which training_step does not call"):
+        run.fit(module(Model), train_data(), val_data())
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [
+        (shapes.MeanTeacher, "of which no optimizer has a parameter"),
+        (shapes.FrozenTeacher, "of which no parameter requires a gradient"),
+    ],
+)
+def test_a_teacher_that_is_an_average_learns_nothing_of_qat(cls: Any, reason: str, tmp_path: Path) -> None:
+    class Model(cls):  # type: ignore[misc]
+        on_train_start = NeverTrained.on_train_start
+
+    run = trainer(tmp_path, quantization(tmp_path, rehearse=True, mode="qat"))
+    with pytest.raises(ValueError, match=f"validation_step of Model uses 'average', {reason}"):
         run.fit(module(Model), train_data(), val_data())
 
 

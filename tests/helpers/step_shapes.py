@@ -217,6 +217,27 @@ class AveragedByTorch(Averaged):
         self.average.update_parameters(self.model)  # type: ignore[attr-defined]
 
 
+class MeanTeacher(Averaged):
+    """Training asks the average as well, which validation uses."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            taught = self.average(batch[0]).softmax(1)
+        logits = self.model(batch[0])
+        return F.cross_entropy(logits, batch[1]) + F.mse_loss(logits.softmax(1), taught)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.model.parameters(), lr=0.01)
+
+
+class FrozenTeacher(MeanTeacher):
+    """Likewise, and its parameters require no gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average.requires_grad_(False)
+
+
 class SmallSteps(Wrapped):
     """``training_step(batch)`` without the number of the batch."""
 

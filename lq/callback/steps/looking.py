@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from lq.callback.preparation import prepare_for_batch, refused_batch
 from lq.callback.steps.batches import first_samples
@@ -236,10 +238,37 @@ def check_trained(staged: StagedUnit) -> None:
         ValueError: with what to use instead.
     """
     if staged.calibrated_with != "training_step":
-        names = ", ".join(map(repr, staged.parts or (staged.path,)))
-        raise ValueError(
-            f"mode='qat': validation_step of {type(staged.pl_module).__name__} uses {names}, which training_step does "
-            f"not call, so that it would learn nothing of INT8. Use mode='ptq', which converts what validation uses; "
-            f"or leave averaging to lightning.pytorch.callbacks.EMAWeightAveraging, put after QuantizationCallback; or "
-            f"name what is trained with QuantizationCallback(module='...')"
-        )
+        raise _trains_nothing(staged, "which training_step does not call")
+    if not any(parameter.requires_grad for parameter in _parameters(staged)):
+        raise _trains_nothing(staged, "of which no parameter requires a gradient")
+
+
+def check_optimized(staged: StagedUnit, optimizers: Iterable[Any]) -> None:
+    """Refuse quantization-aware training of what no optimizer changes: a teacher that is an average, say.
+
+    Args:
+        staged: the unit.
+        optimizers: the Trainer's.
+
+    Raises:
+        ValueError: with what to use instead.
+    """
+    optimized = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    others = any(id(parameter) in optimized for parameter in staged.pl_module.parameters())
+    if others and not any(id(parameter) in optimized for parameter in _parameters(staged)):
+        raise _trains_nothing(staged, "of which no optimizer has a parameter")
+
+
+def _parameters(staged: StagedUnit) -> list[nn.Parameter]:
+    modules = [staged.pl_module.get_submodule(path) for path in staged.parts] or [staged.unit]
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
+def _trains_nothing(staged: StagedUnit, why: str) -> ValueError:
+    names = ", ".join(map(repr, staged.parts or (staged.path or "itself",)))
+    return ValueError(
+        f"mode='qat': validation_step of {type(staged.pl_module).__name__} uses {names}, {why}, so that it would learn "
+        f"nothing of INT8. Use mode='ptq', which converts what validation uses; or leave averaging to "
+        f"lightning.pytorch.callbacks.EMAWeightAveraging, put after QuantizationCallback; or name what is trained with "
+        f"QuantizationCallback(module='...')"
+    )
