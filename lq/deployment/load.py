@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lq.deployment.formats import RUNTIMES, Format, Runtime, format_of
 from lq.engines.base import InferenceModel
-from lq.errors import MissingRuntimeError, UnsuitableError
+from lq.errors import MissingRuntimeError
 from lq.int8.module import Int8Module
 from lq.interface.metadata import Metadata
 from lq.util.distribution import install
@@ -27,7 +27,7 @@ def load(path: str | Path, runtime: str = "auto", *, threads: int | None = None)
         runtime: ``"torch"`` (a ``.pt2`` program, in process: an :class:`lq.Int8Module`), ``"aoti"`` (a ``.pt2``
             AOTInductor package), ``"openvino"`` or ``"onnxruntime"`` (an ``.onnx`` file), ``"executorch"`` (a ``.pte``
             file; its threads are those of all such networks in the process); ``"auto"`` takes the one
-            that reads the file, for ``.onnx`` OpenVINO where it is installed and computes the network right, else ONNX
+            that reads the file, for ``.onnx`` OpenVINO where it is installed, reads it and computes it right, else ONNX
             Runtime, and never takes an AOTInductor package. A file that is for one engine alone is run by that one.
         threads: how many CPU threads run it, or None for the engine's own choice.
 
@@ -59,8 +59,8 @@ def load(path: str | Path, runtime: str = "auto", *, threads: int | None = None)
         )
     *others, last = _installed(path, format, engines) if known is None else (known,)
     for other in others:
-        # What an engine is known to compute wrongly, it refuses.
-        with suppress(UnsuitableError):
+        # It refuses what it is known to compute wrongly, and may not have all of the operators.
+        with suppress(Exception):
             return other.load(path, threads)
     return last.load(path, threads)
 

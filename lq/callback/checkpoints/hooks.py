@@ -210,7 +210,7 @@ def _with_present_unit(staged: StagedUnit, state: dict[str, Any]) -> dict[str, A
 
 
 def _has_weights_of(staged: StagedUnit, state: dict[str, Any]) -> bool:
+    """Whether the weights of the unit that are there are those that INT8 was made of; frozen ones may be left out."""
     unit = staged.float_state(staged.pl_module.state_dict())
-    unit = {key: value for key, value in unit.items() if key.startswith(staged.prefix)}
-    _remove(unit, _quantizer_prefix(staged))
-    return all(key in state and torch.equal(value.cpu(), state[key].cpu()) for key, value in unit.items())
+    unit = {key: value for key, value in unit.items() if key.startswith(staged.prefix) and key in state}
+    return bool(unit) and all(torch.equal(value.cpu(), state[key].cpu()) for key, value in unit.items())

@@ -11,9 +11,9 @@ from lightning.pytorch import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lq.callback.steps.attributes import same_attributes
 from lq.callback.steps.batches import train_dataloaders
 from lq.callback.steps.evaluation import REPEATED, as_it_is, one_device, plain_trainer_class
-from lq.callback.steps.idle import same_attributes
 from lq.callback.steps.seen import SeesTheTrainer, seeing
 from lq.util.modes import keeping_modes
 from lq.util.quiet import quiet
@@ -74,10 +74,11 @@ def fine_tune(trainer: Any, pl_module: Any, epochs: int, seconds: float | None =
             quiet(*REPEATED),
             as_it_is(pl_module),
             keeping_modes(pl_module),
-            same_attributes(pl_module),
+            same_attributes(pl_module, tensors=False),
             seeing(pl_module, trainer),
             torch.compiler.set_stance("force_eager"),
         ):
+            pl_module.on_train_end = pl_module.on_fit_end = lambda: None  # that was: people save what they trained
             tuner = plain_trainer_class(trainer)(
                 **one_device(trainer),
                 max_epochs=epochs,

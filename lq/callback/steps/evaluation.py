@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torchmetrics import Metric
 from torchmetrics.wrappers import MetricTracker, MinMaxMetric
 
+from lq.callback.steps.attributes import same_attributes
 from lq.callback.steps.batches import validation_dataloaders
 from lq.callback.steps.calls import Step
 from lq.callback.steps.idle import is_set_up, set_up
@@ -38,25 +41,41 @@ def evaluate(trainer: Any, pl_module: Any, limit_batches: int | float | None = N
     dataloaders = validation_dataloaders(trainer)
     if dataloaders is None or not is_overridden("validation_step", pl_module):
         return {}
-    if limit_batches is None:
-        return _validate(trainer, pl_module, dataloaders, trainer.limit_val_batches)
+    limit = trainer.limit_val_batches if limit_batches is None else limit_batches
+    judge = partial(_validate, trainer, pl_module, dataloaders, limit)
     # A look at a few batches comes before training.
-    with unnoticed(dataloaders):
+    with nullcontext() if limit_batches is None else unnoticed(dataloaders):
         try:
-            return _validate(trainer, pl_module, dataloaders, limit_batches)
+            return judge()
+        except Exception as error:
+            reason = error
+        if not is_set_up(trainer):
+            try:
+                with set_up(pl_module, trainer):  # for a step that asks for that
+                    return judge()
+            except Exception as error:
+                reason = error
+        try:
+            metrics = judge(checks=True)
         except Exception:
-            if is_set_up(trainer):
-                raise
-            with set_up(pl_module, trainer):  # for a step that asks for that
-                return _validate(trainer, pl_module, dataloaders, limit_batches)
+            raise reason from None
+    rank_zero_warn(
+        f"lq: {type(pl_module).__name__} is validated as in a sanity check (trainer.sanity_checking), since its "
+        f"validation asks for what a training gathers ({type(reason).__name__}: {reason}): what it leaves out then is "
+        f"not compared"
+    )
+    return metrics
 
 
-def _validate(trainer: Any, pl_module: Any, dataloaders: Any, limit_batches: int | float) -> dict[str, float]:
+def _validate(
+    trainer: Any, pl_module: Any, dataloaders: Any, limit_batches: int | float, *, checks: bool = False
+) -> dict[str, float]:
     """By a Trainer of its own, on one device, without loggers and checkpoints: metrics, callbacks and progress of
     ``trainer`` stay as they are, though the user's code sees it and no other."""
     with (
         quiet(*REPEATED),
         as_it_is(pl_module),
+        same_attributes(pl_module),
         seeing(pl_module, trainer),
         torch.compiler.set_stance("force_eager"),
     ):
@@ -68,7 +87,7 @@ def _validate(trainer: Any, pl_module: Any, dataloaders: Any, limit_batches: int
             enable_progress_bar=False,
             enable_model_summary=False,
             limit_val_batches=limit_batches,
-            callbacks=[SeesTheTrainer(trainer)],
+            callbacks=[SeesTheTrainer(trainer, checks=checks)],
         )
         results = judge.validate(pl_module, dataloaders=dataloaders, verbose=False)
     return {name: float(value) for result in results for name, value in result.items()}

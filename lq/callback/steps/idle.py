@@ -22,9 +22,6 @@ _SILENT = (
     "untoggle_optimizer",
 )
 
-#: Attributes of these types are set anew and not changed in place, so that they can be put back.
-_PLAIN = (bool, int, float, str, type(None))
-
 
 def run_idle(pl_module: Any, step: Callable[[], Any]) -> None:
     """Call ``step``, in which ``pl_module`` logs nothing, optimizers and schedulers stand still, no gradient is made.
@@ -52,21 +49,6 @@ def run_idle(pl_module: Any, step: Callable[[], Any]) -> None:
         return
     with set_up(pl_module, trainer), _idle(pl_module):
         step()
-
-
-@contextmanager
-def same_attributes(pl_module: Any) -> Iterator[None]:
-    """Afterwards plain attributes of ``pl_module`` are as before: a counter of steps, say, or a note that something was
-    done the first time."""
-    attributes = pl_module.__dict__
-    names = set(attributes)
-    before = {name: value for name, value in attributes.items() if isinstance(value, _PLAIN)}
-    try:
-        yield
-    finally:
-        for name in [name for name, value in attributes.items() if name not in names and isinstance(value, _PLAIN)]:
-            del attributes[name]
-        attributes.update(before)
 
 
 @contextmanager

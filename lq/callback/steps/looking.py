@@ -14,11 +14,12 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lq.callback.preparation import prepare_for_batch, refused_batch
+from lq.callback.steps.attributes import same_attributes
 from lq.callback.steps.batches import first_samples
 from lq.callback.steps.calls import Call, CallTree, Step, has_weighted_layers, merge, watched
 from lq.callback.steps.evaluation import is_overridden
 from lq.callback.steps.first_batches import first_validation_batches
-from lq.callback.steps.idle import run_idle, same_attributes
+from lq.callback.steps.idle import run_idle
 from lq.callback.steps.running import add_note, call_step, run_unit
 from lq.callback.steps.stages import StagedUnit, attach, staged_unit
 from lq.callback.steps.twin import twin_of

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lq.callback.steps.attributes import same_attributes
 from lq.callback.steps.calls import Step, watched
-from lq.callback.steps.idle import run_idle, same_attributes
+from lq.callback.steps.idle import run_idle
 from lq.callback.steps.seen import at_stage
 from lq.callback.steps.stages import StagedUnit
 from lq.graph.capture.agreement import difference

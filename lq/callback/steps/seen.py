@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -56,8 +57,9 @@ _OF_TRAINING = {
 
 _STAGES: dict[Step, Any] = {"training_step": attrgetter("TRAINING"), "validation_step": attrgetter("VALIDATING")}
 
-#: Values that a logger or its experiment is asked for; all else would be written by it.
+#: What a logger or its experiment is asked for is given as it is, or as a copy; other objects of theirs might write.
 _VALUES = (bool, int, float, str, bytes, type(None), os.PathLike)
+_CONTAINERS = (list, tuple, dict, set)
 
 
 class _View:
@@ -75,6 +77,12 @@ class _View:
     def __bool__(self) -> bool:
         return True
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(self), (self._original,)
+
 
 class SilentLogger(_View):
     """A logger, its experiment, or anything that one gives: can be asked where it writes to, and writes nothing."""
@@ -82,8 +90,12 @@ class SilentLogger(_View):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        value = getattr(self._original, name, None)
-        return value if isinstance(value, _VALUES) and value is not None else SilentLogger(value)
+        if self._original is None:  # what a call gave that was not made
+            return SilentLogger(None)
+        value = getattr(self._original, name)
+        if type(value) in _CONTAINERS:
+            return copy.copy(value)
+        return value if isinstance(value, _VALUES) else SilentLogger(value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Nothing is changed."""
@@ -105,6 +117,9 @@ class SilentLogger(_View):
 
     def __iter__(self) -> Iterator[Any]:
         return iter(())
+
+    def __len__(self) -> int:
+        return 0
 
 
 class Idle(_View):
@@ -140,11 +155,13 @@ class SeenTrainer(_View):
         trainer: the Trainer.
         runner: the one that runs the step, whose state, metrics and device are seen; by default ``trainer`` itself.
         trains: whether ``runner`` steps the optimizers.
+        checks: whether it says of itself that it is ``sanity_checking``, as before a training, when there is nothing
+            yet of what a training gathers.
     """
 
-    def __init__(self, trainer: Any, runner: Any = None, *, trains: bool = False) -> None:
+    def __init__(self, trainer: Any, runner: Any = None, *, trains: bool = False, checks: bool = False) -> None:
         super().__init__(trainer)
-        self.__dict__.update(_runner=trainer if runner is None else runner, _trains=trains, _own={})
+        self.__dict__.update(_runner=trainer if runner is None else runner, _trains=trains, _checks=checks, _own={})
 
     def __getattr__(self, name: str) -> Any:
         if name in self._own:
@@ -169,8 +186,20 @@ class SeenTrainer(_View):
         return last_seen(self._original)[1]
 
     @property
+    def sanity_checking(self) -> bool:
+        return bool(self._checks or self._runner.sanity_checking)
+
+    @property
     def callback_metrics(self) -> dict[str, Any]:
         return {**self._original.callback_metrics, **self._runner.callback_metrics}
+
+    @property
+    def logged_metrics(self) -> dict[str, Any]:
+        return {**self._original.logged_metrics, **self._runner.logged_metrics}
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, Any]:
+        return {**self._original.progress_bar_metrics, **self._runner.progress_bar_metrics}
 
     @property
     def logger(self) -> Any:
@@ -250,12 +279,13 @@ class SeesTheTrainer(Callback):
     Args:
         trainer: the one of the training.
         trains: whether this one steps the optimizers.
+        checks: see :class:`SeenTrainer`.
     """
 
-    def __init__(self, trainer: Any, *, trains: bool = False) -> None:
-        self._trainer, self._trains = trainer, trains
+    def __init__(self, trainer: Any, *, trains: bool = False, checks: bool = False) -> None:
+        self._trainer, self._given = trainer, {"trains": trains, "checks": checks}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         datamodule = self._trainer.datamodule
         trainer._data_connector._datahook_selector.datamodule = datamodule
-        see(pl_module, datamodule, SeenTrainer(self._trainer, trainer, trains=self._trains))
+        see(pl_module, datamodule, SeenTrainer(self._trainer, trainer, **self._given))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -158,7 +159,8 @@ class StagedUnit:
         """A state dict of the LightningModule with INT8 in place, with what INT8 replaces instead of INT8."""
         kept = self._kept_parts or ({self._place: self._kept} if self.path else {_INT8: nn.Module()})
         prefixes = tuple(f"{path}." for path in kept)
-        float_state = {key: value for key, value in state.items() if not key.startswith(prefixes)}
+        float_state = OrderedDict((key, value) for key, value in state.items() if not key.startswith(prefixes))
+        float_state._metadata = OrderedDict()  # type: ignore[attr-defined]  # versions, as torch keeps them
         for path, module in kept.items():
             module.state_dict(destination=float_state, prefix=f"{path}.")
         return float_state
@@ -291,8 +293,10 @@ def _give_float_state(module: nn.Module, state: dict[str, Any], prefix: str, met
     if staged is None:
         return
     own = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
-    given = {key: value for key, value in staged.float_state(own).items() if QUANTIZERS not in key.split(".")}
-    state.update({prefix + key: value for key, value in given.items()})
+    given: Any = staged.float_state(own)
+    state.update({prefix + key: value for key, value in given.items() if QUANTIZERS not in key.split(".")})
+    if hasattr(state, "_metadata"):
+        state._metadata.update({prefix + path: versions for path, versions in given._metadata.items()})
 
 
 def _keep_int8(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
@@ -16,6 +16,8 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+from lq.util.containers import refill_dict, refill_list, refill_set
 
 #: Lists that are longer are put back, but what is in them is not looked at: they are files and labels, not transforms.
 _LONG = 256
@@ -103,13 +105,13 @@ def _state_of(value: Any) -> tuple[Callable[[], None] | None, list[Any]]:
         return _order(value), []
     if isinstance(value, (list, deque)):
         items = list(value)
-        return lambda: _refill_list(value, items), items if len(items) <= _LONG else []
+        return lambda: refill_list(value, items), items if len(items) <= _LONG else []
     if isinstance(value, dict):
         entries = dict(value)
-        return lambda: _refill(value, entries), list(entries.values()) if len(entries) <= _LONG else []
+        return lambda: refill_dict(value, entries), list(entries.values()) if len(entries) <= _LONG else []
     if isinstance(value, set):
         members = set(value)
-        return lambda: _refill_set(value, members), list(members) if len(members) <= _LONG else []
+        return lambda: refill_set(value, members), list(members) if len(members) <= _LONG else []
     return _state_of_an_object(value)
 
 
@@ -169,27 +171,6 @@ def _put_attributes_back(attributes: dict[str, Any], before: Mapping[str, Any]) 
         is_state = isinstance(value, (*_PLAIN, Tensor, np.ndarray, torch.Generator))
         if name not in attributes or (attributes[name] is not value and is_state):
             attributes[name] = value
-
-
-def _refill(values: dict[Any, Any], before: Mapping[Any, Any]) -> None:
-    if len(values) == len(before) and all(name in values and values[name] is it for name, it in before.items()):
-        return
-    values.clear()
-    values.update(before)
-
-
-def _refill_list(values: list[Any] | deque[Any], before: Iterable[Any]) -> None:
-    before = list(before)
-    if len(values) == len(before) and all(a is b for a, b in zip(values, before, strict=True)):
-        return
-    values.clear()
-    values.extend(before)
-
-
-def _refill_set(values: set[Any], before: set[Any]) -> None:
-    if values != before:
-        values.clear()
-        values.update(before)
 
 
 def _call(function: Callable[[Any], Any], value: Any) -> None:
