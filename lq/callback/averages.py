@@ -56,6 +56,25 @@ def averages_buffers(trainer: Any) -> bool:
     return any("WeightAveraging" in class_names(callback) for callback in trainer.callbacks)
 
 
+def stop_swapping(trainer: Any) -> None:
+    """Let averaging callbacks leave an INT8 network where it is: they swap in the average for each validation, value by
+    value, and INT8 is of the average already."""
+    for callback in trainer.callbacks:
+        if "WeightAveraging" in class_names(callback):
+            callback._swap_models = _swap_nothing
+
+
+def swap_again(trainer: Any) -> None:
+    """Undo :func:`stop_swapping`, for another fit."""
+    for callback in trainer.callbacks:
+        if callback.__dict__.get("_swap_models") is _swap_nothing:
+            del callback._swap_models
+
+
+def _swap_nothing(pl_module: Any) -> None:
+    """The weights stay."""
+
+
 def _averages(callback: Any) -> bool:
     return any(name in class_names(callback) for name in _AVERAGING)
 

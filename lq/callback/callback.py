@@ -15,7 +15,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
-from lq.callback.averages import averages_at_the_end, averages_buffers, check_averaging, refresh_averaged_ranges
+from lq.callback.averages import (
+    averages_at_the_end,
+    averages_buffers,
+    check_averaging,
+    refresh_averaged_ranges,
+    stop_swapping,
+    swap_again,
+)
 from lq.callback.checkpoints.hooks import attach_hooks
 from lq.callback.end.accuracy import check_accuracy
 from lq.callback.end.fit_end import quantize_at_fit_end
@@ -213,6 +220,7 @@ class QuantizationCallback(HasSettings, Callback):
         if stage != TrainerFn.FITTING:
             return
         check_alone(trainer)
+        swap_again(trainer)
         self.result = None
         self._begun = time.monotonic()
         self._phase = "setup"
@@ -318,6 +326,8 @@ class QuantizationCallback(HasSettings, Callback):
                 validated=validated,
                 fit_begun=self._begun,
             )
+            if staged.holds_int8:
+                stop_swapping(trainer)
             if self.result is not None:
                 log_result(self.settings, trainer, self.result, findings)
                 print(self.result)  # as Trainer.validate prints its metrics

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _IncompatibleKeys
-from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, tree_structure, tree_unflatten
 
 from lq.graph.capture.signature import CallSignature
 from lq.graph.codegen import compile_graph
@@ -206,16 +206,30 @@ class Int8Module(StandIn):
                     f"{'. For calls of another kind load the float weights into a new module' if other else ''}"
                 )
             values = list(inputs.values())
-        elif len(args) + len(kwargs) != len(names) or set(kwargs) != set(names[len(args) :]):
-            raise TypeError(
-                f"this INT8 module takes the inputs {', '.join(names)}; got {len(args)} positional arguments"
-                f"{' and ' + ', '.join(kwargs) if kwargs else ''}"
-            )
         else:
-            values = [*args, *(kwargs[name] for name in names[len(args) :])]
+            values = self._as_examples(args, kwargs)
         self._check_dtypes(values)
         self._check_sizes(values)
         return values
+
+    def _as_examples(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The inputs in the form of the example inputs, where the float model's forward is not known. What that took as
+        ``*args`` is one tuple, whose tensors may be given one by one."""
+        names = self._input_names
+        fits = len(args) + len(kwargs) == len(names) and set(kwargs) == set(names[len(args) :])
+        values = [*args, *(kwargs[name] for name in names[len(args) :])] if fits else []
+        examples = list(self.example_inputs.values())
+        if fits and tree_structure(values) == tree_structure(examples):
+            return values
+        leaves, form = tree_leaves((args, kwargs)), tree_structure(examples)
+        if not kwargs and len(leaves) == form.num_leaves and all(isinstance(value, Tensor) for value in args):
+            return list(tree_unflatten(leaves, form))
+        if fits and not examples:
+            return values
+        raise TypeError(
+            f"this INT8 module takes the inputs {', '.join(names)}; got {len(args)} positional arguments"
+            f"{' and ' + ', '.join(kwargs) if kwargs else ''}"
+        )
 
     def _check_sizes(self, inputs: list[Any]) -> None:
         """The graph holds only for some input sizes."""

@@ -135,7 +135,8 @@ def choose_calibrator(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> Ca
                 recalibrate(model, calibrator)
                 for run, reference in zip(runs, references, strict=True):
                     for y, y_int8 in zip(reference, _float_leaves(run()), strict=True):
-                        energy += torch.stack([y.square().sum(), (y - y_int8).square().sum()])
+                        if y.shape == y_int8.shape:  # of what is found, detections say, there may be another number
+                            energy += torch.stack([y.square().sum(), (y - y_int8).square().sum()])
     scores = {}
     for calibrator, (signal, noise) in zip(calibrators, _sum_over_processes(energies, model), strict=True):
         if not torch.isfinite(signal):

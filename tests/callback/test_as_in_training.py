@@ -123,15 +123,19 @@ def test_int8_is_of_the_call_that_validation_makes(mode: Any, tmp_path: Path, ca
             model(x, return_features=True)
 
 
-def test_float_weights_are_told_from_int8(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strict", [True, False])
+def test_other_float_weights_are_the_float_network(strict: bool, tmp_path: Path) -> None:
     model = Wrapped()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     fit(model, tmp_path, quantization(tmp_path, evaluate=False))
-    for strict in (True, False):
-        with pytest.raises(RuntimeError, match="'model' is an INT8 network by now.*load them into a new module"):
-            model.load_state_dict(state, strict=strict)
     model.load_state_dict(model.state_dict())
     assert isinstance(nn.Module.get_submodule(model, "model"), lq.Int8Module)
+    with pytest.warns(UserWarning, match="'model' was an INT8 network, and is given the weights of another one"):
+        model.load_state_dict(state, strict=strict)
+    plain = Wrapped()
+    plain.load_state_dict(state)
+    x = images(8, seed=5)[0]
+    assert torch.equal(model.eval()(x), plain.eval()(x)) and list(model.state_dict()) == list(state)
 
 
 class Grown(Wrapped):

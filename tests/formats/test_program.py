@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import lq
 from helpers.networks import Residual, WithDataDependent, randomize_batch_norm
-from helpers.quantized import noise, quantized
+from helpers.quantized import TARGET, noise, quantized
 from lq.deployment import export, verify
 from lq.deployment.verify import OUTPUT_TOLERANCE, allowed_difference, simulated
 from lq.int8.onednn import lower
@@ -103,6 +103,33 @@ def test_structured_inputs_and_outputs(tmp_path: Path) -> None:
     assert not loaded.example_inputs["batch"]["image"].any()  # nor are training images in the file
     with pytest.raises(TypeError, match="takes the inputs batch, extra; got 1 positional"):
         loaded(batch)
+
+
+class TakesAny(nn.Module):
+    """As ``nn.DataParallel`` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return self.b(sum(self.a(x).relu() for x in xs))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_a_forward_takes_as_any_number(count: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    example = tuple(torch.randn(4, 8) for _ in range(count))
+    model = lq.prepare(TakesAny().eval(), example, target=TARGET)
+    lq.calibrate(model, [example], forward=lambda batch: model(*batch))
+    int8 = lq.convert(model)
+    lq.export(int8, tmp_path / "int8.pt2")
+    loaded = lq.load(tmp_path / "int8.pt2")
+    given = tuple(torch.randn(3, 8) for _ in range(count))
+    assert torch.allclose(loaded(*given), int8(*given), atol=1e-5)
+    assert torch.equal(loaded(given), loaded(*given)) and torch.equal(loaded(xs=given), loaded(*given))
+    with pytest.raises(TypeError, match=f"takes the inputs xs; got {3 * count} positional arguments"):
+        loaded(*given, *given, *given)
 
 
 def test_a_failed_write_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ a process that has neither data nor the callback's arguments.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -15,13 +16,16 @@ from typing import Any
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lq.callback.averages import AVERAGED, refresh_averaged_ranges
 from lq.callback.steps.stages import StagedUnit
 from lq.callback.steps.unit import Unit
+from lq.graph.emission import as_it_is
 from lq.graph.forward import QUANTIZERS
 from lq.workflow.convert import convert
-from lq.workflow.prepare import is_prepared, refresh_weights
+from lq.workflow.prepare import is_prepared, refresh_weights, unprepare
 from lq.workflow.saved_preparation import describe_preparation, prepare_like, target_of
 
 #: Where it lies in a checkpoint.
@@ -87,6 +91,8 @@ def _on_save(staged: StagedUnit, original: Callable[[dict[str, Any]], None], che
         refresh_weights(staged.unit)  # in place, so in `state` too: the scales of the weights that are saved
     if stage == "int8":
         state = checkpoint["state_dict"] = {**staged.float_state(state), **staged.quantizer_state()}
+    if "hyper_parameters" in checkpoint:  # a network that was an argument of the LightningModule
+        checkpoint["hyper_parameters"] = _in_float(checkpoint["hyper_parameters"])
     preparation = None
     try:
         preparation = describe_preparation(staged.prepared_forward)
@@ -99,6 +105,25 @@ def _on_save(staged: StagedUnit, original: Callable[[dict[str, Any]], None], che
         "paths": list(staged.parts or (staged.path,)),
         "quantizers": _remove(state, _quantizer_prefix(staged)),
     }
+
+
+def _in_float(hyperparameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Hyperparameters with networks as they are without lq."""
+
+    def in_float(value: Any) -> Any:
+        if not isinstance(value, nn.Module):
+            return value
+        network = as_it_is(value)
+        for part in list(network.modules()):
+            if is_prepared(part):
+                unprepare(part)
+        return network
+
+    given = copy.copy(hyperparameters)
+    for name, value in hyperparameters.items():
+        if any(isinstance(leaf, nn.Module) for leaf in tree_leaves(value)):
+            given[name] = tree_map(in_float, value)  # type: ignore[index]
+    return given
 
 
 def _on_load(staged: StagedUnit, original: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lq.callback.steps.calls import COMPILED, Step, has_weighted_layers
@@ -300,7 +301,7 @@ def _give_float_state(module: nn.Module, state: dict[str, Any], prefix: str, met
 
 
 def _keep_int8(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    """The float weights that INT8 was made of change nothing; others are refused before they are written into it."""
+    """The float weights that INT8 was made of change nothing; with others the module is the float network again."""
     staged = _int8_in(module)
     if staged is None:
         return
@@ -311,11 +312,12 @@ def _keep_int8(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any
     held = {key: value for key, value in held.items() if QUANTIZERS not in key.split(".")}
     given = held.keys() & state.keys()
     if given and not all(key in state and torch.equal(held[key].cpu(), state[key].cpu()) for key in held):
-        args[-1].append(
-            f"{staged.path or type(module).__name__!r} is an INT8 network by now, and these are weights of another "
-            f"one, as of the float module in a checkpoint: load them into a new module, or have the Trainer do it, as "
-            f"in trainer.test(ckpt_path=...)"
+        rank_zero_warn(
+            f"lq: {staged.path or type(module).__name__!r} was an INT8 network, and is given the weights of another "
+            f"one, so that it is the float network again; lq.quantize_checkpoint, or another fit, quantizes it"
         )
+        staged.to_float()
+        return
     for key in given if staged.path or staged.parts else ():
         del state[key]
     state.update(int8)

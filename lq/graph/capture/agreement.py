@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -218,7 +219,43 @@ def _capture_faithfully(
                 f"only a part of the model by naming it"
             )
         else:
+            captured.guards = tuple(
+                guard for guard in captured.guards if not _is_of_a_cache(guard, captured, module, inputs, settings)
+            )
             return captured
+
+
+#: A condition that excludes one size.
+_OTHER_THAN = re.compile(r"size\('(?P<name>[^']*)', (?P<axis>\d+)\) != (?P<size>\d+)")
+
+
+def _is_of_a_cache(
+    guard: str, captured: CapturedGraph, module: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any]
+) -> bool:
+    """Whether the graph is right for the one size that a condition excludes, too: for that the forward has kept what it
+    computed in an earlier call, as detectors keep their grids."""
+    match = _OTHER_THAN.fullmatch(guard)
+    if match is None:
+        return False
+    axis, size = int(match["axis"]), int(match["size"])
+    names = iter(_names(inputs))
+
+    def resized(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        # Tensors have their batch size in common.
+        is_meant = next(names) == match["name"] or axis == 0
+        if not is_meant or axis >= value.dim() or 0 in (size, value.shape[axis]):
+            return value
+        return value.index_select(axis, torch.arange(size, device=value.device) % value.shape[axis])
+
+    others = {name: tree_map(resized, value) for name, value in inputs.items()}
+    try:
+        with preserved(module):
+            own_outputs(module, others, settings, as_registered=bool(captured.registered))
+    except Exception:  # it takes no such inputs
+        return False
+    return disagreement(captured, module, others, settings) is None
 
 
 def disagreement(

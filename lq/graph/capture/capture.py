@@ -61,7 +61,8 @@ def capture(
     leaves_by_path = dict(float_leaves or {})
     with preserved(module), torch.no_grad():
         reference = Recorder(module, Positions())
-        run_followed(module, reference, inputs, settings)
+        with preserved(module):  # what a forward keeps for the next call with such sizes is not there for the export
+            run_followed(module, reference, inputs, settings)
         with followed_whole(module):
             arguments = Arguments(module, inputs, settings)
             example = arguments.tensors if batch is None else _batches_of(batch, arguments.tensors)

@@ -29,6 +29,8 @@ def preserved(module: nn.Module) -> Iterator[None]:
         )
         for part in module.modules()
     ]
+    # Those of TorchScript keep their attributes elsewhere.
+    scripted = [(part, part.training) for part in module.modules() if isinstance(part, torch.jit.ScriptModule)]
     states = random.getstate(), np.random.get_state()
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     try:
@@ -41,6 +43,8 @@ def preserved(module: nn.Module) -> Iterator[None]:
         for part, attributes, buffers in parts:
             _restore_attributes(part, attributes)
             _restore_buffers(part, buffers)
+        for part, training in scripted:
+            part.training = training
 
 
 #: Attributes of ``nn.Module`` itself.

@@ -17,7 +17,7 @@ from helpers.capture_checks import check, check_float, check_int8, right_or_refu
 from helpers.modes import both_modes
 from helpers.networks import Residual, randomize_batch_norm
 from helpers.patterns import conv
-from helpers.quantized import noise
+from helpers.quantized import TARGET, calibrated, noise
 from helpers.training_steps import Call, assert_same, assert_same_step, no_tracing_left, training_step
 
 X = noise(8, 12, seed=1)
@@ -243,3 +243,76 @@ def test_training_flags_are_kept() -> None:
     lq.prepare(model, X)
     assert model.training and model.bn.training and not model.bn1.training
     check_float(residual(), X)
+
+
+class Grid(nn.Module):
+    """Adds a grid that it keeps for the next call with such sizes, as heads of detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.grid: Any = None
+        self.shape: Any = None
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).relu())
+
+    def made_for(self, x: Tensor) -> Tensor:
+        size = x.shape[2] * x.shape[3]
+        return (torch.arange(size).type_as(x) / size).view(1, 1, *x.shape[2:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        if self.shape != x.shape:
+            self.grid, self.shape = self.made_for(x), x.shape
+        return x + self.grid
+
+
+class GridOfNone(Grid):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        if self.grid is None or self.grid.shape[2:] != x.shape[2:]:
+            self.grid = self.made_for(x)
+        return x + self.grid
+
+
+class GridInBuffer(Grid):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.grid
+        self.register_buffer("grid", torch.zeros(1, 1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        if self.grid.shape[2:] != x.shape[2:]:
+            self.grid = self.made_for(x)
+        return x + self.grid
+
+
+class GridMadeOnce(Grid):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        if not hasattr(self, "once"):
+            self.once = self.made_for(x)
+        return x + self.once
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("used_with", [None, (2, 16), (1, 16), (2, 12)])
+@pytest.mark.parametrize("kind", [Grid, GridOfNone, GridInBuffer, GridMadeOnce])
+def test_what_is_kept_for_sizes(kind: type[Grid], used_with: tuple[int, int] | None, inside: bool) -> None:
+    torch.manual_seed(0)
+    network = (nn.Sequential(nn.Conv2d(3, 3, 1), kind()) if inside else kind()).eval()
+    if used_with is not None:
+        batch, size = used_with
+        network(torch.randn(batch, 3, size, size))
+        if kind is GridMadeOnce and size != 16:
+            return  # it takes no other sizes
+    original = copy.deepcopy(network)
+    x = torch.randn(2, 3, 16, 16)
+    int8 = lq.convert(calibrated(network, x, target=TARGET))
+    assert int8.report is not None and len(int8.report.int8_layers) == 2 + inside
+    for batch in (2, 1, 3):  # the example's batch size, too
+        given = torch.randn(batch, 3, 16, 16)
+        expected = original(given)
+        assert (int8(given) - expected).norm() < 0.03 * expected.norm()

@@ -33,3 +33,16 @@ def test_what_they_return_is_rounded_by_its_readers(how: str) -> None:
     report = lq.report(int8)
     assert [layer.name for layer in report.int8_layers] == ["0", "3"]
     assert ["TorchScript" in layer.reason for layer in report.float_layers] == [True]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_block_stays_in_its_mode() -> None:
+    """What TorchScript keeps of a module lies outside of Python."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5))
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), torch.jit.script(inner), nn.Conv2d(8, 4, 1)).eval()
+    x = torch.randn(4, 3, 16, 16)
+    expected = network(x)
+    prepared = lq.prepare(network, x)
+    assert not any(part.training for part in prepared.modules())
+    assert torch.equal(prepared(x), expected)
