@@ -56,23 +56,12 @@ def averages_buffers(trainer: Any) -> bool:
     return any("WeightAveraging" in class_names(callback) for callback in trainer.callbacks)
 
 
-def stop_swapping(trainer: Any) -> None:
-    """Let averaging callbacks leave an INT8 network where it is: they swap in the average for each validation, value by
-    value, and INT8 is of the average already."""
+def forget_averages(trainer: Any) -> None:
+    """Let callbacks forget the average that INT8 was made of: they would put its values, one by one, into the INT8
+    network for each validation, or those of training when a checkpoint is loaded. Another fit has another one."""
     for callback in trainer.callbacks:
-        if "WeightAveraging" in class_names(callback):
-            callback._swap_models = _swap_nothing
-
-
-def swap_again(trainer: Any) -> None:
-    """Undo :func:`stop_swapping`, for another fit."""
-    for callback in trainer.callbacks:
-        if callback.__dict__.get("_swap_models") is _swap_nothing:
-            del callback._swap_models
-
-
-def _swap_nothing(pl_module: Any) -> None:
-    """The weights stay."""
+        if _averages(callback):
+            callback._average_model = None
 
 
 def _averages(callback: Any) -> bool:

@@ -19,9 +19,8 @@ from lq.callback.averages import (
     averages_at_the_end,
     averages_buffers,
     check_averaging,
+    forget_averages,
     refresh_averaged_ranges,
-    stop_swapping,
-    swap_again,
 )
 from lq.callback.checkpoints.hooks import attach_hooks
 from lq.callback.end.accuracy import check_accuracy
@@ -220,7 +219,6 @@ class QuantizationCallback(HasSettings, Callback):
         if stage != TrainerFn.FITTING:
             return
         check_alone(trainer)
-        swap_again(trainer)
         self.result = None
         self._begun = time.monotonic()
         self._phase = "setup"
@@ -327,7 +325,7 @@ class QuantizationCallback(HasSettings, Callback):
                 fit_begun=self._begun,
             )
             if staged.holds_int8:
-                stop_swapping(trainer)
+                forget_averages(trainer)
             if self.result is not None:
                 log_result(self.settings, trainer, self.result, findings)
                 print(self.result)  # as Trainer.validate prints its metrics

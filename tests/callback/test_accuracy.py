@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import lq
 from helpers.classifiers import Wrapped, images, loader
 from helpers.fits import fit, quantization
+from helpers.notes import Notes
 from helpers.quantized import TARGET
 from lq import QuantizationCallback, QuantizationResult
 from lq.int8.module import Int8Module
@@ -177,7 +178,7 @@ class Watched(Wrapped):
 
     def __init__(self) -> None:
         super().__init__()
-        self.late: list[dict[str, Any]] = []
+        self.late = Notes()
         self.validations = 0
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -186,7 +187,7 @@ class Watched(Wrapped):
             (optimizer,) = self.trainer.optimizers
             prepared = lq.quantizers(self.model)
             rounds = [q.state for q in prepared.values()]
-            self.late.append({"lr": optimizer.param_groups[0]["lr"], "training": self.training, "states": rounds})
+            self.late.add({"lr": optimizer.param_groups[0]["lr"], "training": self.training, "states": rounds})
         return super().training_step(batch, batch_idx)
 
     def configure_optimizers(self) -> Any:
@@ -217,9 +218,9 @@ def test_some_epochs_with_fake_quantizers_come_last(tmp_path: Path) -> None:
     tuning = callback.result.tuning
     print(tuning)
     assert tuning.steps[-1].fine_tuned and "fine-tuned with fake-quantizers" in str(tuning)
-    assert len(model.late) == 3 * len(loader()) and all(step["training"] for step in model.late)
-    assert all(step["lr"] == pytest.approx(0.001) for step in model.late)
-    assert all(state & QuantizerState.FAKE_QUANTIZE for step in model.late for state in step["states"])
+    assert len(model.late.all) == 3 * len(loader()) and all(step["training"] for step in model.late.all)
+    assert all(step["lr"] == pytest.approx(0.001) for step in model.late.all)
+    assert all(state & QuantizerState.FAKE_QUANTIZE for step in model.late.all for state in step["states"])
     assert model.trainer is trainer and trainer.max_epochs == trainer.current_epoch == 8
     assert isinstance(model.model, Int8Module)
     assert callback.result.int8_side.metrics["val_loss"] == pytest.approx(tuning.step.metric)
@@ -238,13 +239,12 @@ class Killed(Broken):
     def __init__(self, evaluations: int) -> None:
         super().__init__()
         self.left = evaluations
-        self.evaluations = 0
+        self.evaluations = Notes()
 
     def on_validation_epoch_start(self) -> None:
         if self.trainer.state.fn == "validate":  # not in the course of fit
-            self.evaluations += 1
-            self.left -= 1
-            if self.left < 0:
+            self.evaluations.add(self.trainer.global_step)
+            if len(self.evaluations.all) > self.left:
                 raise KeyboardInterrupt
 
 
@@ -267,7 +267,7 @@ def test_a_search_that_was_killed_goes_on(tmp_path: Path) -> None:
     assert result is not None and result.tuning is not None and result.tuning.float_layers == ("3",)
     whole = Killed(1000)
     run(whole, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
-    assert model.evaluations == whole.evaluations - kept
+    assert len(model.evaluations.all) == len(whole.evaluations.all) - kept
     assert not list(tmp_path.glob(".lq-search-*.json"))
 
 

@@ -15,6 +15,7 @@ import lq
 from helpers.classifiers import TwoParts, Unquantizable, Wrapped, loader
 from helpers.fits import TARGET, fit, quantization
 from helpers.modes import both_modes
+from helpers.notes import Notes
 from lq import QuantizationCallback
 
 
@@ -98,12 +99,12 @@ def test_nan_in_calibration_leaves_the_float_model(tmp_path: Path) -> None:
 def test_interrupt_in_calibration_leaves_the_float_model(tmp_path: Path) -> None:
     class Interrupted(Wrapped):
         def on_train_end(self) -> None:
-            self.calibrated: list[int] = []
+            self.calibrated = Notes()
 
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             if hasattr(self, "calibrated"):
-                self.calibrated.append(batch_idx)
-                if len(self.calibrated) > 2:
+                self.calibrated.add(batch_idx)
+                if len(self.calibrated.all) > 2:
                     raise KeyboardInterrupt
             return super().training_step(batch, batch_idx)
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lq
 from helpers.classifiers import Wrapped, images, loader
 from helpers.fits import fit, quantization
+from helpers.notes import Notes
 from lq import QuantizationCallback
 from lq.numerics.calibrators import CALIBRATORS, get_calibrator
 
@@ -23,7 +24,7 @@ class Recording(Wrapped):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[torch.Tensor] = []
+        self.seen = Notes()
         self.trained = False
 
     def on_train_end(self) -> None:
@@ -31,12 +32,12 @@ class Recording(Wrapped):
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         if self.trained:
-            self.seen.append(batch[0][:, 0, 0, 0].clone())
+            self.seen.add(batch[0][:, 0, 0, 0].clone())
         return super().training_step(batch, batch_idx)
 
     def samples(self) -> torch.Tensor:
         # The first batch is looked at once more, for its shape.
-        return torch.cat(self.seen[1:])
+        return torch.cat(self.seen.all[1:])
 
 
 def numbered(count: int, offset: int = 0) -> DataLoader[Any]:

@@ -17,6 +17,7 @@ import lq
 from helpers.classifiers import Wrapped, loader, network
 from helpers.fits import fit, quantization
 from helpers.modes import both_modes
+from helpers.notes import Notes
 
 
 class Net(nn.Module):
@@ -47,7 +48,7 @@ class Asking(Wrapped):
     def __init__(self) -> None:
         super().__init__()
         self.model = Net()  # type: ignore[assignment]
-        self.asked: list[type[nn.Module]] = []
+        self.asked = Notes()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         x, y = batch
@@ -60,7 +61,7 @@ class Asking(Wrapped):
         self.log("val_loss", model.loss(scores, y))
         self.log("val_acc", model.accuracy(scores, y))
         assert not hasattr(model, "no_such_thing")
-        self.asked.append(type(model))
+        self.asked.add(type(model))
 
 
 @pytest.mark.support("Modules", "Steps that use the network's attributes, methods, parts and parameters")
@@ -69,7 +70,7 @@ def test_int8_answers(mode: Any, tmp_path: Path) -> None:
     model = Asking()
     callback = quantization(tmp_path, mode=mode, rehearse=True)
     trainer = fit(model, tmp_path, callback)
-    assert callback.result is not None and lq.Int8Module in model.asked
+    assert callback.result is not None and lq.Int8Module in model.asked.all
     # Its own predictions, not the float model's.
     x = next(iter(loader(seed=1)))[0]
     int8: Any = model.model

@@ -317,6 +317,8 @@ def _keep_int8(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any
             f"one, so that it is the float network again; lq.quantize_checkpoint, or another fit, quantizes it"
         )
         staged.to_float()
+        for key in [key for key in state if QUANTIZERS in key.split(".")]:
+            del state[key]
         return
     for key in given if staged.path or staged.parts else ():
         del state[key]

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from torch import Tensor, nn
 
 from helpers.classifiers import Direct, Wrapped, images, loader, network
@@ -123,15 +128,26 @@ def test_folds_begin_with_the_same_weights(tmp_path: Path) -> None:
     assert all(torch.equal(one, other) for one, other in zip(float_folds, int8_folds, strict=True))
 
 
+@pytest.mark.support("Callbacks", "After fit with an average: `validate`, `test(ckpt_path=...)`, another fit")
+@pytest.mark.filterwarnings(
+    "ignore:You're using the WeightAveraging callback, but loading",  # Lightning's, of any Trainer that does not fit
+    "ignore:lq. 'model' was an INT8 network",  # the copy that StochasticWeightAveraging makes
+)
 @both_modes
-def test_validation_after_a_fit_with_an_average(mode: Any, tmp_path: Path) -> None:
-    """Lightning's callback swaps the average in for each validation."""
+@pytest.mark.parametrize(
+    "average", [EMAWeightAveraging, WeightAveraging, lambda: StochasticWeightAveraging(1e-2, swa_epoch_start=1)]
+)
+def test_after_a_fit_with_an_average(average: Any, mode: Any, tmp_path: Path) -> None:
     model, callback = Wrapped(), quantization(tmp_path, mode=mode)
-    trainer = fit(model, tmp_path, callback, callbacks=[EMAWeightAveraging()])
+    best = ModelCheckpoint(tmp_path / "ckpt", monitor="val_loss", save_last=True)
+    trainer = fit(model, tmp_path, callback, epochs=3, callbacks=[average(), best], enable_checkpointing=True)
     assert callback.result is not None
     expected = model.eval()(X)
     metrics = trainer.validate(model, loader(seed=1), verbose=False)[0]
     assert metrics == pytest.approx(callback.result.int8_side.metrics)
     assert torch.equal(model.eval()(X), expected)
+    for path in (best.best_model_path, best.last_model_path):
+        again = trainer.validate(model, loader(seed=1), ckpt_path=path, verbose=False)[0]
+        assert again["val_acc"] >= metrics["val_acc"] - 0.2
     # Another fit has an average of its own.
-    fit(model.train(), tmp_path, quantization(tmp_path, mode=mode), callbacks=trainer.callbacks[1:])
+    fit(model.train(), tmp_path, quantization(tmp_path, mode=mode), callbacks=[trainer.callbacks[1]])
