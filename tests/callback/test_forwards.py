@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 import lq
@@ -274,3 +275,37 @@ def test_a_network_that_takes_names_as_well(mode: Any, tmp_path: Path, caplog: p
     assert "takes text beside tensors, which no file does: 'model.layers' in it is what is quantized" in caplog.text
     assert isinstance(model.model.layers, lq.Int8Module)
     assert torch.equal(lq.load(tmp_path / "int8" / "int8.pt2")(x), model.model.layers(x))
+
+
+class NamedHeads(Wrapped):
+    """Its forward takes the whole batch, with the names of the files, and has several heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        net = network()
+        self.model = net[:-1]
+        self.heads = torch.nn.ModuleDict({"main": net[-1], "other": torch.nn.Linear(16, 1)})
+
+    def forward(self, batch: Any) -> dict[str, Any]:  # type: ignore[override]
+        features = self.model(batch["image"])
+        return {name: head(features) for name, head in self.heads.items()}
+
+    def logits(self, batch: Any) -> tuple[Tensor, Tensor]:
+        return self(batch)["main"], batch["label"]
+
+
+@pytest.mark.support("Modules", "A `forward` of the whole batch, names of files and all, with several heads: its parts")
+@both_modes
+def test_heads_of_a_forward_that_takes_names_as_well(mode: Any, tmp_path: Path) -> None:
+    x, y = images(64)
+    samples = [{"image": x[i], "label": y[i], "name": f"{i}.png"} for i in range(64)]
+    data = DataLoader(samples, 16)  # type: ignore[arg-type]
+    model = NamedHeads()
+    callback = quantization(tmp_path, mode=mode, rehearse=True, evaluate=True)
+    fit(model, tmp_path, callback, data=data, validation=[data])
+    assert callback.result is not None and len(callback.result.report.int8_layers) == 4
+    loaded: Any = lq.load(tmp_path / "int8" / "int8.pt2")
+    expected = model.eval()({"image": x})
+    found = loaded(x, y) if len(loaded.metadata.tensors) == 2 else loaded(x)
+    leaves = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor) and leaf.shape == (64, 4)]
+    assert any(torch.allclose(leaf, expected["main"], atol=1e-5) for leaf in leaves)

@@ -87,8 +87,8 @@ def unit_of_calls(
     Raises:
         ValueError: where no step calls what is to be quantized, or what they call cannot be told apart.
     """
-    whole = find_unit(pl_module, name)
-    while name is None and (inner := network_within(whole, [*training, *(validation or ())])):
+    whole, every = find_unit(pl_module, name), [*training, *(validation or ())]
+    while name is None and (inner := network_within(whole, every)):
         whole = inner
     steps = {"training_step": training, "validation_step": validation}
     seen = [calls for calls in steps.values() if calls is not None]
@@ -97,6 +97,10 @@ def unit_of_calls(
             f"training_step never called the {type(pl_module.get_submodule(whole)).__name__} that is to be quantized; "
             f"name the submodule that it does call with QuantizationCallback(module='...')"
         )
+    if name is None and _takes_text(whole, every) and (parts := _inner(every, whole)):
+        # Its parts, each for itself: no file takes text.
+        order = [path for path, _ in pl_module.named_modules()]
+        return _unit(tuple(sorted(parts, key=order.index)), training, validation)
     is_whole = all(set(_entries(calls, whole)) <= {whole} for calls in seen)
     # A forward that calls an average of what it calls in training, say, is two networks.
     switches = bool(_entries(training, whole)) and not _inner(validation or (), whole) <= _inner(training, whole)
@@ -186,10 +190,14 @@ def _parts(
 
 def network_within(path: str, calls: Sequence[Call]) -> str | None:
     """The one network that a module calls which takes text beside tensors: no file takes any."""
-    if not any(call.takes_text for call in _calls_of(calls, path)):
+    if not _takes_text(path, calls):
         return None
     inner = _inner(calls, path)
     return inner.pop() if len(inner) == 1 else None
+
+
+def _takes_text(path: str, calls: Sequence[Call]) -> bool:
+    return any(call.takes_text for call in _calls_of(calls, path))
 
 
 def _entries(calls: Sequence[Call], whole: str) -> list[str]:
