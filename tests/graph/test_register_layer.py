@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lq
-from helpers.quantized import noise
+from helpers.modes import both_modes
+from helpers.quantized import TARGET, noise
 from lq.graph.capture import registry
 
 
@@ -111,3 +113,40 @@ def test_subclasses_are_registered_on_their_own() -> None:
 def test_bad_arguments(arguments: tuple[Any, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         lq.register_layer(*arguments)
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As in DETR, whose epsilon is a number in its forward."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, variance = (buffer.reshape(1, -1, 1, 1) for buffer in self.buffers())
+        scale = weight * (variance + 1e-5).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+@both_modes
+@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, torchvision.ops.FrozenBatchNorm2d])
+def test_the_batch_norm_of_detectors_is_folded(norm: Any, mode: Any) -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=4, norm_layer=norm)
+    for part in model.modules():
+        if isinstance(part, norm):
+            part.running_mean.normal_()
+            part.running_var.uniform_(0.5, 2)
+    x = torch.randn(4, 3, 32, 32)
+    expected = model.eval()(x)
+    prepared = lq.prepare(model, x, target=TARGET, mode=mode)
+    if mode == "ptq":
+        lq.calibrate(prepared, [x])
+    else:
+        prepared.train()(x).sum().backward()
+        assert prepared.conv1.weight.grad is not None and torch.isfinite(prepared.conv1.weight.grad).all()
+    int8 = lq.convert(prepared.eval())
+    assert (int8(x) - expected).norm() < 0.1 * expected.norm()
+    assert int8.report is not None and int8.report.int8_layers[0].kind == "conv + batch_norm + relu"
+    assert [layer.name for layer in int8.report.float_layers] == ["avgpool"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 
 #: What a layer of that class computes, as a function of the layer and of its inputs.
 _REGISTERED: dict[type[nn.Module], Callable[..., Any]] = {}
@@ -50,4 +51,19 @@ def register_layer(cls: type[nn.Module], forward: Callable[..., Any]) -> None:
 
 def registered_forward(module: nn.Module) -> Callable[..., Any] | None:
     """What was registered for the class of ``module``, or None."""
-    return _REGISTERED.get(type(module))
+    registered = _REGISTERED.get(type(module))
+    return _frozen_batch_norm if registered is None and _is_frozen_batch_norm(module) else registered
+
+
+def _is_frozen_batch_norm(module: nn.Module) -> bool:
+    """Whether it is the batch norm of detectors, which writes out what a batch norm with fixed statistics computes: of
+    torchvision, detectron2, DETR, and all that took it from there."""
+    return type(module).__name__ == "FrozenBatchNorm2d" and module._buffers.keys() == _STATISTICS
+
+
+_STATISTICS = {"weight", "bias", "running_mean", "running_var"}
+
+
+def _frozen_batch_norm(layer: Any, x: Tensor) -> Tensor:
+    eps = getattr(layer, "eps", 1e-5)
+    return batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=eps)
