@@ -47,6 +47,10 @@ onednn = torch.ops.onednn
 #: Called with the integers of each quantize node of the source graph when they are first computed.
 Watch = Callable[[fx.Node, Tensor], Tensor]
 
+#: The words of oneDNN's ``dnnl_memory_desc`` that align the next field. What is in them says nothing; where another
+#: version has another struct, layouts that are alike are not shared, or one is re-ordered at each call.
+_UNINITIALIZED = frozenset({1, 27, 79})
+
 #: Packed weights that are in use, by layer, settings and layout.
 Packed = WeakValueDictionary[tuple[Any, ...], Tensor]
 
@@ -382,7 +386,8 @@ class _Lowering:
         else:
             packed = onednn.qconv_prepack(weight, scale, *settings, sizes)
         # Which sizes, and numbers of threads, share a layout is oneDNN's own affair, and another one on each CPU.
-        layout = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy())
+        words = torch.ops.mkldnn._get_mkldnn_serialized_md(packed).view(torch.int32).tolist()
+        layout = tuple(0 if index in _UNINITIALIZED else word for index, word in enumerate(words))
         return self.packed.setdefault((name, repr(settings), layout), packed)
 
     def _clamp(self, node: fx.Node, chain: Chain, grid: Grid, fused: Any) -> fx.Node:
