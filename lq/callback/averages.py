@@ -27,7 +27,7 @@ def check_averaging(trainer: Any, callback: Any, *, prepared_late: bool = False)
         ValueError: with the order that works.
     """
     before = trainer.callbacks if prepared_late else trainer.callbacks[: trainer.callbacks.index(callback)]
-    name = next((type(other).__name__ for other in before if _averages(other)), None)
+    name = next((type(other).__name__ for other in before if is_averaging(other)), None)
     if name is None:
         return
     if prepared_late:
@@ -43,7 +43,7 @@ def check_averaging(trainer: Any, callback: Any, *, prepared_late: bool = False)
 
 def copies_the_model(trainer: Any) -> bool:
     """Whether a callback copies the model in its ``setup``."""
-    return any(_averages(callback) for callback in trainer.callbacks)
+    return any(is_averaging(callback) for callback in trainer.callbacks)
 
 
 def averages_at_the_end(trainer: Any) -> bool:
@@ -56,15 +56,8 @@ def averages_buffers(trainer: Any) -> bool:
     return any("WeightAveraging" in class_names(callback) for callback in trainer.callbacks)
 
 
-def forget_averages(trainer: Any) -> None:
-    """Let callbacks forget the average that INT8 was made of: they would put its values, one by one, into the INT8
-    network for each validation, or those of training when a checkpoint is loaded. Another fit has another one."""
-    for callback in trainer.callbacks:
-        if _averages(callback):
-            callback._average_model = None
-
-
-def _averages(callback: Any) -> bool:
+def is_averaging(callback: Any) -> bool:
+    """Whether a callback keeps an average of the model."""
     return any(name in class_names(callback) for name in _AVERAGING)
 
 

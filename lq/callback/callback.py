@@ -19,7 +19,6 @@ from lq.callback.averages import (
     averages_at_the_end,
     averages_buffers,
     check_averaging,
-    forget_averages,
     refresh_averaged_ranges,
 )
 from lq.callback.checkpoints.hooks import attach_hooks
@@ -28,6 +27,7 @@ from lq.callback.end.fit_end import quantize_at_fit_end
 from lq.callback.end.rescue import tell_how_to_finish
 from lq.callback.end.weights import Weights, known_checkpoints
 from lq.callback.logging import RangeLog, drop_hp_metric, log_result
+from lq.callback.others import release_other_callbacks
 from lq.callback.outputs import OUTPUTS
 from lq.callback.preparation import prepare_for_batch, tell_of_a_change
 from lq.callback.rehearsal import rehearse
@@ -325,7 +325,7 @@ class QuantizationCallback(HasSettings, Callback):
                 fit_begun=self._begun,
             )
             if staged.holds_int8:
-                forget_averages(trainer)
+                release_other_callbacks(trainer)
             if self.result is not None:
                 log_result(self.settings, trainer, self.result, findings)
                 print(self.result)  # as Trainer.validate prints its metrics

@@ -40,6 +40,7 @@ from helpers.runs import (
     every_epoch,
     interrupted,
     is_int8,
+    logits,
     module,
     quantization,
     state_of,
@@ -273,6 +274,10 @@ def test_pruning(mode: str, tmp_path: Path) -> None:
     assert (weights == 0).float().mean() >= 0.4
     integers = model.model.state_dict()["3.weight"]
     assert (integers == 0).float().mean() >= 0.4
+    expected = logits(model)
+    run.validate(model, val_data(), verbose=False)
+    run.validate(model, val_data(), ckpt_path="best", verbose=False)
+    assert is_int8(model) and torch.equal(logits(model), expected)
 
 
 @both_modes
