@@ -20,7 +20,7 @@ from lq.graph.capture.captured import CapturedGraph
 from lq.graph.capture.preserve import preserved
 from lq.graph.capture.running import Recorder, call_arguments, followed_whole, run_followed
 from lq.graph.interpret import node_values, output_of
-from lq.interface.guards import fixes_the_batch, input_name
+from lq.interface.guards import compile_guard, fixes_the_batch, input_name
 
 #: Largest RMS difference of what the same operators compute, in units of the dtype's epsilon times the
 #: root mean square of the values.
@@ -225,37 +225,55 @@ def _capture_faithfully(
             return captured
 
 
-#: A condition that excludes one size.
-_OTHER_THAN = re.compile(r"size\('(?P<name>[^']*)', (?P<axis>\d+)\) != (?P<size>\d+)")
+#: A size in a condition.
+_SIZE = re.compile(r"size\('(?P<name>[^']*)', (?P<axis>\d+)\)")
+
+#: Sizes up to which those that a condition excludes are looked for, and how many of them are tried.
+_LARGEST, _TRIED = 1024, 2
 
 
 def _is_of_a_cache(
     guard: str, captured: CapturedGraph, module: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> bool:
-    """Whether the graph is right for the one size that a condition excludes, too: for that the forward has kept what it
+    """Whether the graph is right for the sizes that a condition excludes, too: for those the forward has kept what it
     computed in an earlier call, as detectors keep their grids."""
-    match = _OTHER_THAN.fullmatch(guard)
-    if match is None:
+    asked = {(match["name"], int(match["axis"])) for match in _SIZE.finditer(guard)}
+    if " != " not in guard or len(asked) != 1:
         return False
-    axis, size = int(match["axis"]), int(match["size"])
+    (name, axis), holds = asked.pop(), compile_guard(guard)
+    excluded = [size for size in range(1, _LARGEST) if not holds({name: [size] * (axis + 1)})]
+    if not excluded:
+        return False
+    for size in excluded[:_TRIED]:
+        others = _taken(module, [_resized(inputs, name, axis, size), _resized(inputs, name, None, size)], settings)
+        if others is None or disagreement(captured, module, others, settings) is not None:
+            return False
+    return True
+
+
+def _taken(module: nn.Module, candidates: list[dict[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The first of the inputs that a forward does not refuse."""
+    for inputs in candidates:
+        with suppress(Exception), preserved(module):
+            own_outputs(module, inputs, settings, as_registered=True)
+            return inputs
+    return None
+
+
+def _resized(inputs: Mapping[str, Any], name: str, axis: int | None, size: int) -> dict[str, Any]:
+    """The inputs with one of another size along an axis, or in height and width. All have the same batch size."""
     names = iter(_names(inputs))
 
     def resized(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        # Tensors have their batch size in common.
-        is_meant = next(names) == match["name"] or axis == 0
-        if not is_meant or axis >= value.dim() or 0 in (size, value.shape[axis]):
-            return value
-        return value.index_select(axis, torch.arange(size, device=value.device) % value.shape[axis])
+        is_meant = next(names) == name or axis == 0
+        for each in range(2, value.dim()) if axis is None else [axis] if axis < value.dim() else []:
+            if is_meant and value.shape[each] != 0:
+                value = value.index_select(each, torch.arange(size, device=value.device) % value.shape[each])
+        return value
 
-    others = {name: tree_map(resized, value) for name, value in inputs.items()}
-    try:
-        with preserved(module):
-            own_outputs(module, others, settings, as_registered=bool(captured.registered))
-    except Exception:  # it takes no such inputs
-        return False
-    return disagreement(captured, module, others, settings) is None
+    return {key: tree_map(resized, value) for key, value in inputs.items()}
 
 
 def disagreement(

@@ -297,9 +297,19 @@ class GridMadeOnce(Grid):
         return x + self.once
 
 
+class GridOfStrides(Grid):
+    """Of whole cells of four pixels, so that several sizes have the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.avg_pool2d(self.features(x), 4)
+        if self.grid is None or self.grid.shape[2:] != x.shape[2:]:
+            self.grid = self.made_for(x)
+        return x + self.grid
+
+
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("used_with", [None, (2, 16), (1, 16), (2, 12)])
-@pytest.mark.parametrize("kind", [Grid, GridOfNone, GridInBuffer, GridMadeOnce])
+@pytest.mark.parametrize("kind", [Grid, GridOfNone, GridInBuffer, GridMadeOnce, GridOfStrides])
 def test_what_is_kept_for_sizes(kind: type[Grid], used_with: tuple[int, int] | None, inside: bool) -> None:
     torch.manual_seed(0)
     network = (nn.Sequential(nn.Conv2d(3, 3, 1), kind()) if inside else kind()).eval()
@@ -312,7 +322,8 @@ def test_what_is_kept_for_sizes(kind: type[Grid], used_with: tuple[int, int] | N
     x = torch.randn(2, 3, 16, 16)
     int8 = lq.convert(calibrated(network, x, target=TARGET))
     assert int8.report is not None and len(int8.report.int8_layers) == 2 + inside
-    for batch in (2, 1, 3):  # the example's batch size, too
-        given = torch.randn(batch, 3, 16, 16)
+    # The example's batch size, and the size that the network was used with, too.
+    for batch, size in ((2, 16), (1, 16), (3, 16), used_with or (2, 16)):
+        given = torch.randn(batch, 3, size, size)
         expected = original(given)
         assert (int8(given) - expected).norm() < 0.03 * expected.norm()
