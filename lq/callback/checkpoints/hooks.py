@@ -90,7 +90,7 @@ def _on_save(staged: StagedUnit, original: Callable[[dict[str, Any]], None], che
     if stage == "prepared":
         refresh_weights(staged.unit)  # in place, so in `state` too: the scales of the weights that are saved
     if stage == "int8":
-        state = checkpoint["state_dict"] = {**staged.float_state(state), **staged.quantizer_state()}
+        state.update(staged.quantizer_state())  # the rest is that of the float module, as everywhere
     if "hyper_parameters" in checkpoint:  # a network that was an argument of the LightningModule
         checkpoint["hyper_parameters"] = _in_float(checkpoint["hyper_parameters"])
     preparation = None
@@ -236,6 +236,6 @@ def _with_present_unit(staged: StagedUnit, state: dict[str, Any]) -> dict[str, A
 
 def _has_weights_of(staged: StagedUnit, state: dict[str, Any]) -> bool:
     """Whether the weights of the unit that are there are those that INT8 was made of; frozen ones may be left out."""
-    unit = staged.float_state(staged.pl_module.state_dict())
-    unit = {key: value for key, value in unit.items() if key.startswith(staged.prefix) and key in state}
-    return bool(unit) and all(torch.equal(value.cpu(), state[key].cpu()) for key, value in unit.items())
+    held = staged.pl_module.state_dict()  # the float module's
+    given = [key for key in held if key.startswith(staged.prefix) and key in state]
+    return bool(given) and all(torch.equal(held[key].cpu(), state[key].cpu()) for key in given)
