@@ -95,7 +95,10 @@ def to_onnx(
     model.producer_version = metadata.lq
     checksum = hashlib.sha256(model.graph.SerializeToString()).hexdigest()
     onnx.helper.set_model_props(model, {KEY: metadata.to_json(), CHECKSUM: checksum, **_readable(metadata)})
-    onnx.checker.check_model(model, full_check=True)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except onnx.checker.ValidationError as error:  # of an operator that came with a later opset, such as DeformConv
+        raise ValueError(f"the network cannot be exported to ONNX opset {opset}: {first_line(error)}") from error
     return model
 
 
