@@ -39,6 +39,7 @@ def node_values(
     inputs: Mapping[str, Any],
     attribute: Callable[[str], Any] | None = None,
     into: dict[fx.Node, Any] | None = None,
+    instead: Mapping[fx.Node, Any] | None = None,
 ) -> dict[fx.Node, Any]:
     """The value of each node for one set of inputs.
 
@@ -48,14 +49,20 @@ def node_values(
         inputs: the placeholders' values, in their order.
         attribute: gives what a ``get_attr`` node reads; by default the attribute of ``root``.
         into: where the values are put; after an error it holds the values before it.
+        instead: what the readers of a node are given in place of its value.
     """
     values = {} if into is None else into
+    replaced = {} if instead is None else instead
+
+    def read(node: fx.Node) -> Any:
+        return replaced[node] if node in replaced else values[node]
+
     given = iter(inputs.values())
     for node in graph.nodes:
         if node.op == "placeholder":
             values[node] = next(given)
         else:
-            values[node] = run_node(node, values.__getitem__, root, attribute or (lambda name: lookup(root, name)))
+            values[node] = run_node(node, read, root, attribute or (lambda name: lookup(root, name)))
     return values
 
 

@@ -134,6 +134,7 @@ def measure(network: Network, save: Callable[[dict[str, Any]], None]) -> None:
 
 def float_operations(model: nn.Module, x: Tensor) -> int:
     """Floating-point operations of a call; those of INT8 kernels are none."""
+    model.requires_grad_(False)  # torch's counter looks for gradients of leaves
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x)
     return int(counter.get_total_flops())

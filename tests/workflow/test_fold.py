@@ -52,3 +52,19 @@ def test_a_fold_that_changes_the_output_is_refused() -> None:
     model[1].running_var.fill_(float("nan"))
     with pytest.raises(lq.FoldError, match="folding batch norm changes"):
         lq.fold_batch_norm(model, torch.randn(2, 3, 8, 8))
+
+
+def test_roundings_that_a_later_layer_amplifies_are_no_change() -> None:
+    """Two channels that are the same but for roundings, and a layer of their difference, as deep networks have them."""
+    torch.manual_seed(0)
+    first, norm, second = nn.Conv2d(3, 2, 3, bias=False), nn.BatchNorm2d(2), nn.Conv2d(2, 1, 1, bias=False)
+    with torch.no_grad():
+        first.weight[1] = 3 * first.weight[0]
+        norm.running_var[1] = 9 * norm.running_var[0]
+        norm.weight.copy_(torch.tensor([0.7, 0.7]))
+        second.weight.copy_(torch.tensor([1.0, -1.0 + 1e-5]).reshape(1, 2, 1, 1))
+        norm.eps = 0.0
+    model, x = nn.Sequential(first, norm, second).eval(), torch.randn(8, 3, 16, 16)
+    folded = lq.fold_batch_norm(model, x)
+    assert (folded(x) - model(x)).abs().max() > 1e-3 * model(x).abs().max()  # of the whole network
+    assert folded.fold_difference < 1e-5  # of a layer
