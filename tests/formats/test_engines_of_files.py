@@ -50,6 +50,23 @@ def test_an_engine_that_computes_something_else(tmp_path: Path, monkeypatch: pyt
     assert isinstance(run, lq.InferenceModel) and run.runtime == "onnxruntime"
 
 
+def _with_determinant(self: Any, x: Tensor) -> Tensor:
+    features = self.conv(x).mean((2, 3))
+    return features + torch.linalg.det(torch.diag_embed(features)).unsqueeze(1)
+
+
+def test_an_operator_that_an_engine_does_not_have(tmp_path: Path) -> None:
+    x = noise(4)
+    model = calibrated(Forward(_with_determinant, conv=nn.Conv2d(3, 4, 3)), x, target=TARGET)
+    with pytest.warns(UserWarning, match="openvino cannot"):
+        result = lq.export(model, tmp_path / "int8.onnx")
+    assert "openvino" in result.unreadable
+    run = lq.load(tmp_path / "int8.onnx")
+    assert isinstance(run, lq.InferenceModel) and run.runtime == "onnxruntime"
+    with pytest.raises(ValueError, match="int8.onnx"):
+        lq.load(tmp_path / "int8.onnx", "openvino")
+
+
 def _with_constants(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return self.conv(x).mean((2, 3)), self.anchors, torch.arange(5)
 

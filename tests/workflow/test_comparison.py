@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lq
 from helpers.calibration import BATCHES, activations, calibrated, found_ranges, images, network
+from helpers.quantized import TARGET
 from lq.numerics.calibrators import CALIBRATORS, MSE
 from lq.numerics.quantizer import QuantizerState
 
@@ -187,3 +188,26 @@ def test_auto_needs_histograms() -> None:
     with pytest.raises(ValueError, match="needs a histogram, and a MinMaxObserver keeps none"):
         lq.calibrate(model, BATCHES, calibrator="auto")
     assert torch.equal(model(TEST), network()(TEST))
+
+
+class Found(nn.Module):
+    """Returns the positions above a threshold, as detectors do: another number of them in INT8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.head(self.body(x).relu())
+        return scores, scores[scores > 0]
+
+
+def test_outputs_whose_length_depends_on_data() -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(4, 3, 16, 16) for _ in range(6)]
+    network = Found().eval()
+    original = copy.deepcopy(network)
+    model = lq.calibrate(lq.prepare(network, batches[0], target=TARGET), batches, calibrator="auto")
+    scores, found = model(batches[0])
+    assert len(found) == (scores > 0).sum()
+    assert (scores - original(batches[0])[0]).norm() < 0.03 * scores.norm()
