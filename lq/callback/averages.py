@@ -27,7 +27,7 @@ def check_averaging(trainer: Any, callback: Any, *, prepared_late: bool = False)
         ValueError: with the order that works.
     """
     before = trainer.callbacks if prepared_late else trainer.callbacks[: trainer.callbacks.index(callback)]
-    name = next((type(other).__name__ for other in before if is_averaging(other)), None)
+    name = next((type(other).__name__ for other in before if _averages(other)), None)
     if name is None:
         return
     if prepared_late:
@@ -43,7 +43,7 @@ def check_averaging(trainer: Any, callback: Any, *, prepared_late: bool = False)
 
 def copies_the_model(trainer: Any) -> bool:
     """Whether a callback copies the model in its ``setup``."""
-    return any(is_averaging(callback) for callback in trainer.callbacks)
+    return any(_averages(callback) for callback in trainer.callbacks)
 
 
 def averages_at_the_end(trainer: Any) -> bool:
@@ -53,11 +53,15 @@ def averages_at_the_end(trainer: Any) -> bool:
 
 def averages_buffers(trainer: Any) -> bool:
     """Whether an average of the model, quantizers included, is validated and saved (``WeightAveraging``, EMA)."""
-    return any("WeightAveraging" in class_names(callback) for callback in trainer.callbacks)
+    return any(averages_weights(callback) for callback in trainer.callbacks)
 
 
-def is_averaging(callback: Any) -> bool:
-    """Whether a callback keeps an average of the model."""
+def averages_weights(callback: Any) -> bool:
+    """Whether a callback is Lightning's ``WeightAveraging``."""
+    return "WeightAveraging" in class_names(callback)
+
+
+def _averages(callback: Any) -> bool:
     return any(name in class_names(callback) for name in _AVERAGING)
 
 

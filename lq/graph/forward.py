@@ -41,7 +41,8 @@ class QuantizerTree(nn.Module):
             node = node.get_submodule(atom)
         node.add_module("quantizer", quantizer)
 
-    def __iter__(self) -> Iterator[str]:
+    def keys(self) -> Iterator[str]:
+        """Names of the quantizers. Not iterable itself: what is in a Sequential may be looked through for modules."""
         return (path.removesuffix(".quantizer") for path, m in self.named_modules() if isinstance(m, Quantizer))
 
     def __getitem__(self, key: str) -> Quantizer:

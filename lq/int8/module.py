@@ -219,12 +219,11 @@ class Int8Module(StandIn):
         fits = len(args) + len(kwargs) == len(names) and set(kwargs) == set(names[len(args) :])
         values = [*args, *(kwargs[name] for name in names[len(args) :])] if fits else []
         examples = list(self.example_inputs.values())
-        if fits and tree_structure(values) == tree_structure(examples):
-            return values
-        leaves, form = tree_leaves((args, kwargs)), tree_structure(examples)
-        if not kwargs and len(leaves) == form.num_leaves and all(isinstance(value, Tensor) for value in args):
-            return list(tree_unflatten(leaves, form))
-        if fits and not examples:
+        if not kwargs and all(isinstance(value, Tensor) for value in args) and args:
+            form = tree_structure(examples)
+            if len(args) == form.num_leaves and not all(isinstance(example, Tensor) for example in examples):
+                return list(tree_unflatten(args, form))
+        if fits:
             return values
         raise TypeError(
             f"this INT8 module takes the inputs {', '.join(names)}; got {len(args)} positional arguments"

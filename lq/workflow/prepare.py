@@ -343,7 +343,7 @@ def _put_on_weights(forward: PreparedForward, tree: QuantizerTree, analysis: Gra
     scheme = forward.scheme()
     for chain in analysis.placement.chains:
         weight = chain.op.weight
-        if chain.weight_key not in list(tree):
+        if chain.weight_key not in list(tree.keys()):
             spec, range = scheme.weight(chain.name), scheme.weight_range(chain.name)
             tree[chain.weight_key] = weight_quantizer(spec, analysis.values[weight], range)
             if weight.op == "get_attr":
@@ -443,7 +443,7 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
     prepared_forward(model)
     tree = model._modules[QUANTIZERS]
     assert isinstance(tree, QuantizerTree)
-    return {key: tree[key] for key in tree}
+    return {key: tree[key] for key in tree.keys()}  # noqa: SIM118
 
 
 def set_state(model: nn.Module, state: QuantizerState) -> None:

@@ -113,7 +113,10 @@ def _in_float(hyperparameters: Mapping[str, Any]) -> Mapping[str, Any]:
     def in_float(value: Any) -> Any:
         if not isinstance(value, nn.Module):
             return value
-        network = as_it_is(value)
+        try:
+            network = as_it_is(value)
+        except Exception:  # what cannot be copied is saved as it is: no checkpoint is lost for it
+            return value
         for part in list(network.modules()):
             if is_prepared(part):
                 unprepare(part)

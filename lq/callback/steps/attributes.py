@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
 
 from lq.util.containers import refill_dict, refill_list, refill_set
 
@@ -28,17 +31,22 @@ def same_attributes(pl_module: nn.Module, *, tensors: bool = True) -> Iterator[N
 
     Args:
         pl_module: the LightningModule.
-        tensors: whether its own buffers and other tensors have the values that they had, too, such as a queue of keys.
+        tensors: whether its own buffers and other tensors are as before, too, such as a queue of keys.
     """
     attributes = pl_module.__dict__
     before = dict(attributes)
-    restore = [*_restorers(before, tensors, set())]
+    held = {name: value for name, value in before.items() if tensors or name not in ("_buffers", "_parameters")}
+    restore = [*_restorers(held, tensors, set())]
     try:
         yield
     finally:
+        if not tensors:
+            before |= {name: v for name, v in attributes.items() if name in before and isinstance(v, Tensor)}
         refill_dict(attributes, before)
         for put_back in restore:
-            put_back()
+            # An object that refuses its own former value is no reason to end a training.
+            with suppress(Exception):
+                put_back()
 
 
 def _restorers(values: dict[Any, Any], tensors: bool, seen: set[int]) -> Iterator[Callable[[], None]]:
@@ -57,14 +65,15 @@ def _restorers(values: dict[Any, Any], tensors: bool, seen: set[int]) -> Iterato
             waiting += value.values() if len(value) <= _LONG else ()
         elif isinstance(value, set):
             yield partial(refill_set, value, set(value))
-        elif tensors and isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and _is_small(value):
-            yield partial(_write_back, value, value.detach().clone(), value._version)
+        elif isinstance(value, tuple):
+            waiting += value if len(value) <= _LONG else ()
+        elif tensors and isinstance(value, Tensor) and not isinstance(value, (nn.Parameter, UninitializedBuffer)):
+            if not value.is_inference() and value.numel() * value.element_size() <= _LARGEST_TENSOR:
+                yield partial(_write_back, value, value.detach().clone())
+        elif tensors and isinstance(value, np.ndarray) and value.flags.writeable and value.nbytes <= _LARGEST_TENSOR:
+            yield partial(np.copyto, value, value.copy())
 
 
-def _is_small(value: Tensor) -> bool:
-    return not value.is_inference() and value.numel() * value.element_size() <= _LARGEST_TENSOR
-
-
-def _write_back(value: Tensor, before: Tensor, version: int) -> None:
-    if value._version != version:
+def _write_back(value: Tensor, before: Tensor) -> None:
+    if not torch.equal(value, before):
         value.detach().copy_(before)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -43,11 +44,19 @@ def evaluate(trainer: Any, pl_module: Any, limit_batches: int | float | None = N
         return {}
     limit = trainer.limit_val_batches if limit_batches is None else limit_batches
     judge = partial(_validate, trainer, pl_module, dataloaders, limit)
-    # A look at a few batches comes before training.
-    with nullcontext() if limit_batches is None else unnoticed(dataloaders):
+    # Whether a validation of this Trainer's needed to be run as a sanity check, in a look and at the end.
+    needs_checks = _NEEDS_CHECKS.setdefault(trainer, {})
+    is_look = limit_batches is not None  # at a few batches, before training
+    if needs_checks.get(is_look):
+        return judge(checks=True)
+    with unnoticed(dataloaders) if is_look else nullcontext():
         try:
-            return judge()
+            metrics = judge()
+            needs_checks[is_look] = False
+            return metrics
         except Exception as error:
+            if needs_checks.get(is_look) is False:
+                raise  # it is the network that was judged
             reason = error
         if not is_set_up(trainer):
             try:
@@ -59,12 +68,17 @@ def evaluate(trainer: Any, pl_module: Any, limit_batches: int | float | None = N
             metrics = judge(checks=True)
         except Exception:
             raise reason from None
+    needs_checks[is_look] = True
     rank_zero_warn(
         f"lq: {type(pl_module).__name__} is validated as in a sanity check (trainer.sanity_checking), since its "
         f"validation asks for what a training gathers ({type(reason).__name__}: {reason}): what it leaves out then is "
         f"not compared"
     )
     return metrics
+
+
+#: What is known of the Trainers' validations, see :func:`evaluate`: the float network comes first.
+_NEEDS_CHECKS: WeakKeyDictionary[Any, dict[bool, bool]] = WeakKeyDictionary()
 
 
 def _validate(

@@ -309,9 +309,13 @@ def _keep_int8(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any
     if int8.keys() <= state.keys():
         return
     held = {prefix + key: value for key, value in staged.float_state({}).items()} or module.state_dict(prefix=prefix)
-    held = {key: value for key, value in held.items() if QUANTIZERS not in key.split(".")}
+    held = {key: v for key, v in held.items() if isinstance(v, torch.Tensor) and QUANTIZERS not in key.split(".")}
     given = held.keys() & state.keys()
-    if given and not all(key in state and torch.equal(held[key].cpu(), state[key].cpu()) for key in held):
+    misfits = [key for key in given if held[key].shape != state[key].shape]
+    *_, missing, _, errors = args
+    if misfits:
+        errors.append(f"these weights are of another network: {', '.join(sorted(misfits))} have another shape")
+    elif not all(torch.equal(held[key].cpu(), state[key].cpu()) for key in given):
         rank_zero_warn(
             f"lq: {staged.path or type(module).__name__!r} was an INT8 network, and is given the weights of another "
             f"one, so that it is the float network again; lq.quantize_checkpoint, or another fit, quantizes it"
@@ -320,6 +324,7 @@ def _keep_int8(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any
         for key in [key for key in state if QUANTIZERS in key.split(".")]:
             del state[key]
         return
+    missing.extend(key for key in held if key not in state)
     for key in given if staged.path or staged.parts else ():
         del state[key]
     state.update(int8)

@@ -97,7 +97,7 @@ def unit_of_calls(
             f"training_step never called the {type(pl_module.get_submodule(whole)).__name__} that is to be quantized; "
             f"name the submodule that it does call with QuantizationCallback(module='...')"
         )
-    if name is None and _takes_text(whole, every) and (parts := _inner(every, whole)):
+    if name is None and _takes_text(whole, every) and (parts := _parts_of_each_call(whole, every)):
         # Its parts, each for itself: no file takes text.
         order = [path for path, _ in pl_module.named_modules()]
         return _unit(tuple(sorted(parts, key=order.index)), training, validation)
@@ -198,6 +198,13 @@ def network_within(path: str, calls: Sequence[Call]) -> str | None:
 
 def _takes_text(path: str, calls: Sequence[Call]) -> bool:
     return any(call.takes_text for call in _calls_of(calls, path))
+
+
+def _parts_of_each_call(path: str, calls: Sequence[Call]) -> set[str]:
+    """What each call of a module calls, where that is the same for all, and nothing lies in something else of it."""
+    inner = [{call.path for call in each.inner} for each in _calls_of(calls, path)]
+    apart = not any(_lies_in(one, other) for parts in inner for one in parts for other in parts)
+    return inner[0] if apart and all(parts == inner[0] for parts in inner) else set()
 
 
 def _entries(calls: Sequence[Call], whole: str) -> list[str]:

@@ -101,7 +101,11 @@ def move_at_once(onnx: Any, model: Any) -> None:
     only where nothing lies in between; ONNX Runtime moves the rounding to where it has been itself.
     """
     graph = model.graph
-    initializers = {value.name: onnx.numpy_helper.to_array(value).tolist() for value in graph.initializer}
+    numbers = {
+        value.name: (value.data_type, onnx.numpy_helper.to_array(value).item())
+        for value in graph.initializer
+        if not value.dims
+    }
     made_by = {name: node for node in graph.node for name in node.output}
     results = {value.name for value in graph.output}
     readers: dict[str, list[Any]] = {}
@@ -110,7 +114,7 @@ def move_at_once(onnx: Any, model: Any) -> None:
             readers.setdefault(name, []).append(node)
 
     def grid(node: Any) -> list[Any]:
-        return [initializers.get(name, name) for name in node.input[1:]]
+        return [numbers.get(name, name) for name in node.input[1:]]
 
     def read_instead(old: str, new: str) -> None:
         for reader in readers.pop(old, []):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -219,8 +220,11 @@ def _capture_faithfully(
                 f"only a part of the model by naming it"
             )
         else:
+            again = partial(capture, module, inputs, settings, dict(float_leaves), batch=batch)
             captured.guards = tuple(
-                guard for guard in captured.guards if not _is_of_a_cache(guard, captured, module, inputs, settings)
+                guard
+                for guard in captured.guards
+                if not _is_of_a_cache(guard, captured, module, inputs, settings, again)
             )
             return captured
 
@@ -233,31 +237,62 @@ _LARGEST, _TRIED = 1024, 2
 
 
 def _is_of_a_cache(
-    guard: str, captured: CapturedGraph, module: nn.Module, inputs: Mapping[str, Any], settings: Mapping[str, Any]
+    guard: str,
+    captured: CapturedGraph,
+    module: nn.Module,
+    inputs: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    again: Callable[[], CapturedGraph],
 ) -> bool:
-    """Whether the graph is right for the sizes that a condition excludes, too: for those the forward has kept what it
-    computed in an earlier call, as detectors keep their grids."""
+    """Whether a condition only says for which sizes the forward has kept what it computed in an earlier call, as
+    detectors keep their grids: it is gone when the forward was used with other sizes in between, and the graph is right
+    for the sizes that it excludes, too.
+
+    Args:
+        guard: of ``captured``.
+        captured: the graph.
+        module: see :func:`capture_faithfully`.
+        inputs: likewise.
+        settings: likewise.
+        again: captures once more, as ``captured`` was.
+    """
     asked = {(match["name"], int(match["axis"])) for match in _SIZE.finditer(guard)}
     if " != " not in guard or len(asked) != 1:
         return False
     (name, axis), holds = asked.pop(), compile_guard(guard)
     excluded = [size for size in range(1, _LARGEST) if not holds({name: [size] * (axis + 1)})]
-    if not excluded:
+    tried = [_taken(module, _candidates(inputs, name, axis, size), settings) for size in excluded[:_TRIED]]
+    if not tried or not all(tried):
         return False
-    for size in excluded[:_TRIED]:
-        others = _taken(module, [_resized(inputs, name, axis, size), _resized(inputs, name, None, size)], settings)
-        if others is None or disagreement(captured, module, others, settings) is not None:
-            return False
-    return True
+    present = next(value for value in tree_leaves(dict(inputs)) if isinstance(value, Tensor)).shape
+    sizes = (
+        [size for size in (2 * present[axis], 3 * present[axis], 5) if size not in excluded]
+        if axis < len(present)
+        else []
+    )
+    for size in sizes:
+        for others in _taken(module, _candidates(inputs, name, axis, size), settings):
+            with suppress(Exception), preserved(module):
+                own_outputs(module, others, settings, as_registered=True)
+                if guard in again().guards:
+                    return False
+                return all(disagreement(captured, module, each, settings) is None for given in tried for each in given)
+    return False
 
 
-def _taken(module: nn.Module, candidates: list[dict[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The first of the inputs that a forward does not refuse."""
+def _candidates(inputs: Mapping[str, Any], name: str, axis: int, size: int) -> list[dict[str, Any]]:
+    """Inputs with a size along an axis, and images that have it in height and width."""
+    return [_resized(inputs, name, axis, size), *([_resized(inputs, name, None, size)] if axis > 1 else [])]
+
+
+def _taken(module: nn.Module, candidates: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Those of the inputs that a forward does not refuse."""
+    taken = []
     for inputs in candidates:
         with suppress(Exception), preserved(module):
             own_outputs(module, inputs, settings, as_registered=True)
-            return inputs
-    return None
+            taken.append(inputs)
+    return taken
 
 
 def _resized(inputs: Mapping[str, Any], name: str, axis: int | None, size: int) -> dict[str, Any]:

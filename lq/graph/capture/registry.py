@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
@@ -52,18 +55,41 @@ def register_layer(cls: type[nn.Module], forward: Callable[..., Any]) -> None:
 def registered_forward(module: nn.Module) -> Callable[..., Any] | None:
     """What was registered for the class of ``module``, or None."""
     registered = _REGISTERED.get(type(module))
-    return _frozen_batch_norm if registered is None and _is_frozen_batch_norm(module) else registered
-
-
-def _is_frozen_batch_norm(module: nn.Module) -> bool:
-    """Whether it is the batch norm of detectors, which writes out what a batch norm with fixed statistics computes: of
-    torchvision, detectron2, DETR, and all that took it from there."""
-    return type(module).__name__ == "FrozenBatchNorm2d" and module._buffers.keys() == _STATISTICS
+    return _frozen_batch_norm if registered is None and _epsilon_of(module) is not None else registered
 
 
 _STATISTICS = {"weight", "bias", "running_mean", "running_var"}
 
+#: What is added to the variance by those that were looked at; None for one that computes something else.
+_EPSILONS: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
+
+
+def _epsilon_of(module: nn.Module) -> float | None:
+    """The epsilon of a batch norm of detectors, which writes out what one with fixed statistics computes; None of any
+    other module.
+
+    torchvision and detectron2 have it as an attribute, DETR as a number in its forward, and maskrcnn-benchmark none.
+    """
+    if type(module).__name__ != "FrozenBatchNorm2d" or module._buffers.keys() != _STATISTICS:
+        return None
+    if module not in _EPSILONS:
+        _EPSILONS[module] = _fitting_epsilon(module)
+    return _EPSILONS[module]
+
+
+def _fitting_epsilon(module: Any) -> float | None:
+    x = torch.ones(1, len(module.weight), 1, 1, dtype=module.weight.dtype, device=module.weight.device)
+    with torch.no_grad(), suppress(Exception):
+        expected = type(module).forward(module, x)
+        for eps in (getattr(module, "eps", 1e-5), 0.0):
+            if torch.allclose(_batch_norm(module, x, eps), expected, rtol=1e-4, atol=1e-4):
+                return float(eps)
+    return None
+
+
+def _batch_norm(layer: Any, x: Tensor, eps: float) -> Tensor:
+    return batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=eps)
+
 
 def _frozen_batch_norm(layer: Any, x: Tensor) -> Tensor:
-    eps = getattr(layer, "eps", 1e-5)
-    return batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=eps)
+    return _batch_norm(layer, x, _EPSILONS[layer] or 0.0)
