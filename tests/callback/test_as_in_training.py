@@ -138,6 +138,20 @@ def test_other_float_weights_are_the_float_network(strict: bool, tmp_path: Path)
     assert torch.equal(model.eval()(x), plain.eval()(x)) and list(model.state_dict()) == list(state)
 
 
+def test_a_part_of_the_same_weights_changes_nothing(tmp_path: Path) -> None:
+    model = Wrapped()
+    fit(model, tmp_path, quantization(tmp_path, evaluate=False))
+    state = model.state_dict()
+    head = {name: value for name, value in state.items() if name.startswith("model.8.")}
+    missing = model.load_state_dict(head, strict=False).missing_keys
+    assert set(missing) == state.keys() - head.keys()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(head)
+    with pytest.raises(RuntimeError, match=r"of another network: model\.8\.bias, model\.8\.weight have another shape"):
+        model.load_state_dict({**state, "model.8.weight": torch.zeros(3, 16), "model.8.bias": torch.zeros(3)})
+    assert isinstance(nn.Module.get_submodule(model, "model"), lq.Int8Module)
+
+
 class Grown(Wrapped):
     """Trains on small images, as torchvision's reference training does."""
 

@@ -265,12 +265,8 @@ def _is_of_a_cache(
     if not tried or not all(tried):
         return False
     present = next(value for value in tree_leaves(dict(inputs)) if isinstance(value, Tensor)).shape
-    sizes = (
-        [size for size in (2 * present[axis], 3 * present[axis], 5) if size not in excluded]
-        if axis < len(present)
-        else []
-    )
-    for size in sizes:
+    now = present[axis] if axis < len(present) else 1
+    for size in (size for size in (2 * now, 3 * now, 5) if size not in excluded):
         for others in _taken(module, _candidates(inputs, name, axis, size), settings):
             with suppress(Exception), preserved(module):
                 own_outputs(module, others, settings, as_registered=True)

@@ -327,3 +327,35 @@ def test_what_is_kept_for_sizes(kind: type[Grid], used_with: tuple[int, int] | N
         given = torch.randn(batch, 3, size, size)
         expected = original(given)
         assert (int8(given) - expected).norm() < 0.03 * expected.norm()
+
+
+class PooledUnless(Grid):
+    """Tests for two sizes at once, of which a capture sees the first alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        return F.max_pool2d(x, 4) if x.shape[-2:] != (32, 32) else x
+
+
+class PlacedWhereItFits(Grid):
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(1, 4, 32, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        return x + self.position if x.shape[2:] == self.position.shape[2:] else x
+
+
+@pytest.mark.parametrize("size", [(16, 16), (64, 64), (16, 32)])
+@pytest.mark.parametrize("kind", [PooledUnless, PlacedWhereItFits])
+def test_what_a_forward_asks_of_sizes_stays_a_condition(kind: type[Grid], size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    network = kind().eval()
+    original = copy.deepcopy(network)
+    x = torch.randn(2, 3, *size)
+    int8 = lq.convert(calibrated(network, x, target=TARGET))
+    with pytest.raises(ValueError, match="it was made for inputs with"):
+        int8(torch.randn(2, 3, 32, 32))
+    expected = original(x)
+    assert (int8(x) - expected).norm() < 0.03 * expected.norm()
