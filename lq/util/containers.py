@@ -29,3 +29,13 @@ def refill_set(values: set[Any], before: set[Any]) -> None:
     if values != before:
         values.clear()
         values.update(before)
+
+
+def refill(values: Any, before: Any) -> None:
+    """Make a list, deque, dict or set hold what ``before``, one of the same kind, holds."""
+    if isinstance(values, dict):
+        refill_dict(values, before)
+    elif isinstance(values, set):
+        refill_set(values, before)
+    else:
+        refill_list(values, before)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lq.util.containers import refill
+
 
 @contextmanager
 def preserved(module: nn.Module) -> Iterator[None]:
@@ -63,12 +65,7 @@ def _restore_attributes(part: nn.Module, before: dict[str, Any]) -> None:
         part.__dict__[name] = value
         if held is None or name in _OWN:
             continue
-        if isinstance(value, (list, deque)):
-            value.clear()
-            value.extend(held)
-        else:
-            value.clear()
-            value.update(held)
+        refill(value, held)
 
 
 @torch.no_grad()
